@@ -1,0 +1,1 @@
+"""Turn a pretrained Transformer into a linear-time model, in JAX."""

@@ -1,0 +1,430 @@
+"""Every setting of jaxlin, with its unit and its default, declared once.
+
+A run's settings are built in three layers, later ones winning: preset < config file < command line.
+This module is a leaf: it imports nothing of jaxlin, so anything may import it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import runpy
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+PRESETS = ("recommended", "paper", "paper_code")
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake the user can mend: shown as one line, exit code 2."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency scaling of rotary embeddings (HF `rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class MixerOptions:
+    """How a student's token mixer is built.
+
+    None leaves a choice to the preset, which may differ by mixer: see `PRESETS` in the mixer's file.
+    Options that a mixer does not have are ignored by it.
+    """
+
+    heads: Literal["teacher", "fla"] | None = None
+    """Head layout: the teacher's heads, or the head counts flash-linear-attention defaults to (merged heads)."""
+    expand_kv: bool | None = None
+    """Repeat the teacher's key/value heads into the weights (True), or keep them and repeat activations (False)."""
+    gqa_bug_compat: bool | None = None
+    """With expand_kv: unroll with the authors' hard-coded head size of 32. Only to measure what that did."""
+    rope: Literal["teacher", "own", "none"] | None = None
+    """Rotary embedding of q and k: with the teacher's frequencies, with base 10,000, or none."""
+    conv_size: int | None = None
+    """Taps of the causal short convolution on q, k and v; 0 leaves it out."""
+    conv_init: Literal["identity", "random"] | None = None
+    """Short convolution at initialisation: passes its input through, or random."""
+    conv_activation: Literal["none", "silu"] | None = None
+    """Nonlinearity after the short convolution."""
+    feature_map: Literal["hedgehog", "hadamard", "elu", "relu", "identity"] | None = None
+    """Feature map of linear attention's q and k."""
+    feature_dim: int | None = None
+    """Features of the hedgehog map before [+, -] doubles them; 0 means half the head size."""
+    normalize: bool | None = None
+    """Divide linear attention's output by the running sum of its weights."""
+    qk_rmsnorm: bool | None = None
+    """RMS-normalise q and k per head (with a learned weight) before the delta rule's L2 norm."""
+    out_norm: Literal["none", "rms", "calibrated", "layernorm"] | None = None
+    """Norm per head before o_proj; "calibrated" sets an RMS norm's weight to the teacher's scale."""
+    out_gate: Literal["none", "neutral", "random", "added"] | None = None
+    """Output gate: none, 1 at the start, random, or added before the norm (the authors' KDA)."""
+    gate_activation: Literal["silu", "sigmoid"] | None = None
+    """Activation of the output gate."""
+    gate_rank: int | None = None
+    """Rank of the output gate's projection; 0 is full rank."""
+    decay_rank: int | None = None
+    """Rank of the decay projection of GLA and KDA; 0 is full rank."""
+    decay_range: tuple[float, float] | None = None
+    """Initial range, drawn uniformly: A of Gated DeltaNet and KDA; the gate bias of GLA; the forget bias of mLSTM."""
+    input_bias: float | None = None
+    """Initial bias of mLSTM's input gate."""
+    gate_soft_cap: float | None = None
+    """mLSTM: gate pre-activations x become c tanh(x / c); 0 leaves them alone."""
+    allow_neg_eigval: bool | None = None
+    """Delta rules: beta in (0, 2) instead of (0, 1)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-family decoder; teacher and student differ in `mixer` only. Field names are Hugging Face's."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    mixer: tuple[str, ...] = ("softmax",)
+    """Mixer ids of one period; the layers repeat it."""
+    options: tuple[MixerOptions, ...] = (MixerOptions(),)
+    """Resolved options, one for each entry of `mixer`."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Compute dtype of matrix products; norms, gates, softmax and losses are float32 regardless."""
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads={self.num_attention_heads}"
+            )
+        if self.num_hidden_layers % len(self.mixer):
+            raise UserError(
+                f"mixer={'+'.join(self.mixer)} has a period of {len(self.mixer)}, which does not divide the {self.num_hidden_layers} layers"
+            )
+
+    @property
+    def period(self) -> int:
+        """Layers in one period of the mixer pattern."""
+        return len(self.mixer)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What the three stages share: budget, batch, optimizer, schedule, clipping."""
+
+    tokens: int = 80_000_000
+    """Token positions to train on (padding included); 0 skips the stage."""
+    batch_size: int = 32
+    """Sequences per optimizer step, over all devices."""
+    accumulation: int = 1
+    """Micro-batches a step is split into."""
+    lr: float = 2e-4
+    """Peak learning rate of parameters copied from the teacher."""
+    lr_new: float = 1e-3
+    """Peak learning rate of parameters the teacher does not have (gates, convolutions, feature maps, norms)."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Shape of the schedule after warm-up; wsd is flat, then falls linearly."""
+    warmup: float = 0.02
+    """Warm-up, as a fraction of the stage's steps."""
+    decay: float = 0.1
+    """Final decay of wsd, as a fraction of the stage's steps."""
+    lr_min: float = 0.01
+    """Learning rate at the end, as a fraction of the peak."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled decay; see decay_all."""
+    decay_all: bool = False
+    """Decay every parameter; otherwise not biases, norms, convolutions, gates, A_log and dt_bias."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    clip_per_layer: bool = True
+    """One norm per layer (stages 1 and 2); otherwise one over all parameters."""
+    layers: tuple[int, ...] = ()
+    """Aligned layers, from 0 (the sets L1 and L2 of equations 2 and 4); empty means all. Stage 3 ignores it."""
+    layer_reduction: Literal["sum", "mean"] = "sum"
+    """How the losses of the aligned layers become one number."""
+
+
+@dataclass(frozen=True)
+class Stage1Config(StageConfig):
+    """Attention-output alignment (paper, equations 1 and 2)."""
+
+    width_reduction: Literal["mean", "sum"] = "mean"
+    """Squared errors over the model width: averaged (the authors' code) or summed (equation 1)."""
+
+
+@dataclass(frozen=True)
+class Stage2Config(StageConfig):
+    """Hidden-state alignment (paper, equations 3 and 4)."""
+
+    tokens: int = 160_000_000
+    """Token positions to train on (padding included); 0 skips the stage."""
+    squared: bool = False
+    """Square the L2 norm of equation 3."""
+    scale: Literal["none", "rsqrt_width"] = "none"
+    """Multiply the norm by width ** -0.5."""
+    train_mlp: bool = True
+    """Train the MLP of each block as well."""
+    post_norm_target: bool = False
+    """Compare the last layer after the teacher's final norm, as the authors' code does by accident."""
+
+
+@dataclass(frozen=True)
+class Stage3Config(StageConfig):
+    """End-to-end distillation (paper, equations 5 and 6)."""
+
+    tokens: int = 2_760_000_000
+    """Token positions to train on (padding included); 0 skips the stage."""
+    batch_size: int = 128
+    """Sequences per optimizer step, over all devices."""
+    lr: float = 3e-4
+    """Peak learning rate of parameters copied from the teacher."""
+    lr_new: float = 3e-4
+    """Peak learning rate of parameters the teacher does not have."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "wsd"
+    """Shape of the schedule after warm-up; wsd is flat, then falls linearly."""
+    warmup: float = 0.05
+    """Warm-up, as a fraction of the stage's steps."""
+    clip_per_layer: bool = False
+    """One norm per layer; otherwise one over all parameters."""
+    kl_weight: float = 1.0
+    """lambda of equation 5."""
+    ce_weight: float = 0.0
+    """Weight of the next-token cross-entropy."""
+    kl_reduction: Literal["token_mean", "sequence_sum"] = "token_mean"
+    """Mean over tokens (equation 6), or summed over a sequence and averaged over sequences (the authors' code)."""
+    temperature: float = 1.0
+    """Softmax temperature of both models in the KL term."""
+    chunk_tokens: int = 512
+    """Tokens whose logits exist at one time, in each sequence-sharded group."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text to packed batches."""
+
+    seq_len: int = 512
+    """Tokens in a sequence."""
+    text_field: str = "text"
+    """Field of a record that holds its text."""
+    separate_documents: bool = True
+    """Put the end-of-text token between documents and reset state, convolution and positions there."""
+    shuffle: bool = True
+    """Shuffle documents, anew each epoch."""
+    heldout: tuple[str, ...] = ()
+    """Held-out text for evaluation, as --text; empty keeps back heldout_fraction of --text."""
+    heldout_fraction: float = 0.02
+    """Documents kept back for evaluation when no held-out text is given."""
+    eval_tokens: int = 16_384
+    """Held-out tokens that an evaluation reads."""
+    workers: int = 0
+    """Processes that tokenize ahead of the training loop; 0 uses a thread."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; their product is the number of devices."""
+
+    data: int = -1
+    """Copies of the parameters, each with its share of the batch; -1 takes the devices left over."""
+    fsdp: int = 1
+    """Shards of parameters and optimizer state, each with its share of the batch."""
+    tensor: int = 1
+    """Shards of heads, MLP width and vocabulary."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One linearization run."""
+
+    mixer: str = "gated_deltanet"
+    """Token mixer of the student; names joined by + repeat over the layers (gated_deltanet+softmax)."""
+    preset: Literal["recommended", "paper", "paper_code"] = "recommended"
+    """Recipe: recommended, paper (equations 1 to 6 as printed) or paper_code (what the authors' code does)."""
+    config: str = "demo"
+    """Config file: a name in configs/ or a path; applied over the preset, under the command line."""
+    teacher: str = "demo"
+    """Teacher: "demo", a Hugging Face name or folder, a .gguf file, or "random" (teacher_config's shape)."""
+    text: tuple[str, ...] = ()
+    """Training text: files, folders, hf:NAME[:SUBSET], tfds:NAME; empty uses Python's own documentation."""
+    stage: tuple[int, ...] = (1, 2, 3)
+    """Stages to run, in order."""
+    tokens: int | None = None
+    """Total token positions, split between the stages in the config's proportions."""
+    run_dir: str = ""
+    """Run folder; empty means runs/CONFIG-PRESET-MIXER."""
+    model: MixerOptions = field(default_factory=MixerOptions)
+    """The student's mixer."""
+    stage1: Stage1Config = field(default_factory=Stage1Config)
+    """Stage 1, attention outputs."""
+    stage2: Stage2Config = field(default_factory=Stage2Config)
+    """Stage 2, hidden states."""
+    stage3: Stage3Config = field(default_factory=Stage3Config)
+    """Stage 3, logits."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text to packed batches."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """The device mesh."""
+    seed: int = 0
+    """Seed of initialisation and of the order of the text."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of matrix products; norms, gates, states, losses and Adam moments stay float32."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the student's trained parameters and Adam moments."""
+    remat: Literal["none", "block"] = "block"
+    """Stage 3: recompute each block in the backward pass instead of keeping its activations."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    save_every: int = 500
+    """Steps between checkpoints; a stage's end is always saved."""
+    keep: int = 2
+    """Rotating checkpoints kept."""
+    milestone_tokens: int = 0
+    """Tokens between checkpoints that are never deleted; 0 keeps none."""
+    teacher_config: Annotated[ModelConfig | None, tyro.conf.Suppress] = None
+    """Architecture the teacher must have; gives plans and random teachers their shape."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run_dir or f"runs/{Path(self.config).stem}-{self.preset}-{self.mixer}")
+
+    @property
+    def period(self) -> tuple[str, ...]:
+        """Mixer ids of one period of layers."""
+        return tuple(self.mixer.split("+"))
+
+    def stages(self) -> dict[int, StageConfig]:
+        """The stages to run, with `tokens` shared out between them."""
+        every = {1: self.stage1, 2: self.stage2, 3: self.stage3}
+        if unknown := [s for s in self.stage if s not in every]:
+            raise UserError(f"--stage {unknown[0]}: stages are 1, 2 and 3")
+        chosen = {s: every[s] for s in sorted(set(self.stage))}
+        if self.tokens is not None:
+            total = sum(s.tokens for s in chosen.values())
+            if self.tokens <= 0 or total <= 0:
+                raise UserError(f"--tokens {self.tokens}: give a positive number of tokens, for stages that have a budget")
+            chosen = {n: replace(s, tokens=round(s.tokens * self.tokens / total)) for n, s in chosen.items()}
+        chosen = {n: s for n, s in chosen.items() if s.tokens > 0}
+        if not chosen:
+            raise UserError("no stage has tokens to train on: set --tokens or --stageN.tokens above 0")
+        return chosen
+
+
+def preset(name: str) -> RunConfig:
+    """The recipe called `name`, at the paper's budget of 3B tokens."""
+    if name == "recommended":
+        return RunConfig()
+    shared: dict[str, Any] = dict(clip_per_layer=False, lr_min=1e-4, lr_new=2e-4, schedule="wsd", warmup=0.1)
+    run = RunConfig(
+        preset=name,  # type: ignore[arg-type]
+        stage1=Stage1Config(**shared, decay_all=True),
+        stage2=Stage2Config(**shared | dict(lr=2e-3, lr_new=2e-3, warmup=0.2), decay_all=True),
+        stage3=Stage3Config(schedule="linear", warmup=0.1, lr_min=0.0, ce_weight=1.0),
+        data=DataConfig(separate_documents=False, shuffle=False),
+    )
+    if name == "paper":
+        return replace(
+            run,
+            stage1=replace(run.stage1, width_reduction="sum", layer_reduction="mean"),
+            stage2=replace(run.stage2, layer_reduction="mean"),
+        )
+    if name == "paper_code":
+        return replace(
+            run,
+            stage2=replace(run.stage2, post_norm_target=True),
+            stage3=replace(run.stage3, kl_reduction="sequence_sum"),
+            param_dtype="bfloat16",
+        )
+    raise UserError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
+
+
+def load_config_file(name: str, base: RunConfig) -> RunConfig:
+    """Apply the config file `name` (in configs/, or a path) to `base`.
+
+    A config file is Python and defines `config(base: RunConfig) -> RunConfig`.
+    """
+    path = Path(name)
+    if path.suffix != ".py":
+        path = CONFIG_DIR / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*.py")))
+        raise UserError(f"--config {name}: no such file; give a path or one of {known}")
+    function = runpy.run_path(str(path)).get("config")
+    if function is None:
+        raise UserError(f"--config {name}: {path} defines no function config(base)")
+    return replace(function(base), config=name)
+
+
+def parse_run(args: Sequence[str] | None = None) -> RunConfig:
+    """The run that a command line asks for: preset < config file < flags."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="recommended")
+    first.add_argument("--config", default="demo")
+    known, _ = first.parse_known_args(args)
+    return parse(RunConfig, args, default=load_config_file(known.config, preset(known.preset)))
+
+
+def parse(cls: type[T], args: Sequence[str] | None = None, *, default: T | None = None) -> T:
+    """Parse a command line into the dataclass `cls`; every entry point of jaxlin parses with this."""
+    settings = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(cls, args=args, config=settings, **({} if default is None else {"default": default}))
+
+
+def run_main(main: Callable[[], Any]) -> None:
+    """Call `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def to_json(config: Any) -> str:
+    """A config dataclass as JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_dict(cls: Any, data: Any) -> Any:
+    """The inverse of `dataclasses.asdict` for the types used here; unknown fields are refused."""
+    if data is None or not isinstance(cls, type) and typing.get_origin(cls) is None:
+        return data
+    if dataclasses.is_dataclass(cls):
+        hints = typing.get_type_hints(cls)
+        if unknown := set(data) - set(hints):
+            raise UserError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}: the file was written by another version")
+        return cls(**{k: from_dict(hints[k], v) for k, v in data.items()})
+    origin, args = typing.get_origin(cls), typing.get_args(cls)
+    if origin in (typing.Union, types.UnionType):
+        return from_dict(next(a for a in args if a is not type(None)), data)
+    if origin is tuple:
+        return tuple(from_dict(args[0] if args[-1] is Ellipsis or len(set(args)) == 1 else Any, v) for v in data)
+    return data
