@@ -153,9 +153,9 @@ class StageConfig:
     lr_min: float = 0.01
     """Learning rate at the end, as a fraction of the peak."""
     weight_decay: float = 0.1
-    """AdamW's decoupled decay; see decay_all."""
-    decay_all: bool = False
-    """Decay every parameter; otherwise not biases, norms, convolutions, gates, A_log and dt_bias."""
+    """AdamW's decoupled decay."""
+    decayed: Literal["matrices", "all_but_norms", "all"] = "matrices"
+    """What decays: projections, embeddings and feature maps; all but norms and biases; or every parameter."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's moment decays."""
     eps: float = 1e-8
@@ -343,9 +343,9 @@ def preset(name: str) -> RunConfig:
     shared: dict[str, Any] = dict(clip_per_layer=False, lr_min=1e-4, lr_new=2e-4, schedule="wsd", warmup=0.1)
     run = RunConfig(
         preset=name,  # type: ignore[arg-type]
-        stage1=Stage1Config(**shared, decay_all=True),
-        stage2=Stage2Config(**shared | dict(lr=2e-3, lr_new=2e-3, warmup=0.2), decay_all=True),
-        stage3=Stage3Config(schedule="linear", warmup=0.1, lr_min=0.0, ce_weight=1.0),
+        stage1=Stage1Config(**shared, decayed="all"),
+        stage2=Stage2Config(**shared | dict(lr=2e-3, lr_new=2e-3, warmup=0.2), decayed="all"),
+        stage3=Stage3Config(schedule="linear", warmup=0.1, lr_min=0.0, ce_weight=1.0, decayed="all_but_norms"),
         data=DataConfig(separate_documents=False, shuffle=False),
     )
     if name == "paper":

@@ -1,0 +1,37 @@
+"""RetNet's multi-scale retention (Sun et al. 2023, arXiv 2307.08621)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxlin import ops
+from jaxlin.mixers.common import TokenMixer, memory_of, next_state
+from jaxlin.mixers.gla import FLA, GatedLinearAttention
+
+
+class RetNet(TokenMixer):
+    """S_t = gamma_h S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t,  gamma_h = 1 - 2^(-5 - h) (arXiv 2307.08621, equation 8)."""
+
+    FLA_HEADS = 8
+    PRESETS = {
+        "recommended": GatedLinearAttention.PRESETS["recommended"],
+        "paper": replace(FLA, rope="own"),
+        "paper_code": replace(FLA, rope="own"),
+    }
+
+    @nn.compact
+    def __call__(self, x, *, positions, segment_ids=None, state=None):
+        q, k, v, tails = self.qkv(x, positions, segment_ids, state)
+        o, memory = ops.gated_linear_attention(
+            q, k, v, retention_decay(q.shape[2]), initial_state=memory_of(state), segment_ids=segment_ids
+        )
+        return self.output(o, x), next_state(state, memory, tails)
+
+
+def retention_decay(heads: int):
+    """log gamma_h, [H]. With more than 8 heads the exponents span the same range, -5 to -12: float32 holds no more."""
+    exponent = jnp.arange(heads) if heads <= 8 else jnp.linspace(0.0, 7.0, heads)
+    return jnp.log1p(-(2.0 ** (-5.0 - exponent)))

@@ -1,0 +1,177 @@
+"""A Llama-family decoder in Linen. Teacher and student are this one class; only the token mixer differs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from jaxlin.config import MixerOptions, ModelConfig
+from jaxlin.mixers import MIXERS
+from jaxlin.mixers.common import Dense, RMSNorm, positions_in_segments, precision
+
+
+class Output(NamedTuple):
+    """What a forward pass gives.
+
+    logits: [B, T, V] float32, or None where they were not asked for.
+    hidden: [B, T, D], the residual stream after the final norm.
+    state: the state after the last token, or None where none came in.
+    collected: the arrays named in `collect`, stacked over layers.
+    """
+
+    logits: Array | None
+    hidden: Array
+    state: Any
+    collected: dict[str, Array]
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c = self.config
+        gate = Dense(c, (c.intermediate_size,), ("embed", "mlp"), c.mlp_bias, name="gate_proj")(x)
+        up = Dense(c, (c.intermediate_size,), ("embed", "mlp"), c.mlp_bias, name="up_proj")(x)
+        return Dense(c, (c.hidden_size,), ("mlp", "embed"), c.mlp_bias, name="down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """A pre-norm decoder layer."""
+
+    config: ModelConfig
+    mixer: str
+    options: MixerOptions
+
+    @nn.compact
+    def __call__(self, x, *, positions, segment_ids=None, state=None):
+        """x [B, T, D] -> (block output, mixer output before the residual, state)."""
+        c = self.config
+        mixer = MIXERS[self.mixer](c, self.options, name="mixer")
+        mixed, state = mixer(
+            RMSNorm(c, name="input_layernorm")(x), positions=positions, segment_ids=segment_ids, state=state
+        )
+        h = x + mixed
+        h = h + MLP(c, name="mlp")(RMSNorm(c, name="post_attention_layernorm")(h))
+        return h, mixed, state
+
+
+def blocks(config: ModelConfig) -> list[Block]:
+    """The blocks of one period of layers, for use inside a module or with `.apply`."""
+    pairs = zip(config.mixer, config.options, strict=True)
+    return [Block(config, mixer, options, name=f"block_{i}") for i, (mixer, options) in enumerate(pairs)]
+
+
+class Period(nn.Module):
+    """One period of the mixer pattern: the body of the scan over layers."""
+
+    config: ModelConfig
+    collect: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x, positions, segment_ids, states):
+        seen = []
+        states = states or {}
+        new_states = {}
+        for block in blocks(self.config):
+            before = x
+            x, mixed, state = block(x, positions=positions, segment_ids=segment_ids, state=states.get(block.name))
+            if state is not None:
+                new_states[block.name] = state
+            seen.append({"hidden_states": before, "mixer_outputs": mixed})
+        collected = {name: jnp.stack([s[name] for s in seen]) for name in self.collect}
+        return x, (collected, new_states)
+
+
+class LanguageModel(nn.Module):
+    """Token ids to logits.
+
+    `collect` may name "hidden_states" ([L + 1, B, T, D]: the residual stream before each block, then after the last,
+    before the final norm) and "mixer_outputs" ([L, B, T, D]: the mixer's output before the residual is added).
+    """
+
+    config: ModelConfig
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: Any = None,
+        collect: tuple[str, ...] = (),
+        logits: bool = True,
+    ) -> Output:
+        """Segment 0 is padding; positions default to a token's rank in its segment, after those in `state`."""
+        c = self.config
+        start = None if state is None else state["position"]
+        ranks, end = positions_in_segments(tokens.shape, segment_ids, start)
+        positions = ranks if positions is None else positions
+
+        embed = nn.Embed(
+            c.vocab_size,
+            c.hidden_size,
+            dtype=c.dtype,
+            embedding_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
+            name="embed_tokens",
+        )
+        body = nn.remat(Period, prevent_cse=False) if self.remat == "block" else Period
+        layers = nn.scan(
+            body,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0),
+            length=c.num_hidden_layers // c.period,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, collect, name="layers")
+        x, (collected, states) = layers(
+            embed(tokens), positions, segment_ids, None if state is None else state["layers"]
+        )
+
+        collected = {name: a.reshape(-1, *a.shape[2:]) for name, a in collected.items()}
+        if "hidden_states" in collected:
+            collected["hidden_states"] = jnp.concatenate([collected["hidden_states"], x[None]])
+        x = RMSNorm(c, name="norm")(x)
+        if not c.tie_word_embeddings:
+            head = Dense(c, (c.vocab_size,), ("embed", "vocab"), False, name="lm_head")
+            scores = head(x).astype(jnp.float32) if logits or self.is_initializing() else None
+        else:
+            scores = project(x, embed.embedding.T, c) if logits else None
+        new_state = None if state is None else {"position": end, "layers": states}
+        return Output(scores, x, new_state, collected)
+
+
+def project(hidden: Float[Array, "... D"], kernel: Float[Array, "D V"], config: ModelConfig) -> Float[Array, "... V"]:
+    """Logits of normed hidden states: products in the compute dtype, sums in float32."""
+    return jnp.matmul(
+        hidden.astype(config.dtype),
+        kernel.astype(config.dtype),
+        precision=precision(config.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def init_state(config: ModelConfig, batch: int, max_len: int) -> Any:
+    """The state before the first token: zeros, and room for `max_len` tokens where a mixer keeps them (softmax)."""
+    repeats = config.num_hidden_layers // config.period
+    layers = {
+        f"block_{i}": jax.tree.map(
+            lambda a: jnp.broadcast_to(a, (repeats, *a.shape)),
+            MIXERS[mixer].init_state(config, options, batch, max_len),
+        )
+        for i, (mixer, options) in enumerate(zip(config.mixer, config.options, strict=True))
+    }
+    return {"position": jnp.zeros(batch, jnp.int32), "layers": layers}
+
+
+def head_kernel(params: Any) -> Float[Array, "D V"]:
+    """The output projection, tied or not."""
+    return params["lm_head"]["kernel"] if "lm_head" in params else params["embed_tokens"]["embedding"].T

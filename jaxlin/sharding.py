@@ -1,0 +1,77 @@
+"""The device mesh and who lives where on it: the only module that names mesh axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxlin.config import MeshConfig, UserError
+
+BATCH_AXES = ("data", "fsdp")
+HEAD_AXIS = "tensor"
+AXES = (*BATCH_AXES, HEAD_AXIS)
+
+# Logical axes of parameters (model.py, mixers/) -> mesh axes.
+RULES = (
+    ("layers", None),
+    ("embed", "fsdp"),
+    ("heads", HEAD_AXIS),
+    ("mlp", HEAD_AXIS),
+    ("vocab", HEAD_AXIS),
+    ("head_dim", None),
+)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh (data, fsdp, tensor) over `devices` (default: all of this run's)."""
+    devices = jax.devices() if devices is None else devices
+    fixed = config.fsdp * config.tensor
+    data = len(devices) // fixed if config.data == -1 else config.data
+    if data * fixed != len(devices):
+        raise UserError(
+            f"--mesh.data {config.data} --mesh.fsdp {config.fsdp} --mesh.tensor {config.tensor}: "
+            f"their product must be the {len(devices)} devices"
+        )
+    return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def kernel_mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh that a kernel call must be mapped over, or None where there is nothing to map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
+
+
+def param_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shardings of the parameters whose boxed shapes are `abstract`, from their logical axes."""
+    specs = nn.get_partition_spec(abstract)
+    shardings = nn.unbox(nn.logical_to_mesh_sharding(specs, mesh, RULES))
+    jax.tree.map(_check_divisible, nn.unbox(abstract), shardings)
+    return shardings
+
+
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Sharding of arrays whose first axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Sharding of values that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+    """Number of shares a batch is divided into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _check_divisible(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> None:
+    for size, axes in zip(leaf.shape, sharding.spec, strict=False):
+        for axis in axes if isinstance(axes, tuple) else (axes,):
+            if axis is not None and size % sharding.mesh.shape[axis]:
+                raise UserError(
+                    f"--mesh.{axis} {sharding.mesh.shape[axis]} does not divide an axis of size {size} "
+                    f"(of {leaf.shape}): use a divisor of {size}"
+                )

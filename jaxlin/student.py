@@ -1,0 +1,112 @@
+"""Students: their architecture and their start from the teacher's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxlin.config import ModelConfig, RunConfig
+from jaxlin.mixers import MIXERS, resolve_options
+from jaxlin.mixers.common import heads_of_kv
+from jaxlin.model import LanguageModel
+
+Path = tuple[str, ...]
+COPIED_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def student_config(run: RunConfig, teacher: ModelConfig) -> ModelConfig:
+    """The teacher's architecture with the run's mixers."""
+    options = tuple(resolve_options(mixer, run.preset, run.model) for mixer in run.period)
+    student = replace(teacher, mixer=run.period, options=options, dtype=run.dtype)
+    for mixer, chosen in zip(student.mixer, student.options, strict=True):
+        if hasattr(MIXERS[mixer], "head_layout"):
+            MIXERS[mixer].head_layout(student, chosen)  # refuses head counts that do not fit
+    return student
+
+
+def abstract_params(config: ModelConfig) -> Any:
+    """Shapes of a model's parameters, boxed with their logical axes."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)["params"]
+
+
+def is_new(path: Path) -> bool:
+    """True for parameters that the teacher does not have."""
+    return "mixer" in path and path[path.index("mixer") + 1] not in COPIED_PROJECTIONS
+
+
+def init_student(teacher_params: Any, config: ModelConfig, key: jax.Array) -> Any:
+    """Parameters of a student: the teacher's where it has them, the mixer's own initialisation for the rest.
+
+    Key and value heads are repeated where the student holds one for each query head (`expand_kv`).
+    """
+    fresh = nn.unbox(LanguageModel(config).init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
+    teacher = flatten_dict(teacher_params)
+    student = {}
+    for path, value in flatten_dict(fresh).items():
+        student[path] = value if is_new(path) else _from_teacher(path, teacher, config).astype(value.dtype)
+    return unflatten_dict(student)
+
+
+def _from_teacher(path: Path, teacher: dict[Path, Any], config: ModelConfig) -> Any:
+    if path[0] != "layers":
+        return teacher[path]
+    index = int(path[1].removeprefix("block_"))
+    value = teacher[("layers", "block_0", *path[2:])][index :: config.period]
+    options = config.options[index]
+    if path[-2] in ("k_proj", "v_proj") and config.mixer[index] != "softmax":
+        value = expand_kv(value, heads_of_kv(config, options), bool(options.gqa_bug_compat))
+    return value
+
+
+def expand_kv(value: jax.Array, heads: int, bug_compat: bool = False) -> jax.Array:
+    """[..., KV, d] -> [..., heads, d]: each head, repeated for the query heads that share it.
+
+    With `bug_compat`, rows are repeated in blocks of 32 whatever the head size, as the authors' code does.
+    """
+    kv, size = value.shape[-2:]
+    repeats = heads // kv
+    if not bug_compat:
+        return jnp.repeat(value, repeats, axis=-2)
+    blocks = value.reshape(*value.shape[:-2], kv * size // 32, 32)
+    return jnp.repeat(blocks, repeats, axis=-2).reshape(*value.shape[:-2], heads, size)
+
+
+def calibrate(student_params: Any, config: ModelConfig, teacher: ModelConfig, teacher_params, batches: Iterable) -> Any:
+    """Set calibrated output norms to the teacher's root mean square of each channel before o_proj.
+
+    `batches` hold tokens and segment_ids [B, T]; some 64k tokens are plenty.
+    """
+    if all(options.out_norm != "calibrated" for options in config.options):
+        return student_params
+    square = None
+    count = 0
+    for batch in batches:
+        valid = batch["segment_ids"] != 0
+        new = _channel_squares(teacher, teacher_params, batch["tokens"], batch["segment_ids"])
+        square = new if square is None else square + new
+        count += int(valid.sum())
+    rms = jnp.sqrt(square / count)  # [L, H, d]
+    flat = flatten_dict(student_params)
+    for path, weight in flat.items():
+        if path[-2:] == ("o_norm", "weight"):
+            index = int(path[1].removeprefix("block_"))
+            if config.options[index].out_norm == "calibrated":
+                flat[path] = rms[index :: config.period].reshape(weight.shape).astype(weight.dtype)
+    return unflatten_dict(flat)
+
+
+@jax.jit(static_argnums=0)
+def _channel_squares(config: ModelConfig, params: Any, tokens, segment_ids):
+    """Sum over tokens of the squares of the teacher's attention heads, [L, H, d]."""
+    _, seen = LanguageModel(config).apply(
+        {"params": params}, tokens, segment_ids=segment_ids, logits=False, mutable=["intermediates"]
+    )
+    heads = seen["intermediates"]["layers"]["block_0"]["mixer"]["heads"][0].astype(jnp.float32)
+    return jnp.sum(jnp.where((segment_ids != 0)[None, :, :, None, None], heads * heads, 0), axis=(1, 2))
