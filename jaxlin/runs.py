@@ -1,0 +1,169 @@
+"""The run folder: what a run writes there, and how everything else reads it.
+
+config.json (settings), model.json (the student), card.json (what was run), metrics.jsonl, tensorboard/,
+checkpoints/ (rotating, for resuming, and milestones), fidelity.json and evaluation.json (what was measured).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxlin import convert
+from jaxlin.checkpoint import load_params
+from jaxlin.config import ModelConfig, RunConfig, UserError, from_dict, to_json
+from jaxlin.model import LanguageModel
+from jaxlin.sharding import param_shardings
+from jaxlin.student import abstract_params, student_config
+
+# Settings that may differ when a run is continued: they change no number of it.
+FREE = ("run_dir", "log_every", "save_every", "keep", "milestone_tokens", "mesh")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A loaded teacher."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Any
+
+
+def load_teacher(run: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Teacher:
+    """The run's teacher, in the run's compute dtype, sharded over `mesh`.
+
+    Raises UserError where its architecture is not the config file's.
+    """
+    if run.teacher == "random":
+        return _random_teacher(run, mesh)
+    config = convert.load_config(run.teacher)
+    if run.teacher_config is not None:
+        _require_same(run, config)
+    config = replace(config, dtype=run.dtype)
+    shardings = None if mesh is None else param_shardings(abstract_params(config), mesh)
+    _, params, tokenizer = convert.load_teacher(run.teacher, dtype=run.dtype, shardings=shardings)
+    return Teacher(config, params, tokenizer)
+
+
+def _random_teacher(run: RunConfig, mesh: jax.sharding.Mesh | None) -> Teacher:
+    if run.teacher_config is None:
+        raise UserError("--teacher random: the config file gives no teacher_config to draw it from")
+    config = replace(run.teacher_config, dtype=run.dtype)
+    abstract = abstract_params(config)
+    out = None if mesh is None else param_shardings(abstract, mesh)
+
+    def init(key):
+        params = nn.unbox(LanguageModel(config).init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
+        return jax.tree.map(lambda a: a.astype(config.dtype), params)
+
+    return Teacher(config, jax.jit(init, out_shardings=out)(jax.random.key(1)), convert.byte_tokenizer())
+
+
+def _require_same(run: RunConfig, found: ModelConfig) -> None:
+    assert run.teacher_config is not None
+    for field in fields(ModelConfig):
+        expected = getattr(run.teacher_config, field.name)
+        if field.name not in ("dtype", "max_position_embeddings") and getattr(found, field.name) != expected:
+            raise UserError(
+                f"--teacher {run.teacher}: {field.name} is {getattr(found, field.name)}, "
+                f"but --config {run.config} is for {expected}; choose the config of this teacher"
+            )
+
+
+def start_folder(run: RunConfig) -> bool:
+    """Claim the run folder: write config.json, or check that it holds this run's settings. True if it was there."""
+    path = run.folder / "config.json"
+    if not path.exists():
+        if run.folder.exists() and any(run.folder.iterdir()):
+            raise UserError(f"--run-dir {run.folder}: not empty and not a run folder; choose another")
+        write_text(path, to_json(run))
+        return False
+    old, new = json.loads(path.read_text()), json.loads(to_json(run))
+    if different := [key for key in new if key not in FREE and old.get(key) != new[key]]:
+        raise UserError(
+            f"--run-dir {run.folder}: holds a run with another {_first_difference(different[0], old, new)}; "
+            "choose another folder, or delete it to start over"
+        )
+    return True
+
+
+def _first_difference(key: str, old: Any, new: Any) -> str:
+    old, new = old.get(key), new.get(key)
+    if isinstance(old, dict) and isinstance(new, dict):
+        inner = next(k for k in new if old.get(k) != new[k])
+        return f"{key}.{_first_difference(inner, old, new)}"
+    return f"{key} ({old}, now {new})"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, opened for reading."""
+
+    folder: Path
+    config: RunConfig
+    student: ModelConfig
+
+    def params(self, step: int | None = None) -> Any:
+        """The student's parameters at `step`, by default at the newest checkpoint."""
+        return load_params(self.folder / "checkpoints", step)
+
+    def write(self, name: str, value: Any) -> None:
+        """Write `value` as JSON into the folder."""
+        write_text(self.folder / name, json.dumps(value, indent=1))
+
+    def read(self, name: str) -> Any:
+        """The JSON file `name` of the folder, or None."""
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def stage_losses(self) -> dict[str, dict[str, float]]:
+        """Each stage's loss at its start and its end: the means of its first and last tenth of logged steps."""
+        path = self.folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        losses: dict[str, list[float]] = {}
+        for line in lines:
+            if "loss" in line:
+                losses.setdefault(f"stage{line['stage']}", []).append(line["loss"])
+        tenth = {name: max(1, len(values) // 10) for name, values in losses.items()}
+        return {
+            name: {"start": sum(v[: tenth[name]]) / tenth[name], "end": sum(v[-tenth[name] :]) / tenth[name]}
+            for name, v in losses.items()
+        }
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run in `folder`. Raises UserError where there is none."""
+    folder = Path(folder)
+    try:
+        config = from_dict(RunConfig, json.loads((folder / "config.json").read_text()))
+        student = from_dict(ModelConfig, json.loads((folder / "model.json").read_text()))
+    except FileNotFoundError as error:
+        raise UserError(f"--run {folder}: no run there ({Path(error.filename).name} is missing)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--run {folder}: config.json or model.json is damaged ({error})") from None
+    return Run(folder, config, student)
+
+
+def new_run(run: RunConfig, teacher: ModelConfig) -> Run:
+    """The run folder's reader for a run that starts; writes model.json."""
+    student = student_config(run, teacher)
+    write_text(run.folder / "model.json", json.dumps(asdict(student), indent=1))
+    return Run(run.folder, run, student)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(text)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
