@@ -18,102 +18,12 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name "bfloat16")
 import numpy as np
 
 from jaxlin import gguf_teacher, hf_files
-from jaxlin.config import ModelConfig, RopeScaling, UserError
+from jaxlin.config import ModelConfig, UserError
 
 # Left in some old checkpoints; computed from the config instead.
 _IGNORED = ("rotary_emb.inv_freq",)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SHARD_BYTES = 5_000_000_000
-
-
-# ---- configuration ---------------------------------------------------------------------------------------------------
-
-
-def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
-    """The `ModelConfig` of an HF Llama config, in the spellings of transformers 4 and 5.
-
-    Args:
-        hf: the contents of config.json.
-        where: what error messages call it.
-
-    Raises:
-        UserError: another architecture, a feature this decoder lacks, a missing or senseless value.
-    """
-
-    def integer(key: str, default: int | None = None) -> int:
-        value = hf.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise UserError(f"{where} has no {key}")
-        if not isinstance(value, int) or value <= 0:
-            raise UserError(f"{where}: {key}={value!r} should be a positive integer")
-        return value
-
-    def number(key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{where}: {key}={value!r} should be a positive number")
-        return float(value)
-
-    if (kind := hf.get("model_type")) != "llama":
-        raise UserError(f"{where}: model_type={kind!r} is not supported; teachers are of the Llama family (llama)")
-    if (activation := hf.get("hidden_act", "silu")) != "silu":
-        raise UserError(f"{where}: hidden_act={activation!r} is not supported, only silu")
-    if hf.get("quantization_config"):
-        raise UserError(
-            f"{where}: quantized HF checkpoints are not supported; give the original weights or a .gguf file"
-        )
-
-    heads, width = integer("num_attention_heads"), integer("hidden_size")
-    if hf.get("head_dim") is None and width % heads:
-        raise UserError(f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
-    # transformers 5 has one dictionary for what 4 keeps in rope_theta and rope_scaling.
-    rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(f"{where}: rope type {kind!r} is not supported, only default and llama3")
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor is not supported, only whole heads are rotated")
-    scaling = None
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if lacking := [n for n in names if n not in rope]:
-            raise UserError(f"{where}: rope type llama3 lacks {', '.join(lacking)}")
-        values = {n: number(n, rope[n]) for n in names}
-        scaling = RopeScaling(**{**values, names[-1]: int(values[names[-1]])})  # type: ignore[arg-type]
-
-    return ModelConfig(
-        vocab_size=integer("vocab_size"),
-        hidden_size=width,
-        intermediate_size=integer("intermediate_size"),
-        num_hidden_layers=integer("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=integer("num_key_value_heads", heads),
-        head_dim=integer("head_dim", width // heads),
-        rope_theta=number("rope_theta", rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-        rope_scaling=scaling,
-        rms_norm_eps=number("rms_norm_eps", hf.get("rms_norm_eps", 1e-6)),
-        max_position_embeddings=integer("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        attention_bias=bool(hf.get("attention_bias", False)),
-        mlp_bias=bool(hf.get("mlp_bias", False)),
-    )
-
-
-def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of a softmax model, in transformers 4's spelling, which 5 reads too."""
-    same = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "rope_theta rms_norm_eps max_position_embeddings tie_word_embeddings attention_bias mlp_bias"
-    )
-    scaling = config.rope_scaling
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        **{key: getattr(config, key) for key in same.split()},
-        "rope_scaling": {"rope_type": "llama3", **vars(scaling)} if scaling else None,
-        "torch_dtype": dtype,
-    }
 
 
 # ---- the table of names ----------------------------------------------------------------------------------------------
@@ -297,10 +207,10 @@ def _open(source: str) -> tuple[ModelConfig, hf_files.Reader, Path]:
     if source == "demo" or source.endswith(".gguf"):
         path = gguf_teacher.demo_file() if source == "demo" else Path(source).expanduser()
         reader = gguf_teacher.GGUFTensors(path)
-        return config_from_hf(reader.hf_config(), str(path)), reader, path
+        return hf_files.config_from_hf(reader.hf_config(), str(path)), reader, path
     path = hf_files.locate(source)
     file = path / "config.json"
-    return config_from_hf(hf_files.read_json(file), str(file)), hf_files.open_folder(path), path
+    return hf_files.config_from_hf(hf_files.read_json(file), str(file)), hf_files.open_folder(path), path
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
@@ -403,7 +313,7 @@ def export_hf(
             total = sum(dtype.itemsize * math.prod(e.stacked_shape) for e in entries)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        hf = config_to_hf(config, dtype.name)
+        hf = hf_files.config_to_hf(config, dtype.name)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
             hf |= {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

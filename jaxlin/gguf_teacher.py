@@ -44,7 +44,7 @@ _TENSORS = {
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 
-# Pre-tokenizers, by the name that llama.cpp gives them in tokenizer.ggml.pre.
+# Names of pre-tokenizers, see `pre_tokenizer`.
 _DIGITS = ("smollm", "starcoder", "refact", "codeshell")
 _GPT2 = ("gpt-2", "gpt2", "default")
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
@@ -202,7 +202,13 @@ class GGUFTensors:
                 ignore_merges=pre in _LLAMA3,
             )
         )
-        core.pre_tokenizer = self._pre_tokenizer(pre)
+        try:
+            core.pre_tokenizer = pre_tokenizer(pre)
+        except KeyError as error:
+            raise UserError(
+                f"{self._path}: tokenizer.ggml.pre={pre!r} is not known here ({', '.join(_DIGITS + _GPT2 + _LLAMA3)}); "
+                "give the original HF folder"
+            ) from error
         core.decoder = decoders.ByteLevel()
         for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
             added = [t for t, type_ in zip(tokens, types, strict=True) if type_ == wanted]
@@ -225,30 +231,24 @@ class GGUFTensors:
             **special,
         )
 
-    def _pre_tokenizer(self, pre: str | None) -> Any:
-        """How text is cut before BPE; a wrong choice makes subtly wrong tokens, so unknown names are refused."""
-        from tokenizers import Regex, pre_tokenizers
 
-        if pre in _DIGITS:
-            return pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Digits(individual_digits=True),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-                ]
-            )
-        if pre in _GPT2:
-            return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        if pre in _LLAMA3:
-            return pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated"),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            )
-        known = ", ".join((*_DIGITS, *_GPT2, *_LLAMA3))
-        raise UserError(
-            f"{self._path}: tokenizer.ggml.pre={pre!r} is not known here ({known}); give the original HF folder"
-        )
+def pre_tokenizer(name: str | None) -> Any:
+    """How text is cut before byte-level BPE, by the name that llama.cpp gives it in tokenizer.ggml.pre.
+
+    Raises:
+        KeyError: an unknown name; a guess would make subtly wrong tokens.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name in _DIGITS:
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    if name in _GPT2:
+        return gpt2
+    if name in _LLAMA3:
+        words = pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), behavior="isolated")
+        return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    raise KeyError(name)
 
 
 # ---- the demo teacher ------------------------------------------------------------------------------------------------
