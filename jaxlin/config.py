@@ -148,8 +148,10 @@ class StageConfig:
     """Shape of the schedule after warm-up; wsd is flat, then falls linearly."""
     warmup: float = 0.02
     """Warm-up, as a fraction of the stage's steps."""
+    stable: float = 0.0
+    """Flat part of wsd, as a fraction of the stage's steps; 0 is what warm-up and decay leave."""
     decay: float = 0.1
-    """Final decay of wsd, as a fraction of the stage's steps."""
+    """Final decay of wsd, as a fraction of the stage's steps; cut short where the shares exceed 1."""
     lr_min: float = 0.01
     """Learning rate at the end, as a fraction of the peak."""
     weight_decay: float = 0.1
@@ -344,7 +346,7 @@ def preset(name: str) -> RunConfig:
     run = RunConfig(
         preset=name,  # type: ignore[arg-type]
         stage1=Stage1Config(**shared, decayed="all"),
-        stage2=Stage2Config(**shared | dict(lr=2e-3, lr_new=2e-3, warmup=0.2), decayed="all"),
+        stage2=Stage2Config(**shared | dict(lr=2e-3, lr_new=2e-3, warmup=0.2, stable=0.8), decayed="all"),
         stage3=Stage3Config(schedule="linear", warmup=0.1, lr_min=0.0, ce_weight=1.0, decayed="all_but_norms"),
         data=DataConfig(separate_documents=False, shuffle=False),
     )

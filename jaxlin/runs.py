@@ -24,7 +24,7 @@ from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params, student_config
 
 # Settings that may differ when a run is continued: they change no number of it.
-FREE = ("run_dir", "log_every", "save_every", "keep", "milestone_tokens", "mesh")
+FREE = ("run_dir", "stage", "log_every", "save_every", "keep", "milestone_tokens", "mesh")
 
 
 @dataclass(frozen=True)
@@ -77,25 +77,24 @@ def _require_same(run: RunConfig, found: ModelConfig) -> None:
             )
 
 
-def start_folder(run: RunConfig) -> bool:
-    """Claim the run folder: write config.json, or check that it holds this run's settings. True if it was there."""
+def check_folder(run: RunConfig) -> None:
+    """Refuse a run folder that holds something else, or a run with other settings. Writes nothing."""
     path = run.folder / "config.json"
     if not path.exists():
-        if run.folder.exists() and any(run.folder.iterdir()):
+        if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
             raise UserError(f"--run-dir {run.folder}: not empty and not a run folder; choose another")
-        write_text(path, to_json(run))
-        return False
+        return
     old, new = json.loads(path.read_text()), json.loads(to_json(run))
     if different := [key for key in new if key not in FREE and old.get(key) != new[key]]:
         raise UserError(
             f"--run-dir {run.folder}: holds a run with another {_first_difference(different[0], old, new)}; "
             "choose another folder, or delete it to start over"
         )
-    return True
 
 
 def _first_difference(key: str, old: Any, new: Any) -> str:
-    old, new = old.get(key), new.get(key)
+    old = old.get(key) if isinstance(old, dict) else old
+    new = new[key]
     if isinstance(old, dict) and isinstance(new, dict):
         inner = next(k for k in new if old.get(k) != new[k])
         return f"{key}.{_first_difference(inner, old, new)}"
@@ -152,8 +151,9 @@ def open_run(folder: str | Path) -> Run:
 
 
 def new_run(run: RunConfig, teacher: ModelConfig) -> Run:
-    """The run folder's reader for a run that starts; writes model.json."""
+    """The folder of a run that starts or continues; writes config.json and model.json."""
     student = student_config(run, teacher)
+    write_text(run.folder / "config.json", to_json(run))
     write_text(run.folder / "model.json", json.dumps(asdict(student), indent=1))
     return Run(run.folder, run, student)
 

@@ -1,0 +1,116 @@
+"""AdamW as the recipe wants it: clipping per layer, two groups of learning rates, selective decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import path_aware_map
+
+from jaxlin.config import StageConfig
+from jaxlin.distill import layer_weights
+from jaxlin.student import Path, is_new
+
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
+
+def make_optimizer(stage: StageConfig, steps: int, layers: int, period: int) -> optax.GradientTransformation:
+    """The stage's optimizer, for the parameters it trains; gradients come accumulated, not clipped."""
+    clip = clip_by_layer(stage.clip) if stage.clip_per_layer else optax.clip_by_global_norm(stage.clip)
+    aligned = (layer_weights(stage, layers) > 0).reshape(-1, period)
+    return optax.chain(
+        clip if stage.clip else optax.identity(),
+        optax.scale_by_adam(*stage.betas, eps=stage.eps),
+        optax.add_decayed_weights(stage.weight_decay, mask=lambda p: path_aware_map(decay_rule(stage.decayed), p)),
+        _scale_by_path(lambda path: stage.lr_new if is_new(path) else stage.lr),
+        optax.scale_by_schedule(lambda count: -schedule(stage, steps)(count)),
+        only_layers(aligned) if stage.layers else optax.identity(),
+    )
+
+
+def schedule(stage: StageConfig, steps: int) -> Callable[[Any], Any]:
+    """Learning rate at a step (from 0), as a fraction of its peak: linear warm-up, then the stage's shape."""
+    warmup = round(stage.warmup * steps)
+    rest = max(1, steps - warmup)
+    if stage.schedule == "cosine":
+        shape = optax.cosine_decay_schedule(1.0, rest, stage.lr_min)
+    elif stage.schedule == "linear":
+        shape = optax.linear_schedule(1.0, stage.lr_min, rest)
+    elif stage.schedule == "wsd":
+        decay = max(1, round(stage.decay * steps))
+        stable = round(stage.stable * steps) if stage.stable else max(0, rest - decay)
+        shape = optax.linear_schedule(1.0, stage.lr_min, decay, transition_begin=stable)
+    else:
+        shape = optax.constant_schedule(1.0)
+
+    def at(step):
+        # The first step already moves: (step + 1) / warmup.
+        ramp = jnp.minimum(1.0, (step + 1) / max(1, warmup))
+        return ramp * shape(jnp.maximum(step - warmup, 0))
+
+    return at
+
+
+def decay_rule(decayed: str) -> Callable[[Path, Any], bool]:
+    """Which parameters weight decay acts on, by path."""
+
+    def rule(path: Path, _: Any) -> bool:
+        if decayed == "all":
+            return True
+        if decayed == "all_but_norms":
+            return not (path[-1] == "bias" or "norm" in path[-2])
+        return (path[-1] == "kernel" and path[-2] in MATRICES) or "feature_map" in path[-1] or path[-1] == "embedding"
+
+    return rule
+
+
+def clip_by_layer(limit: float) -> optax.GradientTransformation:
+    """Scale each layer's gradient to a norm of at most `limit`, all leaves of the layer together.
+
+    Layers are slices of the stacked axis of `updates["layers"][block]`; what is outside them is one more group. One
+    norm over all layers would let the late layers, whose outputs are large, throttle the early ones.
+    """
+
+    def factor(squares):
+        return jnp.minimum(1.0, limit / (jnp.sqrt(squares) + 1e-6))
+
+    def update(updates, state, params=None):
+        del params
+        clipped = {}
+        for block, tree in updates["layers"].items():
+            squares = sum(jnp.sum(g.astype(jnp.float32) ** 2, axis=range(1, g.ndim)) for g in jax.tree.leaves(tree))
+            clipped[block] = jax.tree.map(lambda g, s=squares: _scale_rows(g, factor(s)), tree)
+        rest = {name: tree for name, tree in updates.items() if name != "layers"}
+        scale = factor(optax.tree.norm(rest) ** 2) if rest else 1.0
+        return {"layers": clipped, **jax.tree.map(lambda g: (g * scale).astype(g.dtype), rest)}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def only_layers(aligned: jax.Array) -> optax.GradientTransformation:
+    """Leave layers that are not aligned where they are: decay would move them though their gradient is 0."""
+
+    def update(updates, state, params=None):
+        del params
+        blocks = {
+            block: jax.tree.map(lambda g, i=i: _scale_rows(g, aligned[:, i]), tree)
+            for i, (block, tree) in enumerate(sorted(updates["layers"].items()))
+        }
+        return {**updates, "layers": blocks}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _scale_rows(g: jax.Array, rows: jax.Array) -> jax.Array:
+    return (g * rows.reshape(-1, *(1,) * (g.ndim - 1))).astype(g.dtype)
+
+
+def _scale_by_path(rate: Callable[[Path], float]) -> optax.GradientTransformation:
+    def update(updates, state, params=None):
+        del params
+        return path_aware_map(lambda path, g: rate(path) * g, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

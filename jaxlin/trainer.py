@@ -1,0 +1,328 @@
+"""The one loop: steps, metrics, progress, evaluation, save, resume."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from jaxlin import sharding
+from jaxlin.checkpoint import Checkpoints
+from jaxlin.config import RunConfig, StageConfig, UserError
+from jaxlin.data import heldout_batches, train_batches
+from jaxlin.distill import counts, gradient_function, merge, trained_part
+from jaxlin.evaluation.fidelity import fidelity, fidelity_table
+from jaxlin.evaluation.language_modeling import compare
+from jaxlin.metrics import MetricsLog, progress_bar
+from jaxlin.mixers import MIXERS
+from jaxlin.optimizer import make_optimizer, schedule
+from jaxlin.runs import Run, Teacher, check_folder, load_teacher, new_run
+from jaxlin.student import abstract_params, calibrate, init_student
+
+CALIBRATION_TOKENS = 65_536
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run has come; saved with every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps of the whole run."""
+    tokens: int = 0
+    """Token positions trained on."""
+    stage: int = 0
+    """The stage that `stage_step` counts in; 0 before the first."""
+    stage_step: int = 0
+    """Steps of that stage."""
+
+
+class Trainer:
+    """Runs the stages of one linearization run, from the start or from its newest checkpoint."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.console = Console()
+        self.stages = run.stages()
+        check_folder(run)
+        self.mesh = sharding.make_mesh(run.mesh)
+        self._check_batches()
+        with jax.set_mesh(self.mesh):
+            self.teacher: Teacher = load_teacher(run, self.mesh)
+            self.unit = math.gcd(*(s.batch_size for s in (run.stage1, run.stage2, run.stage3)))
+            self.data = train_batches(
+                run.text, run.data, self.teacher.tokenizer, batch_size=self.unit, seed=run.seed,
+                process_index=jax.process_index(), process_count=jax.process_count(),
+            )  # fmt: skip
+            shards = sharding.batch_shards(self.mesh)
+            size = -(-max(1, min(8, run.data.eval_tokens // run.data.seq_len)) // shards) * shards
+            self.heldout = heldout_batches(run.text, run.data, self.teacher.tokenizer, batch_size=size)
+        self.folder: Run = new_run(run, self.teacher.config)
+        self.student = self.folder.student
+        self.checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.keep)
+        self.shardings = sharding.param_shardings(abstract_params(self.student), self.mesh)
+        self.progress = Progress()
+        self.params: Any = None
+        self.opt_state: Any = None
+
+    def _check_batches(self) -> None:
+        shards = sharding.batch_shards(self.mesh)
+        for n, stage in self.stages.items():
+            rows = stage.batch_size // stage.accumulation
+            if rows * stage.accumulation != stage.batch_size or rows % shards:
+                raise UserError(
+                    f"--stage{n}.batch-size {stage.batch_size}: must be a multiple of accumulation x data x fsdp "
+                    f"= {stage.accumulation * shards}"
+                )
+
+    def train(self) -> None:
+        """All stages; a finished run trains nothing."""
+        with jax.set_mesh(self.mesh):
+            self._start()
+            last = max(self.stages)
+            if self.progress.stage > last or self._finished(last):
+                self.console.print(f"{self.run.folder}: finished already, at step {self.progress.step}")
+                return
+            self.metrics = MetricsLog(self.run.folder, self.progress.step)
+            try:
+                for n, stage in self.stages.items():
+                    if n > self.progress.stage or (n == self.progress.stage and not self._finished(n)):
+                        self._run_stage(n, stage)
+            finally:
+                self.metrics.close()
+                self.data.close()
+                self.checkpoints.close()
+
+    def _finished(self, n: int) -> bool:
+        return n < self.progress.stage or (
+            n == self.progress.stage and self.progress.stage_step >= self._steps(self.stages[n])
+        )
+
+    def _steps(self, stage: StageConfig) -> int:
+        return max(1, round(stage.tokens / (stage.batch_size * self.run.data.seq_len)))
+
+    # ---- start and resume
+
+    def _start(self) -> None:
+        found = self.checkpoints.latest(self._abstract_state)
+        if found is not None:
+            step, state, extra = found
+            self.params, self.opt_state = state["params"], state["opt_state"]
+            self.progress = Progress(**extra["progress"])
+            self.data.set_state(extra["data"])
+            where = f"stage {self.progress.stage}, step {self.progress.stage_step}"
+            self.console.print(f"resumed at step {step} ({where}) from {self.checkpoints.folder}")
+            return
+        init = jax.jit(
+            lambda teacher, key: jax.tree.map(
+                lambda a: a.astype(self.run.param_dtype), init_student(teacher, self.student, key)
+            ),
+            out_shardings=self.shardings,
+        )
+        self.params = init(self.teacher.params, jax.random.key(self.run.seed))
+        self._calibrate()
+        self._write_card()
+        report = fidelity(
+            self.teacher.config, self.teacher.params, self.student, self.params, self.heldout, mesh=self.mesh
+        )
+        self.folder.write("fidelity.json", report)
+        self.console.print(fidelity_table(report))
+
+    def _abstract_state(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """The shapes of a checkpoint: Adam's moments are of the stage it was written in."""
+        params = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, self.run.param_dtype, sharding=s),
+            _unboxed(abstract_params(self.student)), self.shardings,
+        )  # fmt: skip
+        n = extra["progress"]["stage"]
+        stage = {1: self.run.stage1, 2: self.run.stage2, 3: self.run.stage3}[n]
+        optimizer = self._optimizer(stage, 1)
+        opt_state = jax.eval_shape(optimizer.init, trained_part(params, stage))
+        return {"params": params, "opt_state": self._place_moments(opt_state, trained_part(self.shardings, stage))}
+
+    def _place_moments(self, opt_state: Any, shardings: Any) -> Any:
+        """Adam's moments live where their parameters do; counters everywhere."""
+        whole = sharding.replicated(self.mesh)
+        return optax.tree.map_params(
+            lambda _: opt_state,
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            opt_state,
+            shardings,
+            transform_non_params=lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole),
+        )
+
+    def _calibrate(self) -> None:
+        wanted = min(CALIBRATION_TOKENS, self.run.data.eval_tokens)
+        rows = [{k: self._put(v) for k, v in b.items()} for b in self.heldout]
+        batches = rows[: max(1, wanted // rows[0]["tokens"].size)]
+        params = calibrate(self.params, self.student, self.teacher.config, self.teacher.params, batches)
+        self.params = jax.device_put(params, self.shardings)
+
+    # ---- one stage
+
+    def _optimizer(self, stage: StageConfig, steps: int) -> optax.GradientTransformation:
+        return make_optimizer(stage, steps, self.student.num_hidden_layers, self.student.period)
+
+    def _run_stage(self, n: int, stage: StageConfig) -> None:
+        steps = self._steps(stage)
+        optimizer = self._optimizer(stage, steps)
+        if n != self.progress.stage:
+            self.progress.stage, self.progress.stage_step = n, 0
+            self.opt_state = jax.jit(optimizer.init)(trained_part(self.params, stage))
+        step_fn = make_step(stage, optimizer, self.student, self.teacher.config, self.run.remat)
+        rate = schedule(stage, steps)
+        tokens_per_step = stage.batch_size * self.run.data.seq_len
+        since, since_step = time.perf_counter(), self.progress.stage_step
+        with progress_bar(self.console) as bar:
+            task = bar.add_task(f"stage {n}", total=steps, completed=self.progress.stage_step, numbers="")
+            while self.progress.stage_step < steps:
+                batch = self._next_batch(stage)
+                self.params, self.opt_state, metrics = step_fn(self.params, self.opt_state, self.teacher.params, batch)
+                p = self.progress
+                p.step, p.tokens, p.stage_step = p.step + 1, p.tokens + tokens_per_step, p.stage_step + 1
+                done = p.stage_step == steps
+                if p.stage_step % self.run.log_every == 0 or p.stage_step == 1 or done:
+                    values = _numbers(metrics)
+                    now = time.perf_counter()
+                    speed = (p.stage_step - since_step) * tokens_per_step / (now - since)
+                    since, since_step = now, p.stage_step
+                    values |= {"lr": float(stage.lr * rate(p.stage_step - 1)), "tokens": p.tokens}
+                    self.metrics.write(p.step, n, values | {"tokens_per_second": speed})
+                    self._require_finite(values["loss"], n)
+                    numbers = f"loss {values['loss']:.4g}  {speed:,.0f} tokens/s"
+                    bar.update(task, numbers=numbers)
+                    if not self.console.is_terminal:
+                        self.console.print(f"stage {n}  step {p.stage_step}/{steps}  {numbers}", highlight=False)
+                bar.update(task, completed=p.stage_step)
+                milestone = self._is_milestone(tokens_per_step)
+                if milestone or p.stage_step % self.run.save_every == 0 or done:
+                    self._save(milestone)
+        self._evaluate(n)
+
+    def _next_batch(self, stage: StageConfig) -> dict[str, jax.Array]:
+        parts = [next(self.data) for _ in range(stage.batch_size // self.unit)]
+        batch = {k: np.concatenate([p[k] for p in parts]) for k in ("tokens", "segment_ids")}
+        # Micro-batches take every n-th row, so that each has its share of every device's rows.
+        split = {k: v.reshape(-1, stage.accumulation, v.shape[-1]).swapaxes(0, 1) for k, v in batch.items()}
+        return {k: self._put(v, leading=1) for k, v in split.items()}
+
+    def _put(self, array: np.ndarray, leading: int = 0) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh, leading), array)
+
+    def _require_finite(self, loss: float, n: int) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"stage {n}, step {self.progress.stage_step}: the loss is {loss}; lower --stage{n}.lr and "
+                f"--stage{n}.lr-new and run again: it resumes from the last checkpoint"
+            )
+
+    def _is_milestone(self, tokens_per_step: int) -> bool:
+        every = self.run.milestone_tokens
+        return bool(every) and self.progress.tokens // every > (self.progress.tokens - tokens_per_step) // every
+
+    def _save(self, milestone: bool) -> None:
+        extra = {"progress": vars(self.progress), "data": self.data.get_state()}
+        state = {"params": self.params, "opt_state": self.opt_state}
+        self.checkpoints.save(self.progress.step, state, extra, milestone=milestone)
+
+    def _evaluate(self, n: int) -> None:
+        result = compare(
+            self.teacher.config, self.teacher.params, self.student, self.params, self.heldout, mesh=self.mesh
+        )
+        self.metrics.write(self.progress.step, n, {f"heldout_{k}": v for k, v in result.items()})
+        self.console.print(
+            f"after stage {n}: KL to the teacher {result['kl']:.4f}, held-out perplexity "
+            f"{result['perplexity']:.2f} (teacher {result['teacher_perplexity']:.2f}), "
+            f"agreement {result['agreement']:.1%}",
+            highlight=False,
+        )
+
+    def _write_card(self) -> None:
+        """What was run: versions, hardware, sizes. The settings are in config.json."""
+        device = jax.devices()[0]
+        self.folder.write(
+            "card.json",
+            {
+                "command": " ".join(sys.argv),
+                "preset": self.run.preset,
+                "mixer": self.run.mixer,
+                "teacher": self.run.teacher,
+                "git_commit": _git_commit(),
+                "python": platform.python_version(),
+                "versions": {n: importlib.metadata.version(n) for n in ("jax", "flax", "optax", "orbax-checkpoint")},
+                "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+                "teacher_parameters": sum(a.size for a in jax.tree.leaves(self.teacher.params)),
+                "student_parameters": sum(a.size for a in jax.tree.leaves(self.params)),
+                "state_elements_per_layer": state_elements(self.student),
+            },
+        )
+
+
+def make_step(stage: StageConfig, optimizer, student, teacher, remat: str):
+    """The jitted update: (params, opt_state, teacher params, batch [A, B, T]) -> (params, opt_state, metrics)."""
+    gradients = gradient_function(stage, student, teacher, remat)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, teacher_params, batch):
+        trained = trained_part(params, stage)
+        count = counts({k: v.reshape(-1, v.shape[-1]) for k, v in batch.items()})
+
+        def micro(i):
+            return gradients(trained, params, teacher_params, jax.tree.map(lambda a: a[i], batch), count)
+
+        found, metrics = micro(0)
+        for i in range(1, stage.accumulation):
+            found, metrics = jax.tree.map(jnp.add, (found, metrics), micro(i))
+        updates, opt_state = optimizer.update(found, opt_state, trained)
+        metrics["gradient_norm"] = optax.tree.norm(found)
+        return merge(params, optax.apply_updates(trained, updates)), opt_state, metrics
+
+    return step
+
+
+def state_elements(student) -> list[int]:
+    """Numbers of one sequence's recurrent state, layer by layer; for softmax, what each token adds."""
+
+    def size(mixer, options):
+        state = jax.eval_shape(lambda: MIXERS[mixer].init_state(student, options, 1, 1))
+        return sum(a.size for a in jax.tree.leaves(state.get("memory", (state.get("k"), state.get("v")))))
+
+    period = [size(m, o) for m, o in zip(student.mixer, student.options, strict=True)]
+    return period * (student.num_hidden_layers // student.period)
+
+
+def _numbers(metrics: dict[str, jax.Array]) -> dict[str, Any]:
+    """Metrics as floats and lists; sums of squares become the NMSE of each layer."""
+    values = {k: np.asarray(v, np.float64) for k, v in metrics.items()}
+    if "error" in values:
+        values["layer_nmse"] = values.pop("error") / values.pop("power")
+    return {k: v.tolist() for k, v in values.items()}
+
+
+def _unboxed(tree: Any) -> Any:
+    from flax import linen as nn
+
+    return nn.unbox(tree)
+
+
+def _git_commit() -> str | None:
+    try:
+        where = os.path.dirname(os.path.abspath(__file__))
+        out = subprocess.run(["git", "-C", where, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return out.stdout.strip() or None
