@@ -254,7 +254,7 @@ class _TokenFile:
             part = np.asarray(tokens[start : start + SCAN_TOKENS])
             if (largest := int(part.max())) >= vocab_size:
                 raise UserError(
-                    f"--text {path}: token {largest} is outside this vocabulary of {vocab_size}; prepare it again"
+                    f"--text {path}: token {largest} is outside the vocabulary of {vocab_size}; prepare it again"
                 )
             ends.append(start + np.flatnonzero(part == end_of_text) + 1)
         if len(tokens) and tokens[-1] != end_of_text:

@@ -225,9 +225,8 @@ def test_a_window_shuffles_and_loses_nothing(monkeypatch):
         assert sorted(epoch) == every
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_workers_change_nothing(kind, tmp_path, tokenizer, monkeypatch):
+def test_workers_change_nothing(kind, tmp_path, tokenizer):
     text = write_source(kind, tmp_path, tokenizer)
     alone = train(text, CONFIG, tokenizer, 25)
     batches = train_batches([text], dataclasses.replace(CONFIG, workers=2), tokenizer, batch_size=4, seed=0)
