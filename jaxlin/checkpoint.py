@@ -29,8 +29,10 @@ from jaxlin.config import UserError
 MANIFEST = "manifest.json"
 NAME = re.compile(r"(\d+)(?:\.(\d+))?")  # step, and attempt where the step was saved before
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "RESOURCE_EXHAUSTED")
+FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large")
 log = logging.getLogger(__name__)
+# Orbax's threads log a failure that it then raises here as well; one report is enough.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
 
 PyTree = Any
 
