@@ -417,7 +417,7 @@ def to_json(config: Any) -> str:
 
 def from_dict(cls: Any, data: Any) -> Any:
     """The inverse of `dataclasses.asdict` for the types used here; unknown fields are refused."""
-    if data is None or not isinstance(cls, type) and typing.get_origin(cls) is None:
+    if data is None or (not isinstance(cls, type) and typing.get_origin(cls) is None):
         return data
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)

@@ -1,0 +1,211 @@
+"""Text to batches: documents -> tokens -> packed sequences -> batches, in one Grain pipeline.
+
+Documents are shuffled anew each epoch, tokenized in groups and joined into one endless stream, which is cut every
+`seq_len` tokens: no padding, nothing dropped, the rest of an epoch continues into the next. Each document ends with the
+end-of-text token, which belongs to it, and is a segment of its own. The order depends on the text, the seed and the
+number of processes only, not on `workers`; the iterator's state is a small dict, and continues bit for bit.
+
+Prepare a large corpus once: `python -m jaxlin.data --text PATH... --teacher demo --out tokens.npy`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from jaxlin.config import DataConfig, UserError, parse, run_main
+from jaxlin.sources import Document, open_text
+from jaxlin.split import Corpus, documents, share, split
+from jaxlin.streams import GROUP, Packed, ShardedText, segment_ids_of
+
+PREFETCH = 8  # batches ready ahead of the training loop
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    text: Sequence[str],
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Endless batches {"tokens": int32 [B, T], "segment_ids": int32 [B, T]}, B = batch_size / process_count.
+
+    Segments count from 1 in each sequence. `get_state()` gives a JSON-able dict, `set_state()` continues from one,
+    `close()` ends the threads and processes. Documents that `heldout_batches` gives are left out.
+    Raises UserError for text that cannot be read or is too short.
+    """
+    if batch_size % process_count:
+        raise UserError(f"batch_size={batch_size} is not a multiple of the {process_count} processes")
+    training, _ = split(_open(text, config, tokenizer), 0 if config.heldout else config.heldout_fraction)
+    corpus = share(training, process_index, process_count)
+    tokenize = _Tokenize(tokenizer, config.separate_documents)
+    _require_tokens(text, corpus, tokenize, config.seq_len)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if isinstance(corpus, list):
+        groups: Any = ShardedText(corpus, seed, config.shuffle).map(tokenize)
+    else:
+        source = grain.MapDataset.source(corpus)
+        groups = (source.shuffle(seed=seed) if config.shuffle else source).repeat().batch(GROUP, batch_fn=list)
+        # No threads here: the workers, or the one thread at the end, run everything before them.
+        groups = groups.map(tokenize).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if config.workers:
+        if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl's flags, which jaxlin does not use
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2)
+        groups = groups.mp_prefetch(options, worker_init_fn=_one_thread)
+    batches = Packed(groups, config.seq_len).batch(batch_size // process_count, drop_remainder=True)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH))
+
+
+def heldout_batches(text: Sequence[str], config: DataConfig, tokenizer: Any, *, batch_size: int) -> list[Batch]:
+    """Batches like those of `train_batches`, of at most `config.eval_tokens` tokens that it never gives.
+
+    They come from `config.heldout`, or else from every n-th document of `text`, n = 1 / heldout_fraction, and are the
+    same on every process. What the text does not fill is padding: token 0, segment 0.
+    """
+    if config.heldout:
+        heldout = documents(_open(config.heldout, config, tokenizer))
+    elif config.heldout_fraction > 0:
+        _, heldout = split(_open(text, config, tokenizer), config.heldout_fraction)
+    else:
+        raise UserError("--data.heldout-fraction 0 keeps back no text: raise it or give --data.heldout")
+    tokenize, length = _Tokenize(tokenizer, config.separate_documents), config.seq_len
+    wanted = max(1, config.eval_tokens // length) * length
+    groups, count = [], 0
+    while count < wanted and (group := list(itertools.islice(heldout, GROUP))):
+        groups.append(tokenize(group))
+        count += len(groups[-1]["tokens"])
+    if not count:
+        raise UserError(f"--data.heldout {_names(config.heldout or text)}: there is no text to evaluate on")
+    tokens, starts = (np.concatenate([group[key] for group in groups])[:wanted] for key in ("tokens", "starts"))
+    rows = -(-len(tokens) // length)
+    batches = np.zeros((2, -(-rows // batch_size), batch_size, length), np.int32)
+    batches[0].reshape(-1)[: len(tokens)] = tokens
+    for row, segments in enumerate(batches[1].reshape(-1, length)[:rows]):
+        part = starts[row * length : (row + 1) * length]
+        segments[: len(part)] = segment_ids_of(part)
+    return [{"tokens": tokens, "segment_ids": segments} for tokens, segments in zip(*batches, strict=True)]
+
+
+def _names(text: Sequence[str]) -> str:
+    return " ".join(text) or "(none: Python's own reference)"
+
+
+def _open(text: Sequence[str], config: DataConfig, tokenizer: Any) -> Corpus:
+    from jaxlin.convert import end_of_text_id
+
+    return open_text(text, config.text_field, end_of_text=end_of_text_id(tokenizer), vocab_size=len(tokenizer))
+
+
+def _require_tokens(text: Sequence[str], corpus: Corpus, tokenize: _Tokenize, length: int) -> None:
+    """Refuse a corpus of fewer than `length` tokens; this also meets a wrong field before training starts."""
+    count = 0
+    for document in documents(corpus):
+        count += len(tokenize([document])["tokens"])
+        if count >= length:
+            return
+    raise UserError(
+        f"--text {_names(text)}: {count} tokens to train on are fewer than one sequence of {length};"
+        " give more text or lower --data.seq-len"
+    )
+
+
+@dataclass(frozen=True)
+class _Tokenize:
+    """Documents to {"tokens": int32 [N], "starts": bool [N], true where a document starts}."""
+
+    tokenizer: Any
+    separate: bool
+    end_of_text: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        from jaxlin.convert import end_of_text_id
+
+        object.__setattr__(self, "end_of_text", end_of_text_id(self.tokenizer))
+
+    def __call__(self, group: Sequence[Document]) -> Batch:
+        texts = [document for document in group if isinstance(document, str)]
+        new = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
+        parts = [np.asarray(next(new) if isinstance(d, str) else d, np.int32) for d in group]
+        parts = [part for part in parts if len(part)]
+        if self.separate:
+            parts = [np.append(part, np.int32(self.end_of_text)) for part in parts]
+        tokens = np.concatenate([np.zeros(0, np.int32), *parts])
+        starts = np.zeros(len(tokens), bool)
+        if self.separate and parts:
+            starts[np.cumsum([0] + [len(part) for part in parts[:-1]])] = True
+        return {"tokens": tokens, "starts": starts}
+
+
+def _one_thread(worker: int, workers: int) -> None:
+    """Worker processes share the cores: none of them starts threads."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Tokenize text once, into a file that training maps into memory."""
+
+    out: Path
+    """The .npy file to write: uint16 or uint32 token ids, an end-of-text token after each document."""
+    text: tuple[str, ...] = ()
+    """Text, as for training; empty uses Python's own documentation."""
+    teacher: str = "demo"
+    """Whose tokenizer: "demo", a Hugging Face name or folder, or a .gguf file."""
+    text_field: str = "text"
+    """Field of a record that holds its text."""
+
+
+def prepare(settings: Prepare, tokenizer: Any) -> tuple[int, int]:
+    """Write `settings.out`, whole or not at all; returns the numbers of documents and of tokens in it."""
+    if settings.out.suffix != ".npy":
+        raise UserError(f"--out {settings.out}: the name must end in .npy")
+    every = documents(_open(settings.text, DataConfig(text_field=settings.text_field), tokenizer))
+    tokenize = _Tokenize(tokenizer, separate=True)
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    part, counts = settings.out.with_suffix(".npy.part"), np.zeros(2, int)
+    header = {"descr": dtype.str, "fortran_order": False}
+    try:
+        with part.open("wb") as file:
+            # The length is known at the end only; NumPy pads the header so that it can be written again then.
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (0,)})
+            while group := list(itertools.islice(every, GROUP)):
+                tokens = tokenize(group)
+                tokens["tokens"].astype(dtype).tofile(file)
+                counts += (int(tokens["starts"].sum()), len(tokens["tokens"]))
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (int(counts[1]),)})
+        part.replace(settings.out)
+    except OSError as error:
+        raise UserError(f"--out {settings.out}: cannot be written ({error.strerror})") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return int(counts[0]), int(counts[1])
+
+
+def main() -> None:
+    """Entry point of `python -m jaxlin.data`."""
+    from jaxlin.convert import load_tokenizer
+
+    settings, began = parse(Prepare), time.perf_counter()
+    count, tokens = prepare(settings, load_tokenizer(settings.teacher))
+    rate = tokens / (time.perf_counter() - began)
+    print(f"{settings.out}: {tokens:,} tokens of {count:,} documents, {rate:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    run_main(main)
