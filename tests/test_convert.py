@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens.make_llama_goldens import VARIANTS, make_model, run, sample_tokens
 from safetensors.numpy import load_file, save_file
-from tiny_llama import BIASED, CONFIG, assert_same, random_params, word_tokenizer
 
 from jaxlin.config import RopeScaling, UserError
 from jaxlin.convert import (
@@ -30,6 +28,8 @@ from jaxlin.convert import (
 )
 from jaxlin.hf_files import config_from_hf, open_folder
 from jaxlin.model import LanguageModel
+from tests.goldens.make_llama_goldens import VARIANTS, make_model, run, sample_tokens
+from tests.tiny_llama import BIASED, CONFIG, assert_same, random_params, word_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = 1e-4  # relative to the largest value, float32

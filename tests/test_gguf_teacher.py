@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_llama import BIASED, CONFIG, assert_same, random_params
 
 from jaxlin import gguf_teacher
 from jaxlin.config import RopeScaling, UserError
 from jaxlin.convert import end_of_text_id, export_hf, load_config, load_teacher, load_tokenizer, table
 from jaxlin.gguf_teacher import demo_file, pre_tokenizer, unpermute
 from jaxlin.model import LanguageModel
+from tests.goldens.make_llama_goldens import run
+from tests.tiny_llama import BIASED, CONFIG, assert_same, random_params
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "smollm_tokenizer.json").read_text())
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -278,8 +279,7 @@ def test_tokenizer_of_a_file(tmp_path):
     assert tokenizer.decode([2, 3], skip_special_tokens=True) == "a"
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<|im_start|>", "<|im_end|>", SPECIAL[0])
     assert tokenizer.pad_token is None
-    message = [{"role": "user", "content": "hi"}]
-    assert tokenizer.apply_chat_template(message, tokenize=False) == "hi"
+    assert tokenizer.chat_template == "{{ messages[0].content }}"
     fields = {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": True}
     tokenizer = load_tokenizer(write_gguf(path, CONFIG, params, fields=fields))
     assert tokenizer.convert_ids_to_tokens(tokenizer("a12").input_ids) == ["<|im_start|>", "a", "12"]
@@ -434,8 +434,6 @@ def test_demo_parity(demo, tmp_path):
 
     export_hf(params, config, tmp_path / "hf", tokenizer=tokenizer)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
-    from goldens.make_llama_goldens import run
-
     hidden, logits = run(model, tokens)
     assert np.abs(output.logits - logits).max() <= 1e-4 * np.abs(logits).max()
     found = np.asarray(output.collected["hidden_states"])
