@@ -155,6 +155,11 @@ def reverse_cumsum(x: Array) -> Array:
     return _block_sums(_enter_sums(x.shape[-2]).T, x)
 
 
+def cumsum_before(x: Array) -> Array:
+    """Sum over rows t < i of [N, B, H, C, D]."""
+    return _block_sums(_leave_sums(x.shape[-2]).T, x)
+
+
 def _level_sizes(length: int) -> list[int]:
     return [1 << n for n in range(length.bit_length() - 1)]
 
@@ -179,7 +184,8 @@ def _block_sums(sums: Array, x: Array) -> Array:
     """`sums` [R, R] times every aligned block of R rows of x [..., C, K]."""
     rows = sums.shape[0]
     blocks = x.reshape(*x.shape[:-2], -1, rows, x.shape[-1])
-    sums = jnp.broadcast_to(sums, (*blocks.shape[:-1], rows))
+    if x.shape[-1] > 1:  # a batched product needs no transpose of x
+        sums = jnp.broadcast_to(sums, (*blocks.shape[:-1], rows))
     return product("...ij,...jk->...ik", sums, blocks, x.dtype).reshape(x.shape)
 
 
