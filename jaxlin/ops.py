@@ -1,0 +1,318 @@
+"""The seam between the mixers and their implementations: checks, default state, choice of implementation, shard_map.
+
+Shapes: B batch, T time, H query/key heads, HV value heads (HV % H == 0), K key dim, V value dim. `g` is the LOG decay,
+<= 0. States and sums have dtype promote_types(input, float32). Segments and padding: see `jaxlin.recurrence`.
+
+`implementation`: "scan" (the definition), "chunked" (XLA, any device), "pallas" (TPU and GPU kernels), or None for the
+best the platform has. A named one that cannot run raises NotImplementedError with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
+
+from jaxlin import recurrence, sharding
+
+Implementation = Literal["scan", "chunked", "pallas"]
+State = Float[Array, "B HV K V"]
+NormalizedState = tuple[State, Float[Array, "B HV K"]]
+MLSTMState = tuple[State, Float[Array, "B HV K"], Float[Array, "B HV"]]
+
+_log = logging.getLogger(__name__)
+
+
+def gated_linear_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T HV V"],
+    g: Float[Array, " HV"] | Float[Array, "B T HV"] | Float[Array, "B T HV K"] | None = None,
+    *,
+    scale: float | None = None,
+    normalize: bool = False,
+    initial_state: State | NormalizedState | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T HV V"], State | NormalizedState]:
+    """S_t = e^{g_t} S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t: linear attention, RetNet (g [HV]), GLA (g per channel).
+
+    With `normalize`, o_t is divided by scale z_t.q_t + eps, z the running sum of k, and the state is (S, z).
+    `scale` defaults to K ** -0.5. Returns (o, final_state); differentiable in every array, through both.
+    Raises ValueError for shapes that do not fit, NotImplementedError for a named implementation that cannot run.
+    """
+    dims = _check_qkv(q, k, v)
+    _check_gate(g, dims, allow_constant=True)
+    shapes = _state_shapes(dims, "S", "z") if normalize else _state_shapes(dims, "S")
+    state = _state(initial_state, shapes, q, k, v)
+    options = dict(scale=_scale(scale, dims), normalize=normalize)
+    arrays = dict(q=q, k=k, v=v, g=g, segment_ids=_check_segments(segment_ids, dims))
+    return _run("gated_linear_attention", arrays, state, options, chunk_size, implementation)
+
+
+def gated_delta_rule(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T HV V"],
+    beta: Float[Array, "B T HV"],
+    g: Float[Array, "B T HV"] | Float[Array, "B T HV K"] | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T HV V"], State]:
+    """S_t = (I - beta_t k_t k_t^T) e^{g_t} S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t.
+
+    DeltaNet (g None), Gated DeltaNet (g per head), KDA (g per channel). Keys should be L2-normalised: with
+    beta |k|^2 > 2 the state grows without bound. `scale` defaults to K ** -0.5. Returns (o, final_state).
+    """
+    dims = _check_qkv(q, k, v)
+    _check_shape("beta", beta, dims, "B T HV")
+    _check_gate(g, dims, allow_constant=False)
+    state = _state(initial_state, _state_shapes(dims, "S"), q, k, v)
+    arrays = dict(q=q, k=k, v=v, beta=beta, g=g, segment_ids=_check_segments(segment_ids, dims))
+    return _run("gated_delta_rule", arrays, state, dict(scale=_scale(scale, dims)), chunk_size, implementation)
+
+
+def mlstm(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T HV V"],
+    i: Float[Array, "B T HV"],
+    f: Float[Array, "B T HV"],
+    *,
+    scale: float | None = None,
+    initial_state: MLSTMState | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T HV V"], MLSTMState]:
+    """h_t = C_t^T q_t / max(|n_t.q_t|, e^{-m_t}), the stabilised matrix LSTM (Beck et al. 2024); i, f pre-activations.
+
+    The state is (C, n, m); gradients stop at every m but the initial one. `scale` (default K ** -0.5) multiplies q.
+    """
+    dims = _check_qkv(q, k, v)
+    _check_shape("i", i, dims, "B T HV")
+    _check_shape("f", f, dims, "B T HV")
+    state = _state(initial_state, _state_shapes(dims, "C", "n", "m"), q, k, v)
+    arrays = dict(q=q, k=k, v=v, i=i, f=f, segment_ids=_check_segments(segment_ids, dims))
+    return _run("mlstm", arrays, state, dict(scale=_scale(scale, dims)), chunk_size, implementation)
+
+
+def gated_linear_attention_step(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B HV V"],
+    g: Float[Array, " HV"] | Float[Array, "B HV"] | Float[Array, "B HV K"] | None,
+    state: State | NormalizedState,
+    *,
+    scale: float | None = None,
+    normalize: bool = False,
+) -> tuple[Float[Array, "B HV V"], State | NormalizedState]:
+    """One token of `gated_linear_attention`, same state."""
+    dims = _check_qkv(q, k, v, time=False)
+    _check_gate(g, dims, allow_constant=True)
+    shapes = _state_shapes(dims, "S", "z") if normalize else _state_shapes(dims, "S")
+    state = _state(state, shapes, q, k, v, name="state")
+    o, state = recurrence.gated_linear_attention_step(q, k, v, g, state, scale=scale, normalize=normalize)
+    return o.astype(v.dtype), state
+
+
+def gated_delta_rule_step(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B HV V"],
+    beta: Float[Array, "B HV"],
+    g: Float[Array, "B HV"] | Float[Array, "B HV K"] | None,
+    state: State,
+    *,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B HV V"], State]:
+    """One token of `gated_delta_rule`, same state."""
+    dims = _check_qkv(q, k, v, time=False)
+    _check_shape("beta", beta, dims, "B HV")
+    _check_gate(g, dims, allow_constant=False)
+    state = _state(state, _state_shapes(dims, "S"), q, k, v, name="state")
+    o, state = recurrence.gated_delta_rule_step(q, k, v, beta, g, state, scale=scale)
+    return o.astype(v.dtype), state
+
+
+def mlstm_step(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B HV V"],
+    i: Float[Array, "B HV"],
+    f: Float[Array, "B HV"],
+    state: MLSTMState,
+    *,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B HV V"], MLSTMState]:
+    """One token of `mlstm`, same state."""
+    dims = _check_qkv(q, k, v, time=False)
+    _check_shape("i", i, dims, "B HV")
+    _check_shape("f", f, dims, "B HV")
+    state = _state(state, _state_shapes(dims, "C", "n", "m"), q, k, v, name="state")
+    h, state = recurrence.mlstm_step(q, k, v, i, f, state, scale=scale)
+    return h.astype(v.dtype), state
+
+
+# ---- checks ----
+
+
+def _check_qkv(q: Array, k: Array, v: Array, time: bool = True) -> dict[str, int]:
+    """Sizes by name, from q, k and v."""
+    axes = "B T H K" if time else "B H K"
+    for name, x in (("q", q), ("v", v)):
+        if x.ndim != len(axes.split()):
+            raise ValueError(f"{name} has shape {x.shape}, expected {axes if name == 'q' else axes[:-3] + 'HV V'}")
+    dims = dict(zip(axes.split(), q.shape, strict=True)) | {"HV": v.shape[-2], "V": v.shape[-1]}
+    _check_shape("k", k, dims, axes)
+    _check_shape("v", v, dims, "B T HV V" if time else "B HV V")
+    if dims["HV"] % dims["H"]:
+        raise ValueError(f"v has {dims['HV']} heads, not a multiple of the {dims['H']} heads of q and k")
+    if 0 in dims.values():
+        raise ValueError(f"q, k and v must not be empty: q has shape {q.shape}, v has shape {v.shape}")
+    return dims
+
+
+def _check_shape(name: str, x: Array, dims: dict[str, int], axes: str) -> None:
+    expected = tuple(dims[a] for a in axes.split())
+    if x.shape != expected:
+        raise ValueError(f"{name} has shape {x.shape}, expected [{axes.replace(' ', ', ')}] = {expected}")
+
+
+def _check_gate(g: Array | None, dims: dict[str, int], allow_constant: bool) -> None:
+    if g is None:
+        return
+    forms = ["B T HV", "B T HV K"] if "T" in dims else ["B HV", "B HV K"]
+    forms = ["HV", *forms] if allow_constant else forms
+    if g.shape not in [tuple(dims[a] for a in axes.split()) for axes in forms]:
+        allowed = " or ".join(f"[{a.replace(' ', ', ')}] = {tuple(dims[x] for x in a.split())}" for a in forms)
+        raise ValueError(f"g has shape {g.shape}, expected {allowed}")
+
+
+def _check_segments(segment_ids: Array | None, dims: dict[str, int]) -> Array | None:
+    if segment_ids is None:
+        return None
+    _check_shape("segment_ids", segment_ids, dims, "B T")
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids has dtype {segment_ids.dtype}, expected integers (0 is padding)")
+    return segment_ids
+
+
+def _scale(scale: float | None, dims: dict[str, int]) -> float:
+    return dims["K"] ** -0.5 if scale is None else scale
+
+
+def _state_shapes(dims: dict[str, int], *names: str) -> dict[str, tuple[int, ...]]:
+    axes = {"S": "B HV K V", "C": "B HV K V", "z": "B HV K", "n": "B HV K", "m": "B HV"}
+    return {name: tuple(dims[a] for a in axes[name].split()) for name in names}
+
+
+def _state(state: Any, shapes: dict[str, tuple[int, ...]], *inputs: Array, name: str = "initial_state") -> Any:
+    """The given state, checked and cast to the accumulation dtype, or zeros."""
+    dtype = recurrence.accumulation_dtype(*inputs)
+    if state is None:
+        parts = tuple(jnp.zeros(shape, dtype) for shape in shapes.values())
+    else:
+        found = jax.tree.map(jnp.shape, state)
+        if found != (tuple(shapes.values()) if len(shapes) > 1 else shapes["S"]):
+            expected = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
+            raise ValueError(f"{name} has shape {found}, expected {expected}")
+        parts = tuple(part.astype(dtype) for part in jax.tree.leaves(state))
+    return parts[0] if len(shapes) == 1 else parts
+
+
+# ---- choice of implementation ----
+
+
+def _run(op: str, arrays: dict, state: Any, options: dict, chunk_size: int | None, implementation: str | None):
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+    if implementation is not None:
+        return _sharded(_find(op, implementation), arrays, state, options, chunk_size)
+    for name in _preference(arrays["q"].shape[1]):
+        try:
+            return _sharded(_find(op, name), arrays, state, options, chunk_size)
+        except NotImplementedError as error:
+            _log_once(f"{op}: no {name} implementation here ({error})")
+    raise AssertionError("the scan always runs")
+
+
+def _preference(time: int) -> tuple[str, ...]:
+    if time == 1:
+        return ("scan",)  # one step; chunks have nothing to gain
+    return ("chunked", "scan") if platform() == "cpu" else ("pallas", "chunked", "scan")
+
+
+def platform() -> str:
+    """The platform compiled for: the mesh's (which may be that of an ahead-of-time topology), else the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _find(op: str, implementation: str) -> Callable:
+    """The function (arrays, state, options, chunk_size) -> (o, final_state) of a named implementation."""
+    if implementation == "scan":
+        definition = getattr(recurrence, op)
+        return lambda arrays, state, options, _: definition(**arrays, **options, initial_state=state)
+    if implementation == "chunked":
+        try:
+            chunked = importlib.import_module(f"jaxlin.kernels.{op}").chunked
+        except ModuleNotFoundError:
+            raise NotImplementedError(f"{op} has no chunked form yet") from None
+        return lambda arrays, state, options, chunk_size: chunked(
+            **arrays, **options, initial_state=state, chunk_size=chunk_size
+        )
+    if implementation == "pallas":
+        raise NotImplementedError(f"{op} has no Pallas kernel for {platform()}")
+    raise ValueError(f"implementation is {implementation!r}, expected 'scan', 'chunked', 'pallas' or None")
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _log.warning(message)
+
+
+# ---- sharding ----
+
+
+def _sharded(function: Callable, arrays: dict, state: Any, options: dict, chunk_size: int | None):
+    """Run `function` on each device's own batch rows and heads: nothing is communicated."""
+    mesh = sharding.kernel_mesh()
+    absent = {name: x for name, x in arrays.items() if x is None}
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+
+    def local(arrays, state):
+        return function(arrays | absent, state, options, chunk_size)
+
+    if mesh is None:
+        return local(arrays, state)
+    # A batch or a head count that does not divide stays whole on every device.
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    batch_size, _, num_heads, _ = arrays["q"].shape
+    batch, shards = (), 1
+    for axis in sharding.BATCH_AXES:
+        if axis in sizes and batch_size % (shards * sizes[axis]) == 0:
+            batch, shards = (*batch, axis), shards * sizes[axis]
+    heads = sharding.HEAD_AXIS if num_heads % sizes.get(sharding.HEAD_AXIS, num_heads + 1) == 0 else None
+    specs = {name: P(batch, None, heads) for name in arrays}
+    if "g" in arrays and arrays["g"].ndim == 1:
+        specs["g"] = P(heads)
+    if "segment_ids" in arrays:
+        specs["segment_ids"] = P(batch, None)
+    state_specs = jax.tree.map(lambda _: P(batch, heads), state)
+    return jax.shard_map(
+        local, in_specs=(specs, state_specs), out_specs=(P(batch, None, heads), state_specs), check_vma=False
+    )(arrays, state)
