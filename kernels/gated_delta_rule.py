@@ -1,19 +1,26 @@
 """Family B, the gated delta rule (DeltaNet, Gated DeltaNet, KDA), in chunks, forward and backward.
 
-    S_t = (I - beta_t k_t k_t^T) exp(g_t) S_{t-1} + beta_t k_t v_t^T ;  o_t = scale S_t^T q_t
+    S_t = (I - beta_t k_t k_t^T) e^{g_t} S_{t-1} + beta_t k_t v_t^T ;   o_t = scale S_t^T q_t
 
-Inside a chunk, with b the inclusive cumulative gate, Kb = K e^b and Ke = K e^(b_C - b):
+Inside a chunk, with D_ij the decay from row j to row i (inside the sum over channels when gates are per channel),
+Qe and Kb the rows decayed from the chunk's start, Ke those decayed to its end, and B = diag(beta):
 
-    A_ij = sum_k K_ik K_jk e^(b_i - b_j), i > j ;   P_ij = scale sum_k Q_ik K_jk e^(b_i - b_j), i >= j
-    U = (I + beta A)^-1 beta (V - Kb S) ;           O = scale (Q e^b) S + P U ;   S' = e^(b_C) S + Ke^T U
+    P_ij = q_i.k_j D_ij, i >= j ;   A_ij = k_i.k_j D_ij, i > j ;   T = (I + B A)^-1
+    U = T B (V - Kb S) ;   O = scale (Qe S + P U) ;   S' = keep S + Ke^T U
 
-The triangular inverse T, W = T beta Kb and U0 = T beta V need no state, so all chunks are prepared at once and the
-serial part is two products a chunk: U = U0 - W S and S'. The backward pass uses the adjoint solve Y = T^T dU.
+T, W = T B Kb and U0 = T B V need no state: all chunks are prepared at once, and the serial part is two products a
+chunk, U = U0 - W S and S'. The backward pass solves the adjoint system, Y = T^T dU, and never differentiates T:
+
+    dU = scale P^T dO + Ke dS' ;   dP = scale dO U^T ;   dA = -B Y U^T ;   dV = B Y ;   dbeta_i = y_i.(V - Kb S - A U)_i
+    dS = keep dS' + scale Qe^T dO - Kb^T B Y = keep dS' + scale Qe^T dO - W^T dU
+
+The recurrences are those of Yang et al. 2024 (arXiv 2406.06484; gated 2412.06464) and Kimi Linear (2510.26692).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,6 +28,22 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlin.kernels.chunk import (
+    Decays,
+    Segments,
+    channel_decays,
+    channel_products,
+    channel_products_vjp,
+    chunk_length,
+    from_chunks,
+    mask_padding,
+    repeat_heads,
+    reverse_cumsum,
+    scalar_decays,
+    segment_masks,
+    sum_heads,
+    to_chunks,
+)
 from jaxlin.kernels.triangular import unit_lower_inverse
 
 
@@ -34,160 +57,167 @@ def chunked(
     scale: float,
     initial_state: Array,
     segment_ids: Array | None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> tuple[Array, Array]:
-    """The gated delta rule over chunks; differentiable in every array, through `final_state` too.
+    """The gated delta rule over chunks; differentiable in every array and through the final state.
 
     q, k [B, T, H, K]; v [B, T, HV, V]; beta [B, T, HV]; g None | [B, T, HV] | [B, T, HV, K], log decays <= 0;
-    initial_state [B, HV, K, V] in at least float32; segment_ids [B, T] or None, 0 is padding. Keys of norm at most 1
-    (with beta <= 2): longer ones make the recurrence itself diverge. Returns o [B, T, HV, V] in the dtype of v and
+    initial_state [B, HV, K, V], at least float32; segment_ids [B, T] or None, 0 is padding. Keys must have norm <= 1
+    for beta in [0, 2]: longer ones make the recurrence itself diverge. Returns o [B, T, HV, V] in the dtype of v, and
     the final state.
     """
-    steps, size = q.shape[1], min(chunk_size, q.shape[1])
-    inputs = (q, k, v, beta, g)
-    if segment_ids is not None:
-        inputs = jax.tree.map(lambda x: jnp.where(_expand(segment_ids != 0, x), x, 0), inputs)
-    chunks = jax.tree.map(functools.partial(_to_chunks, size=size), inputs)
-    masks = _segment_masks(segment_ids, size)
-    o, final_state = _delta_rule(scale, *chunks, initial_state, masks)
-    return _from_chunks(o, steps), final_state
+    length = chunk_length(q.shape[1], chunk_size)
+    inputs = mask_padding(segment_ids, q, k, v, beta, g)
+    chunks = jax.tree.map(functools.partial(to_chunks, length=length), inputs)
+    o, final_state = _delta_rule(scale, *chunks, initial_state, segment_masks(segment_ids, length))
+    return from_chunks(o, q.shape[1]), final_state
 
-
-def _expand(mask, x):
-    return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-
-def _to_chunks(x: Array, size: int) -> Array:
-    """[B, T, H, ...] -> [N, B, H, C, ...], zero padded."""
-    pad = -x.shape[1] % size
-    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-    x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
-    return jnp.moveaxis(jnp.moveaxis(x, 3, 2), 1, 0)
-
-def _from_chunks(x, steps):
-    x = jnp.moveaxis(jnp.moveaxis(x, 0, 1), 2, 3)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :steps]
-
-def _segment_masks(ids, size):
-    if ids is None: return None
-    idx = jnp.arange(ids.shape[1])
-    last = lax.cummax(jnp.where(ids != 0, idx, -1), axis=1)
-    prev = jnp.concatenate([jnp.full_like(last[:, :1], -1), last[:, :-1]], 1)
-    starts = (ids != 0) & (prev >= 0) & (jnp.take_along_axis(ids, jnp.maximum(prev, 0), 1) != ids)
-    run = jnp.cumsum(starts, 1)
-    pad = -ids.shape[1] % size
-    run = jnp.pad(run, [(0, 0), (0, pad)], mode="edge")
-    run = jnp.moveaxis(run.reshape(run.shape[0], -1, size), 1, 0)[:, :, None]  # N B 1 C
-    carry = jnp.concatenate([jnp.zeros_like(run[:1, ..., -1:]), run[:-1, ..., -1:]])
-    last = run[..., -1:]
-    return run[..., :, None] == run[..., None, :], run == carry, run == last, last == carry
-
-class _Gates(NamedTuple):
-    """The decays of every chunk, segment masks included: what differs between none, scalar and channel gates."""
-
-    pair: Array  # e^(b_i - b_j), i >= j [..., C, C]
-    enter: Array  # e^b: from the state at the chunk's start to row i [..., C, 1 | K]
-    leave: Array  # e^(b_C - b): from row j to the state at the chunk's end [..., C, 1 | K]
-    keep: Array  # e^(b_C): across the chunk [..., 1 | K, 1]
-
-def _gates(g, masks, like):
-    """like: v chunks"""
-    size = like.shape[3]
-    dtype = jnp.promote_types(like.dtype, jnp.float32)
-    if g is None:
-        g = jnp.zeros((1, 1, 1, size), dtype)
-    g = g.astype(dtype)
-    coarse = jnp.round(g * 256) / 256
-    hi, lo = jnp.cumsum(coarse, 3), jnp.cumsum(g - coarse, 3)
-    tril = jnp.tril(jnp.ones((size, size), bool))
-    same, enters, leaves, keeps = masks or (True, True, True, True)
-    inf = -jnp.inf
-    diff = (hi[..., :, None] - hi[..., None, :]) + (lo[..., :, None] - lo[..., None, :])
-    pair = jnp.exp(jnp.where(tril & same, diff, inf))
-    enter = jnp.exp(jnp.where(enters, hi + lo, inf))[..., None]
-    leave = jnp.exp(jnp.where(leaves, (hi[..., -1:] - hi) + (lo[..., -1:] - lo), inf))[..., None]
-    keep = jnp.exp(jnp.where(keeps, hi[..., -1:] + lo[..., -1:], inf))[..., None]
-    keep = jnp.broadcast_to(keep, (like.shape[0], *keep.shape[1:]))
-    return _Gates(pair, enter, leave, keep)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _delta_rule(scale, q, k, v, beta, g, state, masks):
-    return _forward(scale, q, k, v, beta, g, state, masks)[0]
+def _delta_rule(scale, q, k, v, beta, g, state, segments):
+    """`chunked` on arrays [N, B, H, C, ...]."""
+    return _forward(scale, q, k, v, beta, g, state, segments)[0]
 
-def _mm(spec, a, b, precision):
-    if precision is not None:
-        a, b = a.astype(precision), b.astype(precision)
-    left, right = spec.split(",")
-    right, out = right.split("->")
-    return jnp.einsum(f"...{left},...{right}->...{out}", a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
-def _setup(q, k, v, beta, g, masks):
-    dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
-    group = v.shape[2] // k.shape[2]
-    low = jnp.result_type(q, k, v)
-    gates = _gates(g, masks, v)
-    mm = functools.partial(_mm, precision=low)
-    exact = functools.partial(_mm, precision=dtype)
-    kk, qk = jnp.repeat(mm("ik,jk->ij", k, k), group, 2), jnp.repeat(mm("ik,jk->ij", q, k), group, 2)
-    a = jnp.tril(kk * gates.pair, -1)
-    p = qk * gates.pair
-    q, k, v = jnp.repeat(q.astype(dtype), group, 2), jnp.repeat(k.astype(dtype), group, 2), v.astype(dtype)
-    return q, k, v, beta.astype(dtype)[..., None], gates, a, p, mm, exact, low
+def _forward(scale, q, k, v, beta, g, state, segments):
+    c = _prepare(q, k, v, beta, g, segments)
+    t = unit_lower_inverse(c.beta * c.a)
+    w = c.exact("...ij,...jk->...ik", t, c.beta * c.k * c.decays.enter)
+    u0 = c.exact("...ij,...jv->...iv", t, c.beta * c.v)
 
-def _forward(scale, *inputs):
-    q, k, v, beta, g, state, masks = inputs
-    q, k, v, beta, gates, a, p, mm, exact, low = _setup(q, k, v, beta, g, masks)
-    t = unit_lower_inverse(beta * a)
-    w = exact("ij,jk->ik", t, beta * k * gates.enter)
-    u0 = exact("ij,jv->iv", t, beta * v)
-    def step(s, x):
-        w, u0, ke, keep = x
-        u = u0 - mm("ik,kv->iv", w, s)
-        return keep * s + mm("ik,iv->kv", ke, u), (s, u)
-    final, (states, u) = lax.scan(step, state, (w.astype(low), u0, (k * gates.leave).astype(low), gates.keep))
+    def chunk(s, xs):
+        w, u0, ke, keep = xs
+        u = u0 - c.dot("...ik,...kv->...iv", w, s)
+        return keep * s + c.dot("...ik,...iv->...kv", ke, u), (s, u)
+
+    ke = c.k * c.decays.leave
+    final_state, (states, u) = lax.scan(chunk, state, (c.operand(w), u0, c.operand(ke), c.decays.keep))
     states = checkpoint_name(states, "chunk_states")
-    o = scale * (mm("ik,kv->iv", q * gates.enter, states) + mm("ij,jv->iv", p, u))
-    return (o.astype(inputs[2].dtype), final), (inputs, states, t)
+    from_states = c.dot("...ik,...kv->...iv", c.q * c.decays.enter, states)
+    o = scale * (from_states + c.dot("...ij,...jv->...iv", c.p, u))
+    return (o.astype(v.dtype), final_state), (q, k, v, beta, g, segments, states, t)
 
-def _backward(scale, residuals, grads):
-    do, d_final = grads
-    inputs, states, t = residuals
-    _, _, _, _, g, s0, masks = inputs
-    q, k, v, beta, gates, a, p, mm, exact, low = _setup(*inputs[:5], masks)
-    do = scale * do.astype(v.dtype)
-    z = v - mm("ik,kv->iv", k * gates.enter, states)
-    u = exact("ij,jv->iv", t, beta * z)
-    w = exact("ij,jk->ik", t, beta * k * gates.enter)
-    du0 = mm("ij,iv->jv", p, do)
-    f = mm("ik,iv->kv", q * gates.enter, do)
-    def step(ds, x):
-        w, ke, du, f, keep = x
-        du = du + mm("ik,kv->iv", ke, ds)
-        return keep * ds + f - mm("ik,iv->kv", w, du), (ds, du)
-    ds0, (ds, du) = lax.scan(step, d_final, (w.astype(low), (k * gates.leave).astype(low), du0, f, gates.keep), reverse=True)
-    y = exact("ij,iv->jv", t, du)
-    dv = beta * y
-    dp = mm("iv,jv->ij", do, u)
-    dl = -jnp.tril(mm("iv,jv->ij", y, u), -1)
-    dla = dl * a
-    dbeta = jnp.sum(y * z, -1) + jnp.sum(dla, -1)
-    dpd = dp * gates.pair
-    dld = beta * dl * gates.pair
-    dq_in = gates.enter * mm("iv,kv->ik", do, states)
-    dk_in = -gates.enter * mm("iv,kv->ik", dv, states)
-    dk_out = gates.leave * mm("iv,kv->ik", u, ds)
-    dq = dq_in + mm("ij,jk->ik", dpd, k)
-    dk = dk_in + dk_out + mm("ij,jk->ik", dld, k) + mm("ij,ik->jk", dpd, q) + mm("ij,ik->jk", dld, k)
+
+def _backward(scale, residuals, cotangents):
+    q, k, v, beta, g, segments, states, t = residuals
+    do, d_final = cotangents
+    c = _prepare(q, k, v, beta, g, segments)
+    enter, leave, keep, *_ = c.decays
+    qe, kb, ke = c.q * enter, c.k * enter, c.k * leave
+
+    z = c.v - c.dot("...ik,...kv->...iv", kb, states)
+    u = c.exact("...ij,...jv->...iv", t, c.beta * z)
+    w = c.exact("...ij,...jk->...ik", t, c.beta * kb)
+    du_local = scale * c.dot("...ij,...iv->...jv", c.p, do)
+    ds_local = scale * c.dot("...ik,...iv->...kv", qe, do)
+
+    def chunk(ds, xs):
+        w, ke, keep, du_local, ds_local = xs
+        du = du_local + c.dot("...ik,...kv->...iv", ke, ds)
+        return keep * ds + ds_local - c.dot("...ik,...iv->...kv", w, du), (ds, du)
+
+    xs = (c.operand(w), c.operand(ke), keep, du_local, ds_local)
+    d_state, (ds, du) = lax.scan(chunk, d_final, xs, reverse=True)
+
+    y = c.exact("...ij,...iv->...jv", t, du)
+    dv = c.beta * y
+    dp = scale * c.dot("...iv,...jv->...ij", do, u)
+    dl = -jnp.tril(c.dot("...iv,...jv->...ij", y, u), -1)
+    # y.(V - Kb S - A U): U = B (...) row by row, but dividing by beta would lose the real tokens with beta = 0
+    dbeta = jnp.sum(y * z, axis=-1) + jnp.sum(dl * c.a, axis=-1)
+
+    pairs = _pair_gradients(c, dp, c.beta * dl, segments, needs_gate=g is not None)
+    dq_enter = scale * enter * c.dot("...iv,...kv->...ik", do, states)
+    dk_enter = -enter * c.dot("...iv,...kv->...ik", dv, states)
+    dk_leave = leave * c.dot("...iv,...kv->...ik", u, ds)
+    dq, dk = pairs.dq + dq_enter, pairs.dk + dk_enter + dk_leave
+
     dg = None
     if g is not None:
-        e = jnp.tril(dp * p, -1) + beta * dla
-        r = jnp.sum(k * dk_out, -1)
-        db = jnp.sum(e, -1) - jnp.sum(e, -2) + jnp.sum(q * dq_in + k * dk_in, -1) - r
-        end = jnp.sum(r, -1) + jnp.sum(gates.keep * states * ds, (-1, -2))
-        db = db.at[..., -1].add(end)
-        dg = lax.cumsum(db, axis=3, reverse=True).astype(g.dtype)
-    group = v.shape[2] // inputs[0].shape[2]
-    total = lambda x: jnp.sum(x.reshape(*x.shape[:2], -1, group, *x.shape[3:]), 3)
-    dq, dk = total(dq).astype(inputs[0].dtype), total(dk).astype(inputs[1].dtype)
-    return dq, dk, dv.astype(inputs[2].dtype), dbeta.astype(inputs[3].dtype), dg, ds0.astype(s0.dtype), None
+        per_row = c.q * dq_enter + c.k * (dk_enter - dk_leave)
+        across = jnp.sum(c.k * dk_leave, axis=-2) + jnp.sum(keep * states * ds, axis=-1)
+        if g.ndim == 4:
+            per_row, across = (jnp.sum(x, axis=-1, keepdims=True) for x in (per_row, across))
+        dg = reverse_cumsum(pairs.db + per_row) + across[..., None, :]
+        dg = dg.reshape(g.shape).astype(g.dtype)
+    dq, dk = sum_heads(dq, q.shape[2]).astype(q.dtype), sum_heads(dk, k.shape[2]).astype(k.dtype)
+    return dq, dk, dv.astype(v.dtype), dbeta.astype(beta.dtype), dg, d_state, None
+
 
 _delta_rule.defvjp(_forward, _backward)
+
+
+class _Chunks(NamedTuple):
+    """What the forward and the backward pass both need, in the accumulation dtype, heads repeated to HV."""
+
+    q: Array  # [N, B, HV, C, K]
+    k: Array
+    v: Array  # [N, B, HV, C, V]
+    beta: Array  # [N, B, HV, C, 1]
+    decays: Decays
+    p: Array  # [N, B, HV, C, C], i >= j
+    a: Array  # [N, B, HV, C, C], i > j
+    operand: Callable[[Array], Array]  # cast to the dtype of the inputs: what the products read
+    dot: Callable[[str, Array, Array], Array]  # operands in the dtype of the inputs, summed in at least float32
+    exact: Callable[[str, Array, Array], Array]  # operands in at least float32: products with T and of channel gates
+
+
+def _prepare(q, k, v, beta, g, segments) -> _Chunks:
+    dtype = jnp.result_type(q, k, v)
+    acc = jnp.promote_types(dtype, jnp.float32)
+    precision = lax.Precision.HIGHEST if dtype == acc else lax.Precision.HIGH
+
+    def dot(spec, x, y):
+        x, y = x.astype(dtype), y.astype(dtype)
+        return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST, preferred_element_type=acc)
+
+    exact = functools.partial(jnp.einsum, precision=precision)
+    heads = v.shape[2]
+    qa, ka = (repeat_heads(x.astype(acc), heads) for x in (q, k))
+    if g is None or g.ndim == 4:
+        decays = scalar_decays(None if g is None else g.astype(acc), segments, q.shape[3], acc)
+        p, a = (repeat_heads(dot("...ik,...jk->...ij", x, k), heads) * decays.pair for x in (q, k))
+        a = jnp.tril(a, -1)
+    else:
+        decays = channel_decays(g.astype(acc), segments)
+        p, a = (channel_products(x, ka, decays.levels, precision) for x in (qa, ka))
+        if segments is not None:
+            p, a = (jnp.where(segments.same, x, 0) for x in (p, a))
+        p = p + _diagonal(jnp.sum(qa * ka, axis=-1))
+    keep = jnp.broadcast_to(decays.keep, (q.shape[0], *decays.keep.shape[1:]))  # the state scan runs over chunks
+    decays = decays._replace(keep=keep)
+    operand = lambda x: x.astype(dtype)
+    return _Chunks(qa, ka, v.astype(acc), beta.astype(acc)[..., None], decays, p, a, operand, dot, exact)
+
+
+class _PairGradients(NamedTuple):
+    """Gradients through P and A."""
+
+    dq: Array
+    dk: Array
+    db: Array | None  # of the cumulative log decay at each row
+
+
+def _pair_gradients(c: _Chunks, dp: Array, da: Array, segments: Segments | None, needs_gate: bool) -> _PairGradients:
+    pair = c.decays.pair
+    if pair is not None:
+        # One matrix gives the gate's gradient: differences of its row and column sums lose far less than q.dq - k.dk.
+        e = jnp.tril(dp * c.p, -1) + da * c.a
+        db = jnp.sum(e, axis=-1) - jnp.sum(e, axis=-2) if needs_gate else None
+        dp, da = dp * pair, da * pair
+        dq = c.dot("...ij,...jk->...ik", dp, c.k)
+        dk = c.dot("...ij,...jk->...ik", da, c.k) + c.dot("...ij,...ik->...jk", dp, c.q) + c.dot("...ij,...ik->...jk", da, c.k)
+        return _PairGradients(dq, dk, None if db is None else db[..., None])
+    own = jnp.diagonal(dp, axis1=-2, axis2=-1)[..., None]  # no decay on the diagonal, so no gate gradient
+    if segments is not None:
+        dp, da = (jnp.where(segments.same, x, 0) for x in (dp, da))
+    precision = lax.Precision.HIGHEST
+    dq, dk_p = channel_products_vjp(dp, c.q, c.k, c.decays.levels, precision)
+    dk_row, dk_a = channel_products_vjp(da, c.k, c.k, c.decays.levels, precision)
+    db = c.q * dq + c.k * (dk_row - dk_p - dk_a)
+    return _PairGradients(dq + own * c.k, dk_row + dk_p + dk_a + own * c.q, db)
+
+
+def _diagonal(x: Array) -> Array:
+    """[..., C] -> [..., C, C] with x on the diagonal."""
+    return x[..., None] * jnp.eye(x.shape[-1], dtype=x.dtype)
