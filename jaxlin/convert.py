@@ -193,8 +193,8 @@ def load_teacher(source: str, *, dtype: Any = None, shardings: Any = None) -> tu
     Args:
         source: a local HF folder, "org/name" on the hub, a .gguf file, or "demo" (SmolLM2-135M-Instruct, fetched once).
         dtype: of the parameters; None is bfloat16 where every tensor is stored so, otherwise float32.
-        shardings: a tree like the parameters' of `jax.sharding.Sharding` (`load_config` gives the shapes
-            beforehand), or None for the default device.
+        shardings: a tree like the parameters' of `jax.sharding.Sharding`, or a function that makes one from the
+            config; None for the default device.
 
     Returns:
         The config (its compute dtype is left at the default), the parameters, and the tokenizer.
@@ -205,6 +205,8 @@ def load_teacher(source: str, *, dtype: Any = None, shardings: Any = None) -> tu
     config, reader, path = _open(source)
     tokenizer = _tokenizer(path, reader)
     _check_vocabulary(tokenizer, config, str(path))
+    if callable(shardings):
+        shardings = shardings(config)
     return config, params_from_tensors(reader, config, dtype=dtype, shardings=shardings), tokenizer
 
 

@@ -185,6 +185,8 @@ def test_shardings(folder):
     assert jax.tree.map(lambda a, s: a.sharding == s, params, shardings) == jax.tree.map(lambda a: True, params)
     kernel = params["layers"]["block_0"]["mixer"]["q_proj"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 16, 1, 8)
+    _, params, _ = load_teacher(str(folder), shardings=lambda config: jax.tree.map(lambda s: s, shardings))
+    assert params["layers"]["block_0"]["mixer"]["q_proj"]["kernel"].sharding == kernel.sharding
     del shardings["norm"]
     with pytest.raises(ValueError, match="shardings lacks leaves for this config, for one norm/weight"):
         load_teacher(str(folder), shardings=shardings)
