@@ -15,6 +15,7 @@ import logging
 import re
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
 
 PyTree = Any
+AbstractState = dict[str, PyTree] | Callable[[dict[str, Any]], dict[str, PyTree]]
 
 
 class Checkpoints:
@@ -97,10 +99,10 @@ class Checkpoints:
         """The steps that were saved, ascending; their files are not looked at."""
         return sorted(_complete(self._folder))
 
-    def latest(self, abstract_state: dict[str, PyTree]) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
+    def latest(self, abstract_state: AbstractState) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
         """(step, state, extra) of the newest checkpoint that is whole; each damaged one is reported in one line.
 
-        `extra` is this process's own if as many processes saved as load, else the first one's.
+        `abstract_state` may be a function of `extra`, for states whose shape depends on when they were saved. `extra` is this process's own if as many processes saved as load, else the first one's.
         """
         step = -1
         if jax.process_index() == 0:
@@ -108,7 +110,7 @@ class Checkpoints:
         step = _from_first(step)
         return None if step < 0 else (step, *self._load(step, abstract_state))
 
-    def load(self, step: int, abstract_state: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, Any]]:
+    def load(self, step: int, abstract_state: AbstractState) -> tuple[dict[str, PyTree], dict[str, Any]]:
         """(state, extra) of `step`, on the shardings of `abstract_state`'s ShapeDtypeStructs.
 
         Raises UserError when there is no such checkpoint, when it is damaged, or when it does not fit.
@@ -116,9 +118,14 @@ class Checkpoints:
         _require_whole(self._folder, step)
         return self._load(step, abstract_state)
 
-    def _load(self, step: int, abstract_state: dict[str, PyTree]) -> tuple[dict[str, PyTree], dict[str, Any]]:
+    def _load(self, step: int, abstract_state: AbstractState) -> tuple[dict[str, PyTree], dict[str, Any]]:
         path = _complete(self._folder)[step]
         manifest = _read_manifest(path)
+        extras = manifest["extra"]
+        mine = extras[jax.process_index() if len(extras) == jax.process_count() else 0]
+        extra = json.loads(mine, object_hook=_decode)
+        if callable(abstract_state):
+            abstract_state = abstract_state(extra)
         wanted = {key: _flatten(tree) for key, tree in abstract_state.items()}
         _require_fit(path, manifest["leaves"], wanted)
         # Orbax warns about leaves without a sharding.
@@ -129,9 +136,7 @@ class Checkpoints:
             key: jax.tree.unflatten(jax.tree.structure(tree), [loaded[key][name] for name in wanted[key]])
             for key, tree in abstract_state.items()
         }
-        extras = manifest["extra"]
-        mine = extras[jax.process_index() if len(extras) == jax.process_count() else 0]
-        return state, json.loads(mine, object_hook=_decode)
+        return state, extra
 
     def _is_damaged(self, step: int) -> bool:
         path = _complete(self._folder)[step]

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,8 +295,8 @@ def export_hf(
             raise ValueError(f"params: {'/'.join(entry.path)} has shape {found}, expected {entry.stacked_shape}")
     dtype = flat[entries[0].path].dtype
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    temporary = path.parent / f".{path.name}-{uuid.uuid4().hex}"
+    temporary.mkdir(parents=True)
     try:
         shards = list(_shards(entries, dtype.itemsize, shard_bytes))
         weight_map = {}
@@ -318,18 +318,10 @@ def export_hf(
             tokenizer.save_pretrained(temporary)
             hf |= {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         (temporary / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _umask() -> int:
-    """The process's file mode creation mask; reading it means setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _shards(entries: list[Entry], itemsize: int, limit: int) -> Iterator[list[tuple[Entry, int]]]:

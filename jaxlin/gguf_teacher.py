@@ -148,7 +148,7 @@ class GGUFTensors:
         }
         head_dim = config["head_dim"] or (width // heads if isinstance(width, int) else None)
         rotated = self._field("llama.rope.dimension_count", head_dim)
-        if rotated != head_dim:
+        if head_dim and rotated != head_dim:
             raise UserError(f"{self._path}: llama.rope.dimension_count={rotated} should be the head size {head_dim}")
         if (kind := self._field("llama.rope.scaling.type", "none")) != "none":
             config["rope_scaling"] = {"rope_type": kind}
@@ -195,20 +195,24 @@ class GGUFTensors:
                 "with tokens and merges; give the original HF folder"
             )
         types = self._field("tokenizer.ggml.token_type", [1] * len(tokens))
-        core = Tokenizer(
-            models.BPE(
-                vocab={token: i for i, token in enumerate(tokens)},
-                merges=[tuple(merge.split(" ", 1)) for merge in merges],
-                ignore_merges=pre in _LLAMA3,
+        if len(types) != len(tokens):
+            raise UserError(
+                f"{self._path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens"
             )
-        )
         try:
-            core.pre_tokenizer = pre_tokenizer(pre)
+            cut = pre_tokenizer(pre)
         except KeyError as error:
             raise UserError(
                 f"{self._path}: tokenizer.ggml.pre={pre!r} is not known here ({', '.join(_DIGITS + _GPT2 + _LLAMA3)}); "
                 "give the original HF folder"
             ) from error
+        try:
+            vocabulary = {token: i for i, token in enumerate(tokens)}
+            pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+            core = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre in _LLAMA3))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"{self._path}: the tokenizer in it cannot be built ({first_line(error)})") from error
+        core.pre_tokenizer = cut
         core.decoder = decoders.ByteLevel()
         for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
             added = [t for t, type_ in zip(tokens, types, strict=True) if type_ == wanted]

@@ -42,7 +42,7 @@ def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
         value = default if value is None else value
         if value is None:
             raise UserError(f"{where} has no {key}")
-        if not isinstance(value, int) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
             raise UserError(f"{where}: {key}={value!r} should be a positive integer")
         return value
 
@@ -64,7 +64,11 @@ def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
     if hf.get("head_dim") is None and width % heads:
         raise UserError(f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
     # transformers 5 has one dictionary for what 4 keeps in rope_theta and rope_scaling.
-    rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+    rope = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(given := hf.get(key) or {}, dict):
+            raise UserError(f"{where}: {key}={given!r} should be an object")
+        rope |= given
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f"{where}: rope type {kind!r} is not supported, only default and llama3")
@@ -206,8 +210,8 @@ class ShardedReader:
     def __init__(self, index: Path) -> None:
         self.label = str(index)
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index} has no weight_map: the index is damaged, fetch it again")
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            raise UserError(f"{index} has no weight_map of tensors to files: the index is damaged, fetch it again")
         files = sorted(set(weight_map.values()))
         if absent := [f for f in files if not (index.parent / f).is_file()]:
             raise UserError(f"{index} names files that are absent: {listing(absent)}; fetch the model again")
@@ -256,7 +260,12 @@ def locate(source: str) -> Path:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     small = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
     try:
@@ -265,11 +274,11 @@ def _download(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=[*small, "pytorch_model*.bin"]))
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"teacher {name}: no such folder here and no such model on the hub (or it is private)"
+            f"teacher {name}: no such folder here and no such model on the hub (or it is private or gated)"
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"teacher {name}: no such folder here, and the hub cannot be reached ({first_line(error)}); "
+            f"teacher {name}: no such folder here, and it cannot be had from the hub ({first_line(error)}); "
             'give a local folder, a .gguf file or "demo"'
         ) from error
     return folder

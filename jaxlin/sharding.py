@@ -52,9 +52,9 @@ def param_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
     return shardings
 
 
-def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Sharding of arrays whose first axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+def batch_sharding(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
+    """Sharding of arrays whose axis number `axis` is the batch."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, BATCH_AXES))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from rich.console import Console
 
 from jaxlin import sharding
@@ -115,8 +116,6 @@ class Trainer:
     def _steps(self, stage: StageConfig) -> int:
         return max(1, round(stage.tokens / (stage.batch_size * self.run.data.seq_len)))
 
-    # ---- start and resume
-
     def _start(self) -> None:
         found = self.checkpoints.latest(self._abstract_state)
         if found is not None:
@@ -125,7 +124,7 @@ class Trainer:
             self.progress = Progress(**extra["progress"])
             self.data.set_state(extra["data"])
             where = f"stage {self.progress.stage}, step {self.progress.stage_step}"
-            self.console.print(f"resumed at step {step} ({where}) from {self.checkpoints.folder}")
+            self.console.print(f"resumed at step {step} ({where}) of {self.run.folder}")
             return
         init = jax.jit(
             lambda teacher, key: jax.tree.map(
@@ -146,7 +145,7 @@ class Trainer:
         """The shapes of a checkpoint: Adam's moments are of the stage it was written in."""
         params = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, self.run.param_dtype, sharding=s),
-            _unboxed(abstract_params(self.student)), self.shardings,
+            nn.unbox(abstract_params(self.student)), self.shardings,
         )  # fmt: skip
         n = extra["progress"]["stage"]
         stage = {1: self.run.stage1, 2: self.run.stage2, 3: self.run.stage3}[n]
@@ -171,8 +170,6 @@ class Trainer:
         batches = rows[: max(1, wanted // rows[0]["tokens"].size)]
         params = calibrate(self.params, self.student, self.teacher.config, self.teacher.params, batches)
         self.params = jax.device_put(params, self.shardings)
-
-    # ---- one stage
 
     def _optimizer(self, stage: StageConfig, steps: int) -> optax.GradientTransformation:
         return make_optimizer(stage, steps, self.student.num_hidden_layers, self.student.period)
@@ -218,10 +215,10 @@ class Trainer:
         batch = {k: np.concatenate([p[k] for p in parts]) for k in ("tokens", "segment_ids")}
         # Micro-batches take every n-th row, so that each has its share of every device's rows.
         split = {k: v.reshape(-1, stage.accumulation, v.shape[-1]).swapaxes(0, 1) for k, v in batch.items()}
-        return {k: self._put(v, leading=1) for k, v in split.items()}
+        return {k: self._put(v, axis=1) for k, v in split.items()}
 
-    def _put(self, array: np.ndarray, leading: int = 0) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh, leading), array)
+    def _put(self, array: np.ndarray, axis: int = 0) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh, axis), array)
 
     def _require_finite(self, loss: float, n: int) -> None:
         if not math.isfinite(loss):
@@ -311,12 +308,6 @@ def _numbers(metrics: dict[str, jax.Array]) -> dict[str, Any]:
     if "error" in values:
         values["layer_nmse"] = values.pop("error") / values.pop("power")
     return {k: v.tolist() for k, v in values.items()}
-
-
-def _unboxed(tree: Any) -> Any:
-    from flax import linen as nn
-
-    return nn.unbox(tree)
 
 
 def _git_commit() -> str | None:

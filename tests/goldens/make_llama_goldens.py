@@ -60,7 +60,7 @@ def make_model(variant: str, seed: int):
 
 
 def run(model, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden states [L + 1, B, T, D], the last before the final norm (which HF's own output has applied), and logits."""
+    """Hidden states [L + 1, B, T, D] and logits; the last state is before the final norm, which HF's own output has."""
     import torch
 
     last = []

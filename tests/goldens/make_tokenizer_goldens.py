@@ -24,7 +24,7 @@ TEXTS = [
     "for (int i = 0; i < 42; ++i) { arr[i] += 0x7f & ~mask; }",
     "I'm you're he'd we'll they've don't IT'S 'tis o'clock",
     "naïve café Ångström façade Zürich señor œuvre ﬁ e\u0301",
-    "Привет, мир! Γειά σου Κόσμε. שלום עולם مرحبا 你好，世界。こんにちは 안녕하세요 नमस्ते",
+    "Привет, мир! Γειά σου Κόσμε. שלום עולם مرحبا 你好，世界。こんにちは 안녕하세요 नमस्ते",  # noqa: RUF001
     "😀 👩‍👩‍👧‍👦 🇫🇷 👍🏽 ❤️ x😀1",
     "<|im_start|>user\nWhat is 7 * 6?<|im_end|>\n<|im_start|>assistant\n42<|im_end|>\n",
     "a<|endoftext|>b <|endoftext|> c<file_sep><im_end>",
