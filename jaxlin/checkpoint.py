@@ -102,7 +102,9 @@ class Checkpoints:
     def latest(self, abstract_state: AbstractState) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
         """(step, state, extra) of the newest checkpoint that is whole; each damaged one is reported in one line.
 
-        `abstract_state` may be a function of `extra`, for states whose shape depends on when they were saved. `extra` is this process's own if as many processes saved as load, else the first one's.
+        `abstract_state` may be a function of `extra`, for states whose shape depends on when they were saved.
+
+        `extra` is this process's own if as many processes saved as load, else the first one's.
         """
         step = -1
         if jax.process_index() == 0:

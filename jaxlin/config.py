@@ -117,11 +117,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
-                f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads={self.num_attention_heads}"
+                f"num_key_value_heads={self.num_key_value_heads} does not divide "
+                f"num_attention_heads={self.num_attention_heads}"
             )
         if self.num_hidden_layers % len(self.mixer):
             raise UserError(
-                f"mixer={'+'.join(self.mixer)} has a period of {len(self.mixer)}, which does not divide the {self.num_hidden_layers} layers"
+                f"mixer={'+'.join(self.mixer)} has a period of {len(self.mixer)}, "
+                f"which does not divide the {self.num_hidden_layers} layers"
             )
 
     @property
@@ -330,7 +332,7 @@ class RunConfig:
         if self.tokens is not None:
             total = sum(s.tokens for s in chosen.values())
             if self.tokens <= 0 or total <= 0:
-                raise UserError(f"--tokens {self.tokens}: give a positive number of tokens, for stages that have a budget")
+                raise UserError(f"--tokens {self.tokens}: give a positive number, for stages that have a budget")
             chosen = {n: replace(s, tokens=round(s.tokens * self.tokens / total)) for n, s in chosen.items()}
         chosen = {n: s for n, s in chosen.items() if s.tokens > 0}
         if not chosen:
@@ -422,7 +424,7 @@ def from_dict(cls: Any, data: Any) -> Any:
     if dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         if unknown := set(data) - set(hints):
-            raise UserError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}: the file was written by another version")
+            raise UserError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}: another version wrote the file")
         return cls(**{k: from_dict(hints[k], v) for k, v in data.items()})
     origin, args = typing.get_origin(cls), typing.get_args(cls)
     if origin in (typing.Union, types.UnionType):

@@ -336,3 +336,15 @@ def _shards(entries: list[Entry], itemsize: int, limit: int) -> Iterator[list[tu
             shard.append((entry, layer))
             size += nbytes
     yield shard
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer that needs no files: one token a byte, then `<|endoftext|>`; for random teachers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")

@@ -16,7 +16,11 @@ from jaxlin.model import project
 
 
 def attention_output_loss(
-    student: Float[Array, "B T D"], teacher: Float[Array, "B T D"], valid: Bool[Array, "B T"], count, config: Stage1Config
+    student: Float[Array, "B T D"],
+    teacher: Float[Array, "B T D"],
+    valid: Bool[Array, "B T"],
+    count,
+    config: Stage1Config,
 ) -> Array:
     """|a_S - a_T|^2 (paper, equation 1), averaged over tokens and, unless `width_reduction` is sum, over the width."""
     error = student.astype(jnp.float32) - teacher.astype(jnp.float32)
@@ -26,7 +30,11 @@ def attention_output_loss(
 
 
 def hidden_state_loss(
-    student: Float[Array, "B T D"], teacher: Float[Array, "B T D"], valid: Bool[Array, "B T"], count, config: Stage2Config
+    student: Float[Array, "B T D"],
+    teacher: Float[Array, "B T D"],
+    valid: Bool[Array, "B T"],
+    count,
+    config: Stage2Config,
 ) -> Array:
     """|h_S - h_T|_2 (paper, equation 3: not squared), averaged over tokens."""
     error = student.astype(jnp.float32) - teacher.astype(jnp.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import logging
 import math
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
@@ -25,7 +23,7 @@ from jaxlin import sharding
 from jaxlin.checkpoint import Checkpoints
 from jaxlin.config import RunConfig, StageConfig, UserError
 from jaxlin.data import heldout_batches, train_batches
-from jaxlin.distill import counts, gradient_function, merge, trained_part
+from jaxlin.distill import trained_part
 from jaxlin.evaluation.fidelity import fidelity, fidelity_table
 from jaxlin.evaluation.language_modeling import compare
 from jaxlin.metrics import MetricsLog, progress_bar
@@ -33,6 +31,7 @@ from jaxlin.mixers import MIXERS
 from jaxlin.optimizer import make_optimizer, schedule
 from jaxlin.runs import Run, Teacher, check_folder, load_teacher, new_run
 from jaxlin.student import abstract_params, calibrate, init_student
+from jaxlin.train_step import make_step
 
 CALIBRATION_TOKENS = 65_536
 log = logging.getLogger(__name__)
@@ -267,28 +266,6 @@ class Trainer:
                 "state_elements_per_layer": state_elements(self.student),
             },
         )
-
-
-def make_step(stage: StageConfig, optimizer, student, teacher, remat: str):
-    """The jitted update: (params, opt_state, teacher params, batch [A, B, T]) -> (params, opt_state, metrics)."""
-    gradients = gradient_function(stage, student, teacher, remat)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, teacher_params, batch):
-        trained = trained_part(params, stage)
-        count = counts({k: v.reshape(-1, v.shape[-1]) for k, v in batch.items()})
-
-        def micro(i):
-            return gradients(trained, params, teacher_params, jax.tree.map(lambda a: a[i], batch), count)
-
-        found, metrics = micro(0)
-        for i in range(1, stage.accumulation):
-            found, metrics = jax.tree.map(jnp.add, (found, metrics), micro(i))
-        updates, opt_state = optimizer.update(found, opt_state, trained)
-        metrics["gradient_norm"] = optax.tree.norm(found)
-        return merge(params, optax.apply_updates(trained, updates)), opt_state, metrics
-
-    return step
 
 
 def state_elements(student) -> list[int]:

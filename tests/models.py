@@ -36,5 +36,7 @@ def random_params(config: ModelConfig, seed: int = 0):
     params = nn.unbox(LanguageModel(config).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)]
+    noisy = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)
+    ]
     return jax.tree.unflatten(tree, noisy)

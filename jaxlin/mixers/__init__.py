@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from jaxlin.config import PRESETS, MixerOptions, ModelConfig, UserError
+from jaxlin.config import PRESETS, MixerOptions, UserError
 from jaxlin.mixers.deltanet import DeltaNet
 from jaxlin.mixers.gated_deltanet import GatedDeltaNet
 from jaxlin.mixers.gla import GatedLinearAttention
@@ -36,4 +36,3 @@ def resolve_options(mixer: str, preset: str, overrides: MixerOptions) -> MixerOp
     given = {f.name: getattr(overrides, f.name) for f in fields(overrides)}
     resolved = {name: getattr(chosen, name) if value is None else value for name, value in given.items()}
     return MixerOptions(**resolved)
-

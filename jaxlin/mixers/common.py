@@ -83,8 +83,8 @@ def l2_normalize(x: Array) -> Array:
 
 
 def positions_in_segments(
-    shape: tuple[int, int], segment_ids: Int[Array, "B T"] | None, start: Int[Array, "B"] | None
-) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    shape: tuple[int, int], segment_ids: Int[Array, "B T"] | None, start: Int[Array, B] | None
+) -> tuple[Int[Array, "B T"], Int[Array, B]]:
     """Each token's rank in its segment, and the next position after the row's last token.
 
     Padding (id 0) is not counted and never ends a segment. The row's first segment continues at `start`.
@@ -120,7 +120,7 @@ def first_of_segment(segment_ids: Int[Array, "B T"]) -> Array:
     return (segment_ids != 0) & ((before < 0) | (id_before != segment_ids))
 
 
-def rope_frequencies(config: ModelConfig, head_dim: int, kind: str) -> Float[Array, "half"]:
+def rope_frequencies(config: ModelConfig, head_dim: int, kind: str) -> Float[Array, half]:
     """Rotary frequencies: the teacher's (with Llama 3 scaling where it has one), or base 10,000 ("own")."""
     theta = config.rope_theta if kind == "teacher" else 10000.0
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -134,7 +134,7 @@ def rope_frequencies(config: ModelConfig, head_dim: int, kind: str) -> Float[Arr
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def rotate(x: Float[Array, "B T H d"], positions: Int[Array, "B T"], frequencies: Float[Array, "half"]) -> Array:
+def rotate(x: Float[Array, "B T H d"], positions: Int[Array, "B T"], frequencies: Float[Array, half]) -> Array:
     """Rotary position embedding in HF's half layout (Su et al. 2021, arXiv 2104.09864), computed in float32."""
     angles = positions[:, :, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)

@@ -41,7 +41,5 @@ class GatedLinearAttention(TokenMixer):
             use_bias=True, bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, low, high),
         )  # fmt: skip
         g = nn.log_sigmoid(gate) / GATE_LOGIT_NORMALIZER
-        o, memory = ops.gated_linear_attention(
-            q, k, v, g, initial_state=memory_of(state), segment_ids=segment_ids
-        )
+        o, memory = ops.gated_linear_attention(q, k, v, g, initial_state=memory_of(state), segment_ids=segment_ids)
         return self.output(o, x), next_state(state, memory, tails)

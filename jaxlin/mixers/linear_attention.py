@@ -55,9 +55,7 @@ class LinearAttention(TokenMixer):
             return hedgehog(self, x, name)
         if kind == "hadamard":  # (W1 x + b1) * (W2 x + b2), one map a layer, shared by its heads
             size = x.shape[-1]
-            a, b = (
-                Dense(self.config, (size,), ("head_dim", None), True, name=f"{name}_{i}")(x) for i in (1, 2)
-            )
+            a, b = (Dense(self.config, (size,), ("head_dim", None), True, name=f"{name}_{i}")(x) for i in (1, 2))
             return a * b
         return {"elu": lambda y: nn.elu(y) + 1, "relu": nn.relu, "identity": lambda y: y}[kind](x)
 

@@ -1,0 +1,38 @@
+"""One optimizer step, compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlin.config import ModelConfig, StageConfig
+from jaxlin.distill import counts, gradient_function, merge, trained_part
+
+
+def make_step(
+    stage: StageConfig, optimizer: optax.GradientTransformation, student: ModelConfig, teacher: ModelConfig, remat: str
+) -> Callable[..., tuple[Any, Any, dict[str, jax.Array]]]:
+    """The jitted update: (params, opt_state, teacher params, batch [A, B, T]) -> (params, opt_state, metrics)."""
+    gradients = gradient_function(stage, student, teacher, remat)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, teacher_params, batch):
+        trained = trained_part(params, stage)
+        count = counts({k: v.reshape(-1, v.shape[-1]) for k, v in batch.items()})
+
+        def micro(i):
+            return gradients(trained, params, teacher_params, jax.tree.map(lambda a: a[i], batch), count)
+
+        found, metrics = micro(0)
+        for i in range(1, stage.accumulation):
+            found, metrics = jax.tree.map(jnp.add, (found, metrics), micro(i))
+        updates, opt_state = optimizer.update(found, opt_state, trained)
+        metrics["gradient_norm"] = optax.tree.norm(found)
+        return merge(params, optax.apply_updates(trained, updates)), opt_state, metrics
+
+    return step
