@@ -1,0 +1,104 @@
+"""How well a student predicts held-out text, beside its teacher, and how far it is from it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlin.config import ModelConfig
+from jaxlin.distill import Batch, counts
+from jaxlin.losses import logit_sums, targets
+from jaxlin.model import LanguageModel, head_kernel
+from jaxlin.sharding import batch_sharding
+
+
+def compare(
+    teacher: ModelConfig,
+    teacher_params: Any,
+    student: ModelConfig,
+    student_params: Any,
+    batches: Iterable[Batch],
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+) -> dict[str, float]:
+    """Student against teacher on `batches` of tokens and segment_ids [B, T], the same on every process.
+
+    Returns perplexity and teacher_perplexity (per token, over tokens with a successor in their segment), kl
+    (KL(teacher || student) in nats per token), agreement (how often both put the same token first), and the counts
+    that these are over: tokens, and next_tokens for the perplexities.
+    """
+    totals: dict[str, float] = {}
+    with on_mesh(mesh):
+        for batch in batches:
+            sums = _sums(teacher, student, teacher_params, student_params, put(batch, mesh))
+            totals = {k: totals.get(k, 0.0) + float(v) for k, v in sums.items()}
+    _require_tokens(totals)
+    return {
+        "perplexity": math.exp(totals["ce"] / totals["next_tokens"]),
+        "teacher_perplexity": math.exp(totals["teacher_ce"] / totals["next_tokens"]),
+        "kl": totals["kl"] / totals["tokens"],
+        "agreement": totals["agree"] / totals["tokens"],
+        "tokens": int(totals["tokens"]),
+        "next_tokens": int(totals["next_tokens"]),
+    }
+
+
+def perplexity(
+    config: ModelConfig, params: Any, batches: Iterable[Batch], *, mesh: jax.sharding.Mesh | None = None
+) -> dict[str, float]:
+    """One model's perplexity on `batches`, and the tokens that it is over."""
+    totals: dict[str, float] = {}
+    with on_mesh(mesh):
+        for batch in batches:
+            sums = _own_sums(config, params, put(batch, mesh))
+            totals = {k: totals.get(k, 0.0) + float(v) for k, v in sums.items()}
+    _require_tokens(totals)
+    return {
+        "perplexity": math.exp(totals["ce"] / totals["next_tokens"]),
+        "tokens": int(totals["tokens"]),
+        "next_tokens": int(totals["next_tokens"]),
+    }
+
+
+def on_mesh(mesh: jax.sharding.Mesh | None) -> Any:
+    """A context in which `mesh`, where there is one, is the current mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def put(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
+    """The batch on its devices. With several processes, each holds the whole batch and sends its devices' part."""
+    host = {name: np.asarray(batch[name]) for name in ("tokens", "segment_ids")}
+    if mesh is None:
+        return host
+    place = batch_sharding(mesh)
+    return {name: jax.make_array_from_callback(a.shape, place, a.__getitem__) for name, a in host.items()}
+
+
+def _require_tokens(totals: dict[str, float]) -> None:
+    if not totals.get("next_tokens"):
+        raise ValueError("batches: no token is followed by another of its segment, so there is nothing to predict")
+
+
+@jax.jit(static_argnums=(0, 1))
+def _sums(teacher: ModelConfig, student: ModelConfig, teacher_params, student_params, batch):
+    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+    call = dict(segment_ids=segment_ids, logits=False)
+    target = LanguageModel(teacher).apply({"params": teacher_params}, tokens, **call).hidden
+    hidden = LanguageModel(student).apply({"params": student_params}, tokens, **call).hidden
+    kernels = head_kernel(student_params), head_kernel(teacher_params)
+    sums = logit_sums(hidden, target, *kernels, targets(tokens, segment_ids), student)
+    return {**sums._asdict(), **counts(batch)}
+
+
+@jax.jit(static_argnums=0)
+def _own_sums(config: ModelConfig, params, batch):
+    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+    hidden = LanguageModel(config).apply({"params": params}, tokens, segment_ids=segment_ids, logits=False).hidden
+    kernel = head_kernel(params)
+    sums = logit_sums(hidden, hidden, kernel, kernel, targets(tokens, segment_ids), config)
+    return {"ce": sums.ce, **counts(batch)}

@@ -1,0 +1,99 @@
+"""Needle in a haystack: RULER's first single-needle task, S-NIAH-1 (Hsieh et al. 2024, arXiv 2404.06654, table 2).
+
+A number is hidden in a text that repeats itself, and asked for at the end. Lengths are of the whole prompt, in tokens.
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlin.config import UserError
+
+NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
+NEEDLE = "One of the special magic numbers for {word} is: {number}."
+BEFORE = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards.\n"
+)
+AFTER = (
+    "\nWhat is the special magic number for {word} mentioned in the provided text? "
+    "The special magic number for {word} mentioned in the provided text is"
+)
+_WORDS = """
+anchor basket beacon canyon castle cellar cherry circus cobalt copper cricket dagger desert dragon engine falcon
+feather forest garden guitar hammer harbor helmet island jacket jungle kettle ladder lantern lemon magnet maple marble
+meadow mirror needle nickel orange orchid oyster paddle parrot pepper pillow planet pocket puzzle rabbit ribbon rocket
+saddle salmon shovel silver spider temple ticket timber tunnel turtle velvet violin walnut window
+"""
+WORDS = tuple(_WORDS.split())
+ANSWER_TOKENS = 16  # room for a number of seven digits, one token each, and a few words
+BATCH = 16  # prompts answered together
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question."""
+
+    prompt: str
+    tokens: list[int]
+    number: str
+
+
+# Prompts to continuations, as token ids.
+Answer = Callable[[list[list[int]]], list[list[int]]]
+
+
+def samples(tokenizer: Any, length: int, count: int, seed: int = 0) -> list[Sample]:
+    """`count` questions of at most `length` tokens, as long as whole sentences allow; the same for the same seed.
+
+    Raises UserError where `length` has no room for the question itself.
+    """
+    return [_sample(tokenizer, length, random.Random(f"{seed} {length} {i}")) for i in range(count)]
+
+
+def _sample(tokenizer: Any, length: int, rng: random.Random) -> Sample:
+    word, number, depth = rng.choice(WORDS), str(rng.randint(1_000_000, 9_999_999)), rng.random()
+
+    def prompt(sentences: int) -> str:
+        haystack = [NOISE[i % len(NOISE)] for i in range(sentences)]
+        haystack.insert(round(depth * sentences), NEEDLE.format(word=word, number=number))
+        return BEFORE + " ".join(haystack) + AFTER.format(word=word)
+
+    def encode(sentences: int) -> list[int]:
+        return tokenizer(prompt(sentences), add_special_tokens=False, verbose=False)["input_ids"]
+
+    # Every sentence is at least a token, so `length` sentences are too many.
+    fitting = bisect.bisect_right(range(length + 1), length, key=lambda n: len(encode(n))) - 1
+    if fitting < 0:
+        raise UserError(f"a needle-in-a-haystack prompt of {length} tokens: the question alone is {len(encode(0))}")
+    return Sample(prompt(fitting), encode(fitting), number)
+
+
+def shortest(tokenizer: Any) -> int:
+    """A length that has room for any question."""
+    longest = max(WORDS, key=len)
+    texts = (NEEDLE.format(word=longest, number=9_999_999), BEFORE, AFTER.format(word=longest))
+    return sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts) + 8
+
+
+def score(answer: Answer, tokenizer: Any, length: int, count: int, seed: int = 0) -> float:
+    """The share of `count` questions of `length` tokens whose number appears in the answer."""
+    questions = samples(tokenizer, length, count, seed)
+    right = 0
+    for start in range(0, count, BATCH):
+        batch = questions[start : start + BATCH]
+        for question, tokens in zip(batch, answer([q.tokens for q in batch]), strict=True):
+            right += question.number in tokenizer.decode(tokens, skip_special_tokens=True)
+    return right / count
+
+
+def scores(
+    answer: Answer, tokenizer: Any, lengths: Sequence[int], count: int, seed: int = 0
+) -> dict[str, float | None]:
+    """`score` by length; None where the question has no room."""
+    room = shortest(tokenizer)
+    return {str(n): score(answer, tokenizer, n, count, seed) if n >= room else None for n in lengths}

@@ -1,0 +1,115 @@
+"""Measure a run or a teacher, show the results and keep them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxlin.config import UserError
+from jaxlin.evaluation import quick
+from jaxlin.evaluation.subject import Subject, open_subject, params_sha256
+
+SUITES = {"quick": quick.TASKS}
+TIMES = ("speed",)  # tasks whose results differ from one time to the next
+
+
+def choose_tasks(suite: str, tasks: Sequence[str]) -> list[str]:
+    """The tasks of `suite`, or those of them that `tasks` names. Raises UserError for names that do not exist."""
+    if suite not in SUITES:
+        raise UserError(f"--suite {suite}: choose one of {', '.join(SUITES)}")
+    if unknown := [task for task in tasks if task not in SUITES[suite]]:
+        raise UserError(f"--tasks {unknown[0]}: the tasks of --suite {suite} are {', '.join(SUITES[suite])}")
+    return [task for task in SUITES[suite] if not tasks or task in tasks]
+
+
+def evaluate(
+    subject: Subject, *, suite: str = "quick", tasks: Sequence[str] = (), limit: int | None = None
+) -> dict[str, Any]:
+    """Measure `subject`; a run's results go to its evaluation.json as well.
+
+    Returns what was measured (suite, teacher, and for a run preset and mixer), params_sha256, for a run stage_losses
+    ({stage: {start, end}}) and kl ({initialisation, now}), and results ({task: {model: {metric: value}}}).
+    Values that are not finite numbers are None.
+    """
+    chosen = choose_tasks(suite, tasks)
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: must be at least 1")
+    samples = quick.SAMPLES if limit is None else limit
+    run = subject.run
+    found: dict[str, Any] = {"suite": suite, "teacher": subject.config.teacher}
+    if run is not None:
+        found |= {"preset": run.config.preset, "mixer": run.config.mixer}
+    found["params_sha256"] = params_sha256(subject.measured.params)
+    results = {task: SUITES[suite][task](subject, samples) for task in chosen}
+    if run is not None:
+        held_out = results.get("held_out") or quick.held_out(subject, samples)
+        initial = run.read("fidelity.json") or {}
+        found["stage_losses"] = run.stage_losses()
+        found["kl"] = {"initialisation": initial.get("kl"), "now": held_out["student"]["kl"]}
+    found["results"] = results
+    found = _finite(found)
+    if run is not None:
+        run.write("evaluation.json", found)
+    return found
+
+
+def report_run(folder: str | Path) -> dict[str, Any]:
+    """Measure the run in `folder` with the quick suite and print the table."""
+    found = evaluate(open_subject(run=str(folder)))
+    print_results(found)
+    return found
+
+
+def without_times(found: dict[str, Any]) -> dict[str, Any]:
+    """The results that two evaluations of the same parameters share."""
+    return found | {"results": {task: value for task, value in found["results"].items() if task not in TIMES}}
+
+
+def as_line(found: dict[str, Any]) -> str:
+    """One line of JSON, without times."""
+    return json.dumps(without_times(found), allow_nan=False)
+
+
+def print_results(found: dict[str, Any], console: Console | None = None) -> None:
+    """Results as a table, one row for each metric, one column for each model."""
+    console = console or Console()
+    models = list(dict.fromkeys(model for task in found["results"].values() for model in task))
+    what = f"{found['mixer']} ({found['preset']}) and its teacher" if "mixer" in found else "teacher"
+    table = Table(title=f"{what} {found['teacher']}, suite {found['suite']}")
+    for heading in ("task", "metric"):
+        table.add_column(heading)
+    for model in models:
+        table.add_column(model, justify="right")
+    for task, by_model in found["results"].items():
+        metrics = list(dict.fromkeys(metric for values in by_model.values() for metric in values))
+        for metric in metrics:
+            cells = (_cell(by_model.get(model, {}), metric) for model in models)
+            table.add_row(task, metric.replace("_", " "), *cells)
+    console.print(table)
+    if "kl" in found:
+        losses = [f"{n} {_number(v['start'])} -> {_number(v['end'])}" for n, v in found["stage_losses"].items()]
+        changes = [*losses, f"KL {_number(found['kl']['initialisation'])} -> {_number(found['kl']['now'])}"]
+        console.print("start -> end: " + ", ".join(changes), highlight=False)
+
+
+def _cell(values: dict[str, Any], metric: str) -> str:
+    return _number(values[metric]) if metric in values else ""
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,78 @@
+"""What an evaluation measures: a run's student beside its teacher, or a teacher alone."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from jaxlin import generate
+from jaxlin.config import RunConfig, UserError
+from jaxlin.data import heldout_batches
+from jaxlin.distill import Batch
+from jaxlin.runs import Run, Teacher, load_teacher, open_run
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The models, by name ("teacher", and "student" where there is a run), and the text to measure them on."""
+
+    models: dict[str, Teacher]
+    config: RunConfig
+    run: Run | None = None
+
+    @property
+    def measured(self) -> Teacher:
+        """The model that the evaluation is about: the student, or a teacher without one."""
+        return self.models.get("student", self.models["teacher"])
+
+    @functools.cached_property
+    def batches(self) -> list[Batch]:
+        """Held-out text; the same that the run measured itself on, unless other text was asked for."""
+        data = self.config.data
+        size = max(1, min(8, data.eval_tokens // data.seq_len))
+        return heldout_batches(self.config.text, data, self.models["teacher"].tokenizer, batch_size=size)
+
+
+def open_subject(run: str = "", teacher: str = "", text: Sequence[str] = ()) -> Subject:
+    """Load what `run` (a folder) or `teacher` names; `text` replaces the run's held-out text.
+
+    Raises UserError where neither or both are given, or they cannot be loaded.
+    """
+    if bool(run) == bool(teacher):
+        raise UserError("give either --run DIR or --teacher T")
+    opened = open_run(run) if run else None
+    config = opened.config if opened else RunConfig(teacher=teacher)
+    if text:
+        config = replace(config, data=replace(config.data, heldout=tuple(text)))
+    params = jax.tree.map(jnp.asarray, opened.params()) if opened else None  # first: a bad checkpoint fails at once
+    models = {"teacher": load_teacher(config)}
+    if opened:
+        models["student"] = Teacher(opened.student, params, models["teacher"].tokenizer)
+    return Subject(models, config, opened)
+
+
+def answerer(model: Teacher, max_new_tokens: int) -> Any:
+    """A function from prompts to greedy continuations, as token ids."""
+
+    def answer(prompts: list[list[int]]) -> list[list[int]]:
+        stop = generate.stop_tokens(model.tokenizer)
+        return generate.generate(model.config, model.params, prompts, max_new_tokens=max_new_tokens, stop_ids=stop)
+
+    return answer
+
+
+def params_sha256(params: Any) -> str:
+    """SHA-256 over the parameters: path and raw bytes of each, in the order of their paths."""
+    digest = hashlib.sha256()
+    for path, value in sorted(flatten_dict(params, sep="/").items()):
+        digest.update(path.encode())
+        digest.update(np.ascontiguousarray(np.asarray(value)).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,311 @@
+"""Text from a model: the prompt in one pass, then token by token from a state of constant size.
+
+Command: `python -m jaxlin.generate --run DIR --prompt "..."`; without `--prompt` it reads standard input.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxlin import convert, runs
+from jaxlin.config import ModelConfig, RunConfig, UserError, parse, run_main
+from jaxlin.model import LanguageModel, head_kernel, init_state, project
+from jaxlin.student import is_new
+
+PAD_TO = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
+PREFILL_CHUNK = 2048  # tokens of a prompt read in one call
+BLOCK = 16  # tokens decoded between two looks at what came out
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 takes the likeliest, whatever top_k and top_p are."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise UserError(f"--temperature {self.temperature}: must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise UserError(f"--top-k {self.top_k}: must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1 (all tokens)")
+
+
+def generate(
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Sequence[int] = (),
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> list[list[int]]:
+    """Continue each prompt (token ids) by up to `max_new_tokens` tokens; a token in `stop_ids` ends it and is left out.
+
+    Prompts of different lengths go through together, padded on the left. A prompt's continuation depends on its place
+    in the batch only through the random numbers of sampling, and not on the prompts beside it.
+    Raises UserError for an empty prompt or an impossible setting, ValueError for ids outside the vocabulary.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    live = set(range(len(prompts)))
+    if not prompts:
+        return answers
+    blocks = _blocks(config, params, prompts, max_new_tokens, Sampling(temperature, top_k, top_p), seed, prefill_chunk)
+    for block in blocks:
+        for row in sorted(live):
+            for token in block[row].tolist():
+                if token in stop_ids:
+                    live.discard(row)
+                    break
+                answers[row].append(token)
+        if not live:
+            break
+    return answers
+
+
+def stream(
+    config: ModelConfig,
+    params: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Sequence[int] = (),
+) -> Iterator[str]:
+    """The continuation of one prompt, as pieces of text that come as soon as their characters are complete."""
+    sampling, text = Sampling(temperature, top_k, top_p), Detokenizer(tokenizer)
+    for block in _blocks(config, params, [prompt], max_new_tokens, sampling, seed, PREFILL_CHUNK, size=1):
+        token = int(block[0, 0])
+        if token in stop_ids:
+            break
+        if piece := text.push(token):
+            yield piece
+    if piece := text.flush():
+        yield piece
+
+
+class Detokenizer:
+    """Tokens to text, one at a time. A token may hold a part of a character: it waits for the rest."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []  # the last complete piece, for what comes after it, and what is not yet complete
+        self._context = 0  # how many of them are that piece
+        self._shown = 0  # characters of their text that were given out
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes."""
+        self._tokens.append(token)
+        text = self._decode(self._tokens)
+        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")  # what an unfinished character decodes to
+        piece = text[self._shown : len(text) if whole else -1]
+        self._shown += len(piece)
+        if whole:
+            self._tokens = self._tokens[self._context :]
+            self._context, self._shown = len(self._tokens), len(self._decode(self._tokens))
+        return piece
+
+    def flush(self) -> str:
+        """What is left: a character that never became complete."""
+        return self._decode(self._tokens)[self._shown :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def serving_params(params: Any, config: ModelConfig) -> Any:
+    """The parameters with every matrix that is only ever used in the compute dtype stored in it: the same results."""
+    matrices = ("kernel", "bias", "embedding")
+    cast = {p: jnp.asarray(a, config.dtype if p[-1] in matrices and not is_new(p) else None)
+            for p, a in flatten_dict(params).items()}  # fmt: skip
+    return unflatten_dict(cast)
+
+
+def _blocks(
+    config: ModelConfig, params, prompts, max_new_tokens: int, sampling: Sampling, seed: int, chunk: int, size=BLOCK
+) -> Iterator[np.ndarray]:
+    """New tokens [B, n]: one after the prompts, then `size` at a time, `max_new_tokens` in all.
+
+    The next block is already being computed when one is given out, so the device never waits for the caller.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
+    if chunk < 1:
+        raise ValueError(f"prefill_chunk={chunk}: must be at least 1")
+    tokens, segment_ids = _left_pad(prompts, config.vocab_size, chunk)
+    params = serving_params(params, config)
+    rounds = -(-(max_new_tokens - 1) // size)
+    state = init_state(config, len(prompts), tokens.shape[1] + rounds * size)
+    logits = None
+    for start in range(0, tokens.shape[1], chunk):
+        part = slice(start, start + chunk)  # all are of one size
+        logits, state = _prefill(config, params, state, tokens[:, part], segment_ids[:, part])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(prompts), dtype=np.uint32))
+    token = _choose(sampling, keys, jnp.uint32(0), logits)
+    ready, left = token[:, None], max_new_tokens
+    carry = (token, jnp.uint32(1), state)
+    for done in range(rounds + 1):
+        following = None
+        if done < rounds:
+            following, carry = _decode(config, sampling, size, params, keys, carry)
+        block = np.asarray(ready)[:, :left]
+        left -= block.shape[1]
+        yield block
+        ready = following
+
+
+def _left_pad(prompts: Sequence[Sequence[int]], vocab_size: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segment ids [B, T]; 0 before each prompt, so that all of them end together."""
+    if short := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
+        raise UserError(f"--prompt: prompt {short[0]} is empty; give at least one token")
+    longest = max(map(len, prompts))
+    unit = min(PAD_TO, chunk) if longest <= chunk else chunk
+    length = -(-longest // unit) * unit
+    tokens, segment_ids = np.zeros((2, len(prompts), length), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, length - len(prompt) :] = prompt
+        segment_ids[row, length - len(prompt) :] = 1
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(f"prompts: ids {tokens.min()} to {tokens.max()} are not in a vocabulary of {vocab_size}")
+    return tokens, segment_ids
+
+
+@jax.jit(static_argnums=0, donate_argnums=2)
+def _prefill(config: ModelConfig, params, state, tokens, segment_ids):
+    """Read tokens [B, T]; the logits after the last one [B, V], and the state."""
+    out = LanguageModel(config).apply({"params": params}, tokens, segment_ids=segment_ids, state=state, logits=False)
+    return project(out.hidden[:, -1], head_kernel(params), config), out.state
+
+
+@jax.jit(static_argnums=(0, 1, 2), donate_argnums=5)
+def _decode(config: ModelConfig, sampling: Sampling, steps: int, params, keys, carry):
+    """`steps` more tokens of each row, [B, steps]; carry = (last token [B], its number + 1, state)."""
+
+    def step(carry, _):
+        token, number, state = carry
+        out = LanguageModel(config).apply({"params": params}, token[:, None], state=state)
+        token = _choose(sampling, keys, number, out.logits[:, 0])
+        return (token, number + 1, out.state), token
+
+    carry, tokens = jax.lax.scan(step, carry, length=steps)
+    return tokens.T, carry
+
+
+@jax.jit(static_argnums=0)
+def _choose(sampling: Sampling, keys, number, logits):
+    """The next token of each row, [B], from logits [B, V]; top_k narrows first, then top_p among those left."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scores = logits / sampling.temperature
+    vocabulary = scores.shape[-1]
+    narrow = sampling.top_k or sampling.top_p < 1
+    if narrow:
+        scores, tokens = jax.lax.top_k(scores, min(sampling.top_k or vocabulary, vocabulary))
+        before = jnp.cumsum(jax.nn.softmax(scores), axis=-1) - jax.nn.softmax(scores)
+        # The likeliest token always stays: nothing is before it.
+        scores = jnp.where(before < sampling.top_p, scores, -jnp.inf)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    choice = jax.vmap(jax.random.categorical)(keys, scores)
+    if narrow:
+        choice = jnp.take_along_axis(tokens, choice[:, None], axis=-1)[:, 0]
+    return choice.astype(jnp.int32)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Continue a text with a student, or with its teacher."""
+
+    run: str = ""
+    """Run folder of the student."""
+    teacher: str = ""
+    """Instead of a run: "demo", a Hugging Face name or folder, or a .gguf file."""
+    teacher_model: tyro.conf.UseCounterAction[int] = 0
+    """Generate with the run's teacher rather than its student."""
+    prompt: str | None = None
+    """The text to continue; read from standard input where it is absent."""
+    max_new_tokens: int = 128
+    """Most tokens to write."""
+    temperature: float = 0.0
+    """Randomness; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Choose among this many likeliest tokens; 0 means all."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the choice."""
+
+
+def load_model(run: str, teacher: str, *, teacher_model: bool = False) -> runs.Teacher:
+    """The model that a command line asks for: a run's student or teacher, or a teacher alone.
+
+    Raises UserError where neither or both of `run` and `teacher` are given, and what opening them raises.
+    """
+    if bool(run) == bool(teacher):
+        raise UserError("give either --run DIR or --teacher T")
+    if not run:
+        return runs.load_teacher(RunConfig(teacher=teacher))
+    opened = runs.open_run(Path(run))
+    if teacher_model:
+        return runs.load_teacher(opened.config)
+    name = opened.config.teacher
+    tokenizer = convert.byte_tokenizer() if name == "random" else convert.load_tokenizer(name)
+    return runs.Teacher(opened.student, jax.tree.map(jnp.asarray, opened.params()), tokenizer)
+
+
+def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a text."""
+    ids = {tokenizer.eos_token_id, convert.end_of_text_id(tokenizer)}
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def main() -> None:
+    """Entry point of `python -m jaxlin.generate`."""
+    settings = parse(Settings)
+    Sampling(settings.temperature, settings.top_k, settings.top_p)  # refuses bad values before the model is loaded
+    if settings.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {settings.max_new_tokens}: must be at least 1")
+    prompt = sys.stdin.read() if settings.prompt is None else settings.prompt
+    if not prompt:
+        raise UserError("the prompt is empty: give --prompt or text on standard input")
+    model = load_model(settings.run, settings.teacher, teacher_model=bool(settings.teacher_model))
+    pieces = stream(
+        model.config,
+        model.params,
+        model.tokenizer,
+        model.tokenizer(prompt, add_special_tokens=False)["input_ids"],
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=settings.seed,
+        stop_ids=stop_tokens(model.tokenizer),
+    )
+    print(prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    run_main(main)
