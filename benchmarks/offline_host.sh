@@ -29,7 +29,7 @@ pack() {
 
 unpack() {
   mkdir -p /tmp/carry
-  for folder in .carry/*; do cp -rn "$folder"/. /tmp/carry/; done
+  for folder in .carry/*; do cp -r "$folder"/. /tmp/carry/; done
   if [ ! -d /tmp/carry/site ]; then
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/carry/site /tmp/carry/*.whl
   fi
