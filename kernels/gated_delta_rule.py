@@ -35,6 +35,7 @@ from jaxlin.kernels.chunk import (
     channel_products,
     channel_products_vjp,
     chunk_length,
+    cumsum_before,
     from_chunks,
     mask_padding,
     repeat_heads,
@@ -134,11 +135,12 @@ def _backward(scale, residuals, cotangents):
 
     dg = None
     if g is not None:
-        per_row = c.q * dq_enter + c.k * (dk_enter - dk_leave)
-        across = jnp.sum(c.k * dk_leave, axis=-2) + jnp.sum(keep * states * ds, axis=-1)
+        # g_t lies on the paths from a row before t or the state to row t or later, or on to the next state
+        reads, writes = c.q * dq_enter + c.k * dk_enter, c.k * dk_leave
+        across = keep[..., 0] * jnp.sum(states * ds, axis=-1)
         if g.ndim == 4:
-            per_row, across = (jnp.sum(x, axis=-1, keepdims=True) for x in (per_row, across))
-        dg = reverse_cumsum(pairs.db + per_row) + across[..., None, :]
+            reads, writes, across = (jnp.sum(x, axis=-1, keepdims=True) for x in (reads, writes, across))
+        dg = reverse_cumsum(pairs.db + reads) + cumsum_before(writes) + across[..., None, :]
         dg = dg.reshape(g.shape).astype(g.dtype)
     dq, dk = sum_heads(dq, q.shape[2]).astype(q.dtype), sum_heads(dk, k.shape[2]).astype(k.dtype)
     return dq, dk, dv.astype(v.dtype), dbeta.astype(beta.dtype), dg, d_state, None
