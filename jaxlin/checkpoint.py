@@ -9,11 +9,13 @@ kill at any instant leaves every saved checkpoint whole, and later damage is see
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import json
 import logging
 import re
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -171,8 +173,10 @@ class Checkpoints:
 
     def _fail(self, step: int, error: Exception) -> None:
         """Clear away a failed save and say why."""
-        if jax.process_index() == 0:
-            self._sweep()
+        quiet, deadline = 0, time.monotonic() + 30
+        while jax.process_index() == 0 and quiet < 3 and time.monotonic() < deadline:
+            quiet = 0 if self._sweep() else quiet + 1  # Orbax's other threads go on writing for a moment
+            time.sleep(0.1)
         if not _is_full(error):
             raise error
         left = f"step {self.steps()[-1]} is the last one saved" if self.steps() else "none was saved before"
@@ -192,13 +196,16 @@ class Checkpoints:
             if NAME.fullmatch(path.name) and path.name not in kept | {newest.name}:
                 _delete(path)
 
-    def _sweep(self) -> None:
-        """Delete what killed and failed saves left behind."""
-        if self._folder.is_dir():
-            for path in self._folder.iterdir():
-                name = path.name.partition(".orbax-checkpoint-tmp")[0]
-                if NAME.fullmatch(name) and not (path / MANIFEST).exists():
+    def _sweep(self) -> bool:
+        """Delete what killed and failed saves left behind; returns whether there was anything."""
+        found = False
+        for path in self._folder.iterdir() if self._folder.is_dir() else ():
+            name = path.name.partition(".orbax-checkpoint-tmp")[0]
+            if NAME.fullmatch(name) and not (path / MANIFEST).exists():
+                found = True
+                with contextlib.suppress(OSError):  # another thread is still writing there
                     path.rmtree()
+        return found
 
 
 def load_params(folder: Path | str, step: int | None = None) -> dict[str, Any]:

@@ -121,11 +121,10 @@ def params_from_tensors(
     if dtype is None:
         dtype = "bfloat16" if stored == {"bfloat16"} else "float32"
     dtype = np.dtype(dtype)
-    places = {e.path: None for e in entries}
+    places: dict[tuple[str, ...], Any] = {e.path: None for e in entries}
     if shardings is not None:
-        places = flax.traverse_util.flatten_dict(shardings)
-        if wrong := set(places) ^ {e.path for e in entries}:
-            raise ValueError(f"shardings is not a tree like the parameters: see {'/'.join(min(wrong))}")
+        places = dict(flax.traverse_util.flatten_dict(shardings))
+        _check_tree("shardings", places, entries)
 
     flat = {}
     for entry in entries:
@@ -134,6 +133,14 @@ def params_from_tensors(
             row[...] = entry.from_hf(reader.get(name))
         flat[entry.path] = _place(host, places[entry.path])
     return flax.traverse_util.unflatten_dict(flat)
+
+
+def _check_tree(argument: str, flat: dict[tuple[str, ...], Any], entries: list[Entry]) -> None:
+    """Raise unless a flattened tree has exactly the parameters' paths."""
+    if wrong := set(flat) ^ {entry.path for entry in entries}:
+        path = min(wrong)
+        problem = "has too many leaves" if path in flat else "lacks leaves"
+        raise ValueError(f"{argument} {problem} for this config, for one {'/'.join(path)}")
 
 
 def _place(host: np.ndarray, sharding: Any) -> jax.Array:
@@ -186,8 +193,8 @@ def load_teacher(source: str, *, dtype: Any = None, shardings: Any = None) -> tu
     Args:
         source: a local HF folder, "org/name" on the hub, a .gguf file, or "demo" (SmolLM2-135M-Instruct, fetched once).
         dtype: of the parameters; None is bfloat16 where every tensor is stored so, otherwise float32.
-        shardings: a tree like the parameters' of `jax.sharding.Sharding` (`load_config` gives the shapes
-            beforehand), or None for the default device.
+        shardings: a tree like the parameters' of `jax.sharding.Sharding`, or a function that makes one from the
+            config; None for the default device.
 
     Returns:
         The config (its compute dtype is left at the default), the parameters, and the tokenizer.
@@ -198,13 +205,14 @@ def load_teacher(source: str, *, dtype: Any = None, shardings: Any = None) -> tu
     config, reader, path = _open(source)
     tokenizer = _tokenizer(path, reader)
     _check_vocabulary(tokenizer, config, str(path))
+    if callable(shardings):
+        shardings = shardings(config)
     return config, params_from_tensors(reader, config, dtype=dtype, shardings=shardings), tokenizer
 
 
 def _open(source: str) -> tuple[ModelConfig, hf_files.Reader, Path]:
     """The config, the tensors and the path (a folder or a .gguf file) of a teacher."""
-    source = os.fspath(source)
-    if source == "demo" or source.endswith(".gguf"):
+    if _in_gguf(source := os.fspath(source)):
         path = gguf_teacher.demo_file() if source == "demo" else Path(source).expanduser()
         reader = gguf_teacher.GGUFTensors(path)
         return hf_files.config_from_hf(reader.hf_config(), str(path)), reader, path
@@ -213,15 +221,19 @@ def _open(source: str) -> tuple[ModelConfig, hf_files.Reader, Path]:
     return hf_files.config_from_hf(hf_files.read_json(file), str(file)), hf_files.open_folder(path), path
 
 
+def _in_gguf(source: str) -> bool:
+    return source == "demo" or source.endswith(".gguf")
+
+
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of a teacher (a transformers tokenizer); see `load_teacher` for `source`."""
-    if source == "demo" or source.endswith(".gguf"):
+    if _in_gguf(source := os.fspath(source)):
         _, reader, path = _open(source)
         return _tokenizer(path, reader)
-    return _tokenizer(hf_files.locate(source), None)
+    return _tokenizer(hf_files.locate(source), None)  # an HF folder may hold a tokenizer only
 
 
 def _tokenizer(path: Path, reader: hf_files.Reader | None) -> Any:
@@ -289,9 +301,11 @@ def export_hf(
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists already: give a folder that does not")
-    flat, entries = flax.traverse_util.flatten_dict(params), table(config)
+    flat: dict[tuple[str, ...], Any] = dict(flax.traverse_util.flatten_dict(params))
+    entries = table(config)
+    _check_tree("params", flat, entries)
     for entry in entries:
-        if (found := np.shape(flat.get(entry.path))) != entry.stacked_shape:
+        if (found := flat[entry.path].shape) != entry.stacked_shape:
             raise ValueError(f"params: {'/'.join(entry.path)} has shape {found}, expected {entry.stacked_shape}")
     dtype = flat[entries[0].path].dtype
 

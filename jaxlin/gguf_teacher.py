@@ -121,18 +121,18 @@ class GGUFTensors:
 
     def _heads(self, key: str) -> int:
         count = self._field(f"llama.attention.{key}", self._field("llama.attention.head_count"))
-        if not isinstance(count, int):
-            raise UserError(f"{self._path}: llama.attention.{key}={count!r} should be one integer")
+        if not isinstance(count, int) or count <= 0:
+            raise UserError(f"{self._path}: llama.attention.{key}={count!r} should be one positive integer")
         return count
 
     def hf_config(self) -> dict[str, Any]:
         """What this file's HF config.json would say."""
         names = self.names()
         heads, width = self._heads("head_count"), self._field("llama.embedding_length")
-        embedding = self._tensors.get("model.embed_tokens.weight")
+        embedding = "model.embed_tokens.weight"
         config = {
             "model_type": "llama",
-            "vocab_size": self._field("llama.vocab_size") if embedding is None else int(embedding.shape[1]),
+            "vocab_size": self.spec(embedding)[0][0] if embedding in names else self._field("llama.vocab_size"),
             "hidden_size": width,
             "intermediate_size": self._field("llama.feed_forward_length"),
             "num_hidden_layers": self._field("llama.block_count"),
@@ -152,18 +152,18 @@ class GGUFTensors:
             raise UserError(f"{self._path}: llama.rope.dimension_count={rotated} should be the head size {head_dim}")
         if (kind := self._field("llama.rope.scaling.type", "none")) != "none":
             config["rope_scaling"] = {"rope_type": kind}
-        if self._rope_factors is not None:
-            config["rope_scaling"] = self._llama3_scaling(config["rope_theta"], head_dim)
+        if head_dim and self._rope_factors is not None:
+            factors = np.array(self._rope_factors.data, np.float64)
+            config["rope_scaling"] = self._llama3_scaling(factors, config["rope_theta"], head_dim)
         if self._field("llama.expert_count", 0):
             raise UserError(f"{self._path}: mixtures of experts are not supported")
         return config
 
-    def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
+    def _llama3_scaling(self, found: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
         """Llama 3's rope scaling from the divisors of each frequency, which is all that GGUF keeps.
 
         The file lacks the bounds; those of every Llama 3.1 to 3.3 (1, 4, 8192) are tried and must give its numbers.
         """
-        found = np.array(self._rope_factors.data, np.float64)
         factor, low, high, context = float(found.max()), 1.0, 4.0, 8192
         turns = context * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
         smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)

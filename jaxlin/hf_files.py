@@ -157,7 +157,7 @@ class SafetensorsReader:
 
     def spec(self, name: str) -> tuple[tuple[int, ...], str]:
         view = self._file.get_slice(name)
-        dtype = view.get_dtype()
+        dtype = str(view.get_dtype())
         return tuple(view.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype)
 
     def get(self, name: str) -> np.ndarray:

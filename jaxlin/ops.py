@@ -291,10 +291,11 @@ def _log_once(message: str) -> None:
 def _sharded(function: Callable, arrays: dict, state: Any, options: dict, chunk_size: int | None):
     """Run `function` on each device's own batch rows and heads: nothing is communicated."""
     mesh = sharding.kernel_mesh()
+    absent = {name: x for name, x in arrays.items() if x is None}
     arrays = {name: x for name, x in arrays.items() if x is not None}
 
     def local(arrays, state):
-        return function(arrays, state, options, chunk_size)
+        return function(arrays | absent, state, options, chunk_size)
 
     if mesh is None:
         return local(arrays, state)

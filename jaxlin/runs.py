@@ -43,13 +43,14 @@ def load_teacher(run: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Teach
     """
     if run.teacher == "random":
         return _random_teacher(run, mesh)
-    config = convert.load_config(run.teacher)
-    if run.teacher_config is not None:
-        _require_same(run, config)
-    config = replace(config, dtype=run.dtype)
-    shardings = None if mesh is None else param_shardings(abstract_params(config), mesh)
-    _, params, tokenizer = convert.load_teacher(run.teacher, dtype=run.dtype, shardings=shardings)
-    return Teacher(config, params, tokenizer)
+
+    def place(config: ModelConfig) -> Any:
+        if run.teacher_config is not None:
+            _require_same(run, config)
+        return None if mesh is None else param_shardings(abstract_params(config), mesh)
+
+    config, params, tokenizer = convert.load_teacher(run.teacher, dtype=run.dtype, shardings=place)
+    return Teacher(replace(config, dtype=run.dtype), params, tokenizer)
 
 
 def _random_teacher(run: RunConfig, mesh: jax.sharding.Mesh | None) -> Teacher:

@@ -177,8 +177,7 @@ SAVE = """
 import os, pathlib, signal, sys
 from etils import epath
 from jaxlin import checkpoint
-sys.path.insert(0, "tests")
-from test_checkpoint import make_state
+from tests.test_checkpoint import make_state
 
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 

@@ -47,3 +47,16 @@ def assert_same(a, b):
     for path in a:
         assert a[path].dtype == b[path].dtype, path
         assert np.asarray(a[path]).tobytes() == np.asarray(b[path]).tobytes(), path
+
+
+def hf_tensors(config, params):
+    """The HF tensors of a tree of parameters."""
+    tensors = {}
+    for entry in table(config):
+        leaf = params
+        for key in entry.path:
+            leaf = leaf[key]
+        leaf = np.asarray(leaf)
+        for name, row in zip(entry.names, leaf if entry.layers else leaf[None], strict=True):
+            tensors[name] = np.ascontiguousarray(entry.to_hf(row))
+    return tensors

@@ -42,7 +42,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype = self.dtype or self.config.dtype
-        return nn.DenseGeneral(
+        dense = nn.DenseGeneral(
             self.features,
             axis=tuple(range(-self.inputs, 0)),
             use_bias=self.use_bias,
@@ -50,7 +50,9 @@ class Dense(nn.Module):
             precision=precision(dtype),
             kernel_init=nn.with_logical_partitioning(self.kernel_init, self.axes),
             bias_init=nn.with_logical_partitioning(self.bias_init, self.axes[self.inputs :]),
-        )(x)
+        )
+        nn.share_scope(self, dense)  # its parameters are this module's, as in HF's names
+        return dense(x)
 
 
 class RMSNorm(nn.Module):

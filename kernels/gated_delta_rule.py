@@ -1,0 +1,223 @@
+"""Family B, the gated delta rule (DeltaNet, Gated DeltaNet, KDA), in chunks, forward and backward.
+
+    S_t = (I - beta_t k_t k_t^T) e^{g_t} S_{t-1} + beta_t k_t v_t^T ;   o_t = scale S_t^T q_t
+
+Inside a chunk, with D_ij the decay from row j to row i (inside the sum over channels when gates are per channel),
+Qe and Kb the rows decayed from the chunk's start, Ke those decayed to its end, and B = diag(beta):
+
+    P_ij = q_i.k_j D_ij, i >= j ;   A_ij = k_i.k_j D_ij, i > j ;   T = (I + B A)^-1
+    U = T B (V - Kb S) ;   O = scale (Qe S + P U) ;   S' = keep S + Ke^T U
+
+T, W = T B Kb and U0 = T B V need no state: all chunks are prepared at once, and the serial part is two products a
+chunk, U = U0 - W S and S'. The backward pass solves the adjoint system, Y = T^T dU, and never differentiates T:
+
+    dU = scale P^T dO + Ke dS' ;   dP = scale dO U^T ;   dA = -B Y U^T ;   dV = B Y ;   dbeta_i = y_i.(V - Kb S - A U)_i
+    dS = keep dS' + scale Qe^T dO - Kb^T B Y = keep dS' + scale Qe^T dO - W^T dU
+
+The recurrences are those of Yang et al. 2024 (arXiv 2406.06484; gated 2412.06464) and Kimi Linear (2510.26692).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlin.kernels.chunk import (
+    Decays,
+    Segments,
+    channel_decays,
+    channel_products,
+    channel_products_vjp,
+    chunk_length,
+    from_chunks,
+    mask_padding,
+    repeat_heads,
+    reverse_cumsum,
+    scalar_decays,
+    segment_masks,
+    sum_heads,
+    to_chunks,
+)
+from jaxlin.kernels.triangular import unit_lower_inverse
+
+
+def chunked(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    g: Array | None,
+    *,
+    scale: float,
+    initial_state: Array,
+    segment_ids: Array | None,
+    chunk_size: int | None = None,
+) -> tuple[Array, Array]:
+    """The gated delta rule over chunks; differentiable in every array and through the final state.
+
+    q, k [B, T, H, K]; v [B, T, HV, V]; beta [B, T, HV]; g None | [B, T, HV] | [B, T, HV, K], log decays <= 0;
+    initial_state [B, HV, K, V], at least float32; segment_ids [B, T] or None, 0 is padding. Keys must have norm <= 1
+    for beta in [0, 2]: longer ones make the recurrence itself diverge. Returns o [B, T, HV, V] in the dtype of v, and
+    the final state.
+    """
+    length = chunk_length(q.shape[1], chunk_size)
+    inputs = mask_padding(segment_ids, q, k, v, beta, g)
+    chunks = jax.tree.map(functools.partial(to_chunks, length=length), inputs)
+    o, final_state = _delta_rule(scale, *chunks, initial_state, segment_masks(segment_ids, length))
+    return from_chunks(o, q.shape[1]), final_state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _delta_rule(scale, q, k, v, beta, g, state, segments):
+    """`chunked` on arrays [N, B, H, C, ...]."""
+    return _forward(scale, q, k, v, beta, g, state, segments)[0]
+
+
+def _forward(scale, q, k, v, beta, g, state, segments):
+    c = _prepare(q, k, v, beta, g, segments)
+    t = unit_lower_inverse(c.beta * c.a)
+    w = c.exact("...ij,...jk->...ik", t, c.beta * c.k * c.decays.enter)
+    u0 = c.exact("...ij,...jv->...iv", t, c.beta * c.v)
+
+    def chunk(s, xs):
+        w, u0, ke, keep = xs
+        u = u0 - c.dot("...ik,...kv->...iv", w, s)
+        return keep * s + c.dot("...ik,...iv->...kv", ke, u), (s, u)
+
+    ke = c.k * c.decays.leave
+    final_state, (states, u) = lax.scan(chunk, state, (c.operand(w), u0, c.operand(ke), c.decays.keep))
+    states = checkpoint_name(states, "chunk_states")
+    from_states = c.dot("...ik,...kv->...iv", c.q * c.decays.enter, states)
+    o = scale * (from_states + c.dot("...ij,...jv->...iv", c.p, u))
+    return (o.astype(v.dtype), final_state), (q, k, v, beta, g, segments, states, t)
+
+
+def _backward(scale, residuals, cotangents):
+    q, k, v, beta, g, segments, states, t = residuals
+    do, d_final = cotangents
+    c = _prepare(q, k, v, beta, g, segments)
+    enter, leave, keep, *_ = c.decays
+    qe, kb, ke = c.q * enter, c.k * enter, c.k * leave
+
+    z = c.v - c.dot("...ik,...kv->...iv", kb, states)
+    u = c.exact("...ij,...jv->...iv", t, c.beta * z)
+    w = c.exact("...ij,...jk->...ik", t, c.beta * kb)
+    du_local = scale * c.dot("...ij,...iv->...jv", c.p, do)
+    ds_local = scale * c.dot("...ik,...iv->...kv", qe, do)
+
+    def chunk(ds, xs):
+        w, ke, keep, du_local, ds_local = xs
+        du = du_local + c.dot("...ik,...kv->...iv", ke, ds)
+        return keep * ds + ds_local - c.dot("...ik,...iv->...kv", w, du), (ds, du)
+
+    xs = (c.operand(w), c.operand(ke), keep, du_local, ds_local)
+    d_state, (ds, du) = lax.scan(chunk, d_final, xs, reverse=True)
+
+    y = c.exact("...ij,...iv->...jv", t, du)
+    dv = c.beta * y
+    dp = scale * c.dot("...iv,...jv->...ij", do, u)
+    dl = -jnp.tril(c.dot("...iv,...jv->...ij", y, u), -1)
+    # y.(V - Kb S - A U): U = B (...) row by row, but dividing by beta would lose the real tokens with beta = 0
+    dbeta = jnp.sum(y * z, axis=-1) + jnp.sum(dl * c.a, axis=-1)
+
+    pairs = _pair_gradients(c, dp, c.beta * dl, segments, needs_gate=g is not None)
+    dq_enter = scale * enter * c.dot("...iv,...kv->...ik", do, states)
+    dk_enter = -enter * c.dot("...iv,...kv->...ik", dv, states)
+    dk_leave = leave * c.dot("...iv,...kv->...ik", u, ds)
+    dq, dk = pairs.dq + dq_enter, pairs.dk + dk_enter + dk_leave
+
+    dg = None
+    if g is not None:
+        per_row = c.q * dq_enter + c.k * (dk_enter - dk_leave)
+        across = jnp.sum(c.k * dk_leave, axis=-2) + jnp.sum(keep * states * ds, axis=-1)
+        if g.ndim == 4:
+            per_row, across = (jnp.sum(x, axis=-1, keepdims=True) for x in (per_row, across))
+        dg = reverse_cumsum(pairs.db + per_row) + across[..., None, :]
+        dg = dg.reshape(g.shape).astype(g.dtype)
+    dq, dk = sum_heads(dq, q.shape[2]).astype(q.dtype), sum_heads(dk, k.shape[2]).astype(k.dtype)
+    return dq, dk, dv.astype(v.dtype), dbeta.astype(beta.dtype), dg, d_state, None
+
+
+_delta_rule.defvjp(_forward, _backward)
+
+
+class _Chunks(NamedTuple):
+    """What the forward and the backward pass both need, in the accumulation dtype, heads repeated to HV."""
+
+    q: Array  # [N, B, HV, C, K]
+    k: Array
+    v: Array  # [N, B, HV, C, V]
+    beta: Array  # [N, B, HV, C, 1]
+    decays: Decays
+    p: Array  # [N, B, HV, C, C], i >= j
+    a: Array  # [N, B, HV, C, C], i > j
+    operand: Callable[[Array], Array]  # cast to the dtype of the inputs: what the products read
+    dot: Callable[[str, Array, Array], Array]  # operands in the dtype of the inputs, summed in at least float32
+    exact: Callable[[str, Array, Array], Array]  # operands in at least float32: products with T and of channel gates
+
+
+def _prepare(q, k, v, beta, g, segments) -> _Chunks:
+    dtype = jnp.result_type(q, k, v)
+    acc = jnp.promote_types(dtype, jnp.float32)
+    precision = lax.Precision.HIGHEST if dtype == acc else lax.Precision.HIGH
+
+    def dot(spec, x, y):
+        x, y = x.astype(dtype), y.astype(dtype)
+        return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST, preferred_element_type=acc)
+
+    exact = functools.partial(jnp.einsum, precision=precision)
+    heads = v.shape[2]
+    qa, ka = (repeat_heads(x.astype(acc), heads) for x in (q, k))
+    if g is None or g.ndim == 4:
+        decays = scalar_decays(None if g is None else g.astype(acc), segments, q.shape[3], acc)
+        p, a = (repeat_heads(dot("...ik,...jk->...ij", x, k), heads) * decays.pair for x in (q, k))
+        a = jnp.tril(a, -1)
+    else:
+        decays = channel_decays(g.astype(acc), segments)
+        p, a = (channel_products(x, ka, decays.levels, precision) for x in (qa, ka))
+        if segments is not None:
+            p, a = (jnp.where(segments.same, x, 0) for x in (p, a))
+        p = p + _diagonal(jnp.sum(qa * ka, axis=-1))
+    keep = jnp.broadcast_to(decays.keep, (q.shape[0], *decays.keep.shape[1:]))  # the state scan runs over chunks
+    decays = decays._replace(keep=keep)
+    operand = lambda x: x.astype(dtype)
+    return _Chunks(qa, ka, v.astype(acc), beta.astype(acc)[..., None], decays, p, a, operand, dot, exact)
+
+
+class _PairGradients(NamedTuple):
+    """Gradients through P and A."""
+
+    dq: Array
+    dk: Array
+    db: Array | None  # of the cumulative log decay at each row
+
+
+def _pair_gradients(c: _Chunks, dp: Array, da: Array, segments: Segments | None, needs_gate: bool) -> _PairGradients:
+    pair = c.decays.pair
+    if pair is not None:
+        # One matrix gives the gate's gradient: differences of its row and column sums lose far less than q.dq - k.dk.
+        e = jnp.tril(dp * c.p, -1) + da * c.a
+        db = jnp.sum(e, axis=-1) - jnp.sum(e, axis=-2) if needs_gate else None
+        dp, da = dp * pair, da * pair
+        dq = c.dot("...ij,...jk->...ik", dp, c.k)
+        dk = c.dot("...ij,...jk->...ik", da, c.k) + c.dot("...ij,...ik->...jk", dp, c.q) + c.dot("...ij,...ik->...jk", da, c.k)
+        return _PairGradients(dq, dk, None if db is None else db[..., None])
+    own = jnp.diagonal(dp, axis1=-2, axis2=-1)[..., None]  # no decay on the diagonal, so no gate gradient
+    if segments is not None:
+        dp, da = (jnp.where(segments.same, x, 0) for x in (dp, da))
+    precision = lax.Precision.HIGHEST
+    dq, dk_p = channel_products_vjp(dp, c.q, c.k, c.decays.levels, precision)
+    dk_row, dk_a = channel_products_vjp(da, c.k, c.k, c.decays.levels, precision)
+    db = c.q * dq + c.k * (dk_row - dk_p - dk_a)
+    return _PairGradients(dq + own * c.k, dk_row + dk_p + dk_a + own * c.q, db)
+
+
+def _diagonal(x: Array) -> Array:
+    """[..., C] -> [..., C, C] with x on the diagonal."""
+    return x[..., None] * jnp.eye(x.shape[-1], dtype=x.dtype)

@@ -1,0 +1,204 @@
+"""Family A, gated linear attention, in chunks, forward and backward (linear attention, RetNet, GLA; the mLSTM on top).
+
+    S_t = diag(e^{g_t}) S_{t-1} + e^{w_t} k_t v_t^T ;  n_t = scale S_t^T q_t ;  l_t = scale z_t.q_t, z like S with v = 1
+
+The work inside chunks is done for all chunks at once; only the state is scanned. kernels/README.md has the derivation.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlin.kernels import chunk
+from jaxlin.kernels.chunk import Decays, Segments, product
+
+NORMALIZER_EPS = 1e-10
+
+
+def chunked(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array | None = None,
+    *,
+    scale: float,
+    normalize: bool = False,
+    initial_state: Array | tuple[Array, Array],
+    segment_ids: Array | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Array, Array | tuple[Array, Array]]:
+    """Gated linear attention over chunks; differentiable in every array, through the final state too.
+
+    q, k [B, T, H, K]; v [B, T, HV, V]; g None | [HV] | [B, T, HV] | [B, T, HV, K], log decays <= 0; initial_state
+    [B, HV, K, V], with `normalize` (S, z [B, HV, K]); segment_ids [B, T] or None, 0 is padding. `chunk_size` is rounded
+    up to a power of two. Returns o [B, T, HV, V] in the dtype of v, and the final state.
+    """
+    time, length = q.shape[1], chunk.chunk_length(q.shape[1], chunk_size)
+    if g is not None and g.ndim == 1:  # a constant decay needs one row of chunks, whatever the batch
+        g = jnp.broadcast_to(g, (1 if segment_ids is None else q.shape[0], time, g.shape[0]))
+    arrays = chunk.mask_padding(segment_ids, q, k, v, g)
+    q, k, v, g = (None if x is None else chunk.to_chunks(x, length) for x in arrays)
+    state, z = initial_state if normalize else (initial_state, None)
+    g = None if g is None else g.astype(state.dtype)
+    out = attend(scale, q, k, v, Gates(g), State(state, z), chunk.segment_masks(segment_ids, length))
+    o = out.n if z is None else out.n / (out.l + NORMALIZER_EPS)[..., None]
+    return chunk.from_chunks(o.astype(v.dtype), time), tuple(out.state) if normalize else out.state.s
+
+
+class Gates(NamedTuple):
+    """What weighs a token: its log decay and (per head, with a gate per head or none) its log input gate."""
+
+    g: Array | None  # [N, 1|B, HV, C] | [N, B, HV, C, K]
+    w: Array | None = None  # [N, B, HV, C]
+
+
+class State(NamedTuple):
+    """The recurrent state; z is None where no normaliser is wanted."""
+
+    s: Array  # [..., K, V]
+    z: Array | None  # [..., K]
+
+
+class Output(NamedTuple):
+    """Numerators n [N, B, HV, C, V], denominators l [N, B, HV, C] (None without z), the final state."""
+
+    n: Array
+    l: Array | None  # noqa: E741
+    state: State
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(scale: float, q: Array, k: Array, v: Array, gates: Gates, state: State, segments: Segments | None) -> Output:
+    """The recurrence on chunks: q, k [N, B, H, C, K], v [N, B, HV, C, V]; sums in the dtype of the state."""
+    return _forward(scale, q, k, v, gates, state, segments)[0]
+
+
+def _forward(scale, q, k, v, gates, state, segments):
+    decays, dtype = _decays(gates, segments, q.shape[-2], state.s.dtype), q.dtype
+    inputs = (q, k, v, gates)
+    q, k = (chunk.repeat_heads(x, v.shape[2]) for x in (q, k))
+    p = _scores(scale, q, k, decays, segments)
+    k_leave = decays.leave * k
+    received, final = _scan_states(decays.keep, State(
+        product("nbhjk,nbhjv->nbhkv", k_leave, v, dtype), None if state.z is None else k_leave.sum(-2)
+    ), state)  # fmt: skip
+    n = scale * _scaled("nbhik,nbhkv->nbhiv", q, decays.enter, received.s, dtype)
+    n += product("nbhij,nbhjv->nbhiv", p, v, dtype)
+    l = None  # noqa: E741
+    if state.z is not None:
+        l = scale * jnp.sum(decays.enter * q * received.z[..., None, :], -1) + p.sum(-1)  # noqa: E741
+    received = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), received)
+    return Output(n, l, final), (*inputs, received, segments)
+
+
+def _backward(scale, residuals, cotangents):
+    q, k, v, gates, received, segments = residuals
+    dn, dl, dfinal = cotangents
+    heads, dtype = k.shape[2], q.dtype
+    decays = _decays(gates, segments, q.shape[-2], received.s.dtype)
+    inputs = (q, k, v)
+    q, k = (chunk.repeat_heads(x, v.shape[2]) for x in (q, k))
+
+    # The adjoint of the state: d is what arrives at the end of each chunk.
+    q_enter = scale * decays.enter * q
+    update = State(
+        product("nbhik,nbhiv->nbhkv", q_enter, dn, dtype),
+        None if dl is None else jnp.sum(q_enter * dl[..., None], -2),
+    )
+    d, dinitial = _scan_states(decays.keep, update, dfinal, reverse=True)
+
+    # Through the state: rows reading it (dq), rows written to it (dk, dv).
+    dq_state = product("nbhiv,nbhkv->nbhik", dn, received.s, dtype)
+    dk_state = product("nbhjv,nbhkv->nbhjk", v, d.s, dtype)
+    dp = product("nbhiv,nbhjv->nbhij", dn, v, dtype)
+    if dl is not None:
+        dq_state += dl[..., None] * received.z[..., None, :]
+        dk_state += d.z[..., None, :]
+        dp += dl[..., None]
+    dq_state, dk_state = scale * decays.enter * dq_state, decays.leave * dk_state
+    dv = _scaled("nbhjk,nbhkv->nbhjv", k, decays.leave, d.s, dtype)
+
+    # Inside the chunk. e_rows and e_columns are what the decays between rows i > j get, per row i and per row j.
+    p = _scores(scale, q, k, decays, segments)
+    dv += product("nbhij,nbhiv->nbhjv", p, dn, dtype)
+    if decays.levels is None:
+        dpd = scale * dp * decays.pair
+        dq = product("nbhij,nbhjk->nbhik", dpd, k, dtype)
+        dk = product("nbhij,nbhik->nbhjk", dpd, q, dtype)
+        e = dp * p
+        below = jnp.tril(e, -1)
+        e_rows, e_columns = below.sum(-1)[..., None], below.sum(-2)[..., None]
+        dw = None if gates.w is None else e.sum(-2) + jnp.sum(k * dk_state, -1)
+        reads, writes = (jnp.sum(x, -1, keepdims=True) for x in (q * dq_state, k * dk_state))
+    else:
+        dp = scale * dp if segments is None else scale * jnp.where(segments.same, dp, 0)
+        q32, k32 = q.astype(dp.dtype), k.astype(dp.dtype)
+        dq, dk = chunk.channel_products_vjp(dp, q32, k32, decays.levels, _precision(dtype))
+        e_rows, e_columns, dw = q * dq, k * dk, None
+        diagonal = jnp.diagonal(dp, axis1=-2, axis2=-1)[..., None]
+        dq, dk = dq + diagonal * k, dk + diagonal * q
+        reads, writes = q * dq_state, k * dk_state
+    dq, dk = (chunk.sum_heads(x, heads) for x in (dq + dq_state, dk + dk_state))
+
+    dg = None
+    if gates.g is not None:  # g_t lies on every path from a row before t, or the state, to row t or later, or the end
+        through = jnp.sum(received.s * d.s, -1)
+        if dl is not None:
+            through += received.z * d.z
+        through = decays.keep[..., 0] * through
+        through = through if decays.pair is None else through.sum(-1, keepdims=True)
+        dg = chunk.reverse_cumsum(e_rows - e_columns + reads) + chunk.cumsum_before(writes) + through[..., None, :]
+        dg = dg.reshape(*dg.shape[:3], *gates.g.shape[3:])
+        dg = dg.sum(1, keepdims=True) if gates.g.shape[1] < dg.shape[1] else dg
+    dq, dk, dv = (x.astype(y.dtype) for x, y in zip((dq, dk, dv), inputs, strict=True))
+    return dq, dk, dv, Gates(dg, dw), dinitial, None
+
+
+attend.defvjp(_forward, _backward)
+
+
+def _decays(gates: Gates, segments: Segments | None, length: int, dtype: jnp.dtype) -> Decays:
+    """The decays of a chunk, the input gate folded into what leaves row j."""
+    if gates.g is not None and gates.g.ndim == 5:
+        return chunk.channel_decays(gates.g, segments)
+    decays = chunk.scalar_decays(gates.g, segments, length, dtype)
+    if gates.w is None:
+        return decays
+    write = jnp.exp(gates.w)
+    return decays._replace(leave=decays.leave * write[..., None], pair=decays.pair * write[..., None, :])
+
+
+def _scores(scale: float, q: Array, k: Array, decays: Decays, segments: Segments | None) -> Array:
+    """P_ij = scale sum_k q_ik k_jk e^{b_ik - b_jk + w_j} for j <= i in the same segment, else 0; at least float32."""
+    if decays.levels is None:
+        return product("nbhik,nbhjk->nbhij", q, k, q.dtype) * (scale * decays.pair)
+    precision, dtype = _precision(q.dtype), decays.enter.dtype
+    q, k = q.astype(dtype), k.astype(dtype)
+    p = chunk.channel_products(q, k, decays.levels, precision)
+    p += jnp.eye(q.shape[-2], dtype=dtype) * jnp.sum(q * k, -1)[..., None]
+    return scale * (p if segments is None else jnp.where(segments.same, p, 0))
+
+
+def _precision(dtype: jnp.dtype) -> lax.Precision:
+    """Of products with channel gates inside: operands stay float32, for bfloat16 inputs with about 16 bits of them."""
+    return lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else lax.Precision.HIGH
+
+
+def _scaled(spec: str, x: Array, decay: Array, y: Array, dtype: jnp.dtype) -> Array:
+    """(decay * x) y, a decay per row applied after the product: exact, and one pass less over x."""
+    return decay * product(spec, x, y, dtype) if decay.shape[-1] == 1 else product(spec, decay * x, y, dtype)
+
+
+def _scan_states(keep: Array, update: State, state: State, reverse: bool = False) -> tuple[State, State]:
+    """`chunk.scan_states` of S and, where there is one, of z."""
+    received, final = chunk.scan_states(keep, update.s, state.s, reverse)
+    if state.z is None:
+        return State(received, None), State(final, None)
+    z, final_z = chunk.scan_states(keep, update.z[..., None], state.z[..., None], reverse)
+    return State(received, z[..., 0]), State(final, final_z[..., 0])

@@ -1,0 +1,66 @@
+"""The mLSTM in chunks: family A with a log input gate, normalised by max(|n.q|, e^{-m}).
+
+With m held fixed (gradients stop there), C and n follow gated linear attention with log decay log f_t + m_{t-1} - m_t
+and log input gate i_t - m_t, both <= 0. So the kernel is `attend`; here are m, and the denominator with its gradient.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxlin.kernels import chunk
+from jaxlin.kernels.gated_linear_attention import Gates, State, attend
+
+
+def chunked(
+    q: Array,
+    k: Array,
+    v: Array,
+    i: Array,
+    f: Array,
+    *,
+    scale: float,
+    initial_state: tuple[Array, Array, Array],
+    segment_ids: Array | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    """The mLSTM over chunks; differentiable in every array, through the final C and n too.
+
+    q, k [B, T, H, K]; v [B, T, HV, V]; i, f [B, T, HV] pre-activations; initial_state C [B, HV, K, V], n [B, HV, K],
+    m [B, HV]; segment_ids [B, T] or None, 0 is padding. Returns h [B, T, HV, V] in the dtype of v, final (C, n, m).
+    """
+    time, length = q.shape[1], chunk.chunk_length(q.shape[1], chunk_size)
+    c, n, m0 = initial_state
+    i, log_f = i.astype(m0.dtype), jax.nn.log_sigmoid(f.astype(m0.dtype))
+    before, m = stabilizer(*(lax.stop_gradient(x) for x in (i, log_f, m0)), segment_ids)
+    arrays = chunk.mask_padding(segment_ids, q, k, v, log_f + before - m, i - m)
+    q, k, v, g, w, m_chunks = (chunk.to_chunks(x, length) for x in (*arrays, m))
+    final_m = m[:, -1]
+    rescale = jnp.exp(m0 - lax.stop_gradient(m0))  # 1: the initial m is no constant, it scales C and n
+    if segment_ids is not None:  # but a row of nothing but padding hands all three on
+        empty = ~jnp.any(segment_ids != 0, axis=1, keepdims=True)
+        final_m, rescale = jnp.where(empty, m0, final_m), jnp.where(empty, 1.0, rescale)
+    state = State(c * rescale[..., None, None], n * rescale[..., None])
+    out = attend(scale, q, k, v, Gates(g, w), state, chunk.segment_masks(segment_ids, length))
+    h = out.n / jnp.maximum(jnp.abs(out.l), jnp.exp(-m_chunks))[..., None]
+    return chunk.from_chunks(h.astype(v.dtype), time), (*out.state, final_m)
+
+
+def stabilizer(i: Array, log_f: Array, m0: Array, segment_ids: Array | None) -> tuple[Array, Array]:
+    """m_t = max(log f_t + m_{t-1}, i_t) from m_0 = m0, 0 before a new segment: (m_{t-1}, m_t), [B, T, HV] each."""
+    decay, least = log_f, i
+    start = jnp.zeros_like(m0)[:, None]
+    if segment_ids is not None:
+        valid, starts = (segment_ids != 0)[..., None], chunk.segment_starts(segment_ids)[..., None]
+        decay = jnp.where(starts, -jnp.inf, jnp.where(valid, log_f, 0.0))
+        least = jnp.where(starts, jnp.maximum(log_f, i), jnp.where(valid, i, -jnp.inf))
+
+    def compose(x, y):  # m -> max(a + m, c), first x then y
+        return x[0] + y[0], jnp.maximum(x[1] + y[0], y[1])
+
+    decay, least = lax.associative_scan(compose, (decay, least), axis=1)
+    m = jnp.maximum(decay + m0[:, None], least)
+    before = jnp.concatenate([m0[:, None], m[:, :-1]], axis=1)
+    return before if segment_ids is None else jnp.where(starts, start, before), m

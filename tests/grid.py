@@ -1,0 +1,204 @@
+"""Test cases and tolerances shared by the op tests: the one place where either is written down.
+
+A case is a dict of ops arguments in float64 numpy, a cover of the corners rather than a product of all settings: keys
+correlated up to identical, gates from 0 to -50 mixed over time and channels, beta 0 and 2, segments of length 1,
+padding on the left, in the middle and on the right, chunks of nothing but padding, ragged T, more value than key
+heads, K != V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Relative RMS error against the float64 definition, by input dtype. Float32 may also be 3 times the error that the
+# definition itself makes in float32 (rows whose denominator nearly vanishes are ill-conditioned).
+FLOAT64 = 1e-10
+FLOAT32 = 2e-5
+FLOAT32_VS_SCAN = 3.0
+BFLOAT16 = {"o": 4e-3, "q": 8e-3, "k": 8e-3, "v": 8e-3, "g": 1e-2, "beta": 1e-2, "i": 1e-2, "f": 1e-2, "state": 8e-3}
+BFLOAT16_CORRELATED = 1.5e-2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the grid; `gate` is none | constant | scalar | channel, `segments` a key of SEGMENTS."""
+
+    T: int = 65
+    H: int = 1
+    HV: int = 1
+    K: int = 16
+    V: int = 16
+    B: int = 2
+    gate: str = "scalar"
+    strength: str = "mixed"  # weak | mild | mixed | strong | zero: sizes of the log decay
+    corr: float = 0.0  # correlation of the keys; 1 makes them identical
+    beta: float | None = None  # None: uniform in (0, 1); else this value everywhere
+    segments: str = "none"
+    state: bool = True
+    seed: int = 0
+
+    def __str__(self) -> str:
+        default = Case()
+        changed = {f: v for f, v in vars(self).items() if v != getattr(default, f)}
+        return "-".join(f"{f}{v}" for f, v in changed.items()) or "default"
+
+
+def segment_ids(kind: str, batch: int, time: int, rng: np.random.Generator) -> np.ndarray | None:
+    """[B, T] ids, different in every row; 0 is padding."""
+    if kind == "none":
+        return None
+    if kind == "packed":  # lengths from 1 up, ids in increasing order
+        ends = np.sort(rng.random((batch, max(1, time // 8))) * time, axis=1)
+        return 1 + (np.arange(time)[None, :, None] >= ends[:, None, :]).sum(-1)
+    if kind == "single":  # every token its own segment
+        return np.tile(np.arange(1, time + 1), (batch, 1))
+    ids = np.ones((batch, time), int)
+    third = max(1, time // 3)
+    if kind == "left":
+        ids[:, :third] = 0
+    elif kind == "right":
+        ids[:, -third:] = 0
+    elif kind == "middle":  # the same document continues behind its padding
+        ids[:, third : 2 * third] = 0
+    elif kind == "gaps":  # several documents, reused ids, padding of every kind, one row of nothing else
+        ids = rng.integers(0, 3, (batch, time)).repeat(3, axis=1)[:, :time]
+        ids[0] = 0
+    else:
+        raise ValueError(f"no segments of kind {kind!r}")
+    return ids
+
+
+def log_decay(strength: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Log decays <= 0; "mixed" puts 0, weak, mild and very strong ones side by side in time, heads and channels."""
+    weak, mild = -1e-3 * rng.random(shape), -rng.random(shape)
+    strong = -20 - 30 * rng.random(shape)
+    choice = rng.random(shape)
+    mixed = np.select([choice < 0.1, choice < 0.4, choice < 0.9], [0.0, weak, mild], strong)
+    return {"zero": np.zeros(shape), "weak": weak, "mild": mild, "mixed": mixed, "strong": strong}[strength]
+
+
+def inputs(op: str, case: Case, normalize: bool = False) -> dict[str, Any]:
+    """Arguments of `ops.<op>` in float64: arrays (initial_state and segment_ids included) and options."""
+    c, rng = case, np.random.default_rng(case.seed)
+
+    def keys(heads):
+        shared = rng.normal(size=(c.B, 1, heads, c.K))
+        x = np.sqrt(1 - c.corr) * rng.normal(size=(c.B, c.T, heads, c.K)) + np.sqrt(c.corr) * shared
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    q, k = rng.normal(size=(c.B, c.T, c.H, c.K)), keys(c.H)
+    if normalize:
+        q, k = np.abs(q), np.abs(k)
+    args: dict[str, Any] = dict(q=q, k=k, v=rng.normal(size=(c.B, c.T, c.HV, c.V)))
+    per_head = (c.B, c.T, c.HV)
+    if op == "gated_delta_rule":
+        args["beta"] = rng.random(per_head) if c.beta is None else np.full(per_head, c.beta)
+    if op == "mlstm":
+        args["i"] = {"weak": 0.1, "mild": 1.0}.get(c.strength, 5.0) * rng.normal(size=per_head)
+        decay = log_decay(c.strength, per_head, rng)
+        args["f"] = np.where(decay > -1e-12, 40.0, -np.log(np.expm1(np.maximum(-decay, 1e-12))))  # the inverse of it
+    elif c.gate != "none":
+        shape = {"constant": (c.HV,), "scalar": per_head, "channel": (*per_head, c.K)}[c.gate]
+        args["g"] = log_decay(c.strength, shape, rng)
+    if c.state:
+        s = rng.normal(size=(c.B, c.HV, c.K, c.V))
+        z = np.abs(rng.normal(size=(c.B, c.HV, c.K)))
+        m = rng.normal(size=(c.B, c.HV))
+        args["initial_state"] = (s, z, m) if op == "mlstm" else (s, z) if normalize else s
+    args["segment_ids"] = segment_ids(c.segments, c.B, c.T, rng)
+    return args | (dict(normalize=True) if normalize else {})
+
+
+def outputs_and_gradients(op: Callable, args: dict[str, Any], dtype: Any, **options: Any) -> dict[str, np.ndarray]:
+    """o, the final state and the gradient of every array, through o and the final state, as float64 numpy by name.
+
+    The cotangents are fixed random numbers, the inputs are rounded to `dtype`; gates and states stay at least float32.
+    """
+    floats = {n: x for n, x in args.items() if x is not None and n not in ("segment_ids", "normalize")}
+    rest = {n: x for n, x in args.items() if n not in floats} | options
+    wide = jnp.promote_types(dtype, jnp.float32)
+    floats = {
+        n: jax.tree.map(lambda x, d=(dtype if n in "qkv" else wide): jnp.asarray(x, d), x) for n, x in floats.items()
+    }
+
+    @jax.jit
+    def run(floats):
+        out, vjp = jax.vjp(lambda xs: op(**xs, **rest), floats)
+        cotangents = [_cotangent(x, seed) for seed, x in enumerate(jax.tree.leaves(out))]
+        return out, vjp(jax.tree.unflatten(jax.tree.structure(out), cotangents))[0]
+
+    (o, state), gradients = run(floats)
+    found = {"o": o} | _named("state", state) | {f"d{n}": x for n, x in gradients.items() if n != "initial_state"}
+    found |= _named("dinitial_state", gradients.get("initial_state", ()))
+    return {n: np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32)), np.float64) for n, x in found.items()}
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    """RMS of the error over the RMS of what is expected; 0 / 0 is 0, and NaN or Inf is infinite."""
+    if not np.isfinite(found).all():
+        return np.inf
+    difference = np.sqrt(np.mean((found - expected) ** 2))
+    return 0.0 if difference == 0 else float(difference / max(np.sqrt(np.mean(expected**2)), 1e-30))
+
+
+def rounded(args: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """The same case with q, k and v rounded to `dtype` and the rest to float32: what that dtype is compared with."""
+
+    if dtype == jnp.float64:
+        return args
+
+    def to(name, x):
+        d = dtype if name in "qkv" else jnp.float32
+        return np.asarray(jnp.asarray(x, d).astype(jnp.float32), np.float64)
+
+    keep = ("segment_ids", "normalize")
+    return {n: x if n in keep or x is None else jax.tree.map(lambda y, n=n: to(n, y), x) for n, x in args.items()}
+
+
+def check(op: Callable, args: dict[str, Any], dtype: Any, *, correlated: bool = False, **options: Any) -> None:
+    """Assert outputs and all gradients of `op(implementation="chunked")` against the float64 definition."""
+    args = rounded(args, dtype)
+    with jax.enable_x64(True):
+        expected = outputs_and_gradients(op, args, jnp.float64, implementation="scan")
+    options = dict(implementation="chunked") | options
+    if dtype == jnp.float64:
+        with jax.enable_x64(True):
+            found = outputs_and_gradients(op, args, dtype, **options)
+    else:
+        found = outputs_and_gradients(op, args, dtype, **options)
+    errors = {n: error(found[n], expected[n]) for n in expected}
+    limits = {n: _limit(n, dtype, correlated) for n in expected}
+    if dtype == jnp.float32 and any(errors[n] > limits[n] for n in errors):
+        scan = outputs_and_gradients(op, args, dtype, implementation="scan")
+        limits = {n: max(limits[n], FLOAT32_VS_SCAN * error(scan[n], expected[n])) for n in expected}
+    failed = [f"{n}: {errors[n]:.1e} > {limits[n]:.1e}" for n in errors if not errors[n] <= limits[n]]
+    assert not failed, "; ".join(failed)
+
+
+def _limit(name: str, dtype: Any, correlated: bool) -> float:
+    if dtype == jnp.float64:
+        return FLOAT64
+    if dtype == jnp.float32:
+        return FLOAT32
+    name = "state" if "state" in name else name.removeprefix("d")
+    return max(BFLOAT16[name], BFLOAT16_CORRELATED) if correlated else BFLOAT16[name]
+
+
+def _cotangent(x: jax.Array, seed: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(100 + seed).normal(size=x.shape), jnp.float32).astype(x.dtype)
+
+
+def _named(name: str, state: Any) -> dict[str, Any]:
+    parts = state if isinstance(state, tuple) else (state,)
+    return {f"{name}{n}": x for n, x in enumerate(parts)}
+
+
+def variations(default: Case, **changes: list) -> list[Case]:
+    """One case for each value of each field, everything else at the default."""
+    return [default, *(replace(default, **{name: value}) for name, values in changes.items() for value in values)]
