@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ NEW = 6
 
 def make(mixer):
     config = student_of(mixer)
-    params = random_params(config)
+    params = jax.jit(lambda: random_params(config))()
     rng = np.random.default_rng(0)
     return config, params, [rng.integers(0, config.vocab_size, n).tolist() for n in LENGTHS]
 
@@ -29,7 +31,7 @@ def teacher():
     return make("softmax")
 
 
-@pytest.mark.parametrize("mixer", ["softmax", "gated_deltanet", "mlstm", "linear_attention+softmax"])
+@pytest.mark.parametrize("mixer", ["softmax", "gated_deltanet", "mlstm+softmax"])
 def test_decoding_is_the_argmax_of_a_full_pass(mixer):
     """Ragged prompts, left padding, one or several chunks of prefill."""
     config, params, prompts = make(mixer)
@@ -133,10 +135,8 @@ def test_characters_come_whole():
 
 
 def test_serving_params_change_nothing():
-    from dataclasses import replace
-
     config = replace(student_of("gated_deltanet"), dtype="bfloat16")
-    params = random_params(config)
+    params = jax.jit(lambda: random_params(config))()
     tokens = jnp.arange(8)[None]
     run = jax.jit(lambda p: LanguageModel(config).apply({"params": p}, tokens).logits)
     small = serving_params(params, config)
