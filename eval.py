@@ -33,6 +33,8 @@ class Settings:
 def main() -> None:
     """Measure, print, and keep the results in the run folder."""
     settings = parse(Settings)  # before JAX is imported: --help and mistakes answer at once
+    if settings.limit is not None and settings.limit < 1:
+        raise UserError(f"--limit {settings.limit}: must be at least 1")
     if settings.data and not Path(settings.data).is_dir():
         raise UserError(f"--data {settings.data}: no such folder")
 

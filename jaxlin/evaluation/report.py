@@ -38,8 +38,6 @@ def evaluate(
     Values that are not finite numbers are None.
     """
     chosen = choose_tasks(suite, tasks)
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit}: must be at least 1")
     samples = quick.SAMPLES if limit is None else limit
     run = subject.run
     found: dict[str, Any] = {"suite": suite, "teacher": subject.config.teacher}
