@@ -100,7 +100,7 @@ def test_best_is_silent_on_the_cpu_and_one_token_is_one_step(op, caplog):
 
 def test_the_platform_is_the_one_compiled_for():
     assert ops.platform() == "cpu"
-    device = jax.sharding.AbstractDevice("TPU v5e", "tpu")
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu")
     mesh = jax.sharding.AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         assert ops.platform() == "tpu"
