@@ -122,9 +122,9 @@ def test_padding_is_exactly_nothing(gate):
     dirty = {n: np.where(ids.reshape(ids.shape + (1,) * (a.ndim - 2)) == 0, np.nan, a) if n in floats else a
              for n, a in args.items() if a is not None}  # fmt: skip
     with jax.enable_x64(True):
-        found = grid.outputs_and_gradients(CHUNKED, dirty, jnp.float64)
+        found = grid.outputs_and_gradients(CHUNKED, dirty, jnp.float64, chunk_size=16)
         clean = {n: a[:, pad:] if n in floats else a for n, a in dirty.items()} | {"segment_ids": None}
-        expected = grid.outputs_and_gradients(functools.partial(_shifted, pad=pad), clean, jnp.float64)
+        expected = grid.outputs_and_gradients(functools.partial(_shifted, pad=pad), clean, jnp.float64, chunk_size=16)
     for name, x in found.items():
         if "state" not in name:
             assert not x[:, :pad].any(), name
@@ -147,7 +147,7 @@ def test_beta_zero_keeps_the_state():
 
 
 def test_no_loop_over_time_and_one_state_scan_each_way():
-    """Loops have the length of the chunks or of a substitution; with the states kept, remat does not scan them again."""
+    """Loops are as long as the chunks or a substitution; with the states kept, remat does not scan them again."""
     x = jnp.ones((1, 1024, 1, 16))
     policy = jax.checkpoint_policies.save_only_these_names("chunk_states")
 
