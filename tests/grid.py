@@ -173,11 +173,14 @@ def rounded(args: dict[str, Any], dtype: Any) -> dict[str, Any]:
     return floats | dict(segment_ids=segments) | normalize
 
 
-def check(op: Callable, args: dict[str, Any], dtype: Any, *, correlated: bool = False, **options: Any) -> None:
-    """Assert outputs and all gradients of `op(implementation="chunked")` against the float64 definition."""
+def check(
+    op: Callable, args: dict[str, Any], dtype: Any, *, correlated: bool = False, skip: tuple = (), **options: Any
+) -> None:
+    """Assert outputs and gradients, all but `skip`, of the chunked form against the float64 definition."""
     args = rounded(args, dtype)
     expected = outputs_and_gradients(op, args, jnp.float64, implementation="scan")
     found = outputs_and_gradients(op, args, dtype, **(dict(implementation="chunked") | options))
+    expected = {n: x for n, x in expected.items() if n not in skip}
     errors = {n: error(found[n], expected[n]) for n in expected}
     limits = {n: _limit(n, dtype, correlated) for n in expected}
     if dtype == jnp.float32 and any(errors[n] > limits[n] for n in errors):
