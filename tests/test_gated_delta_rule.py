@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import grid
 import jax
@@ -14,103 +15,104 @@ from grid import Case
 from jaxlin import ops
 
 CHUNKED = functools.partial(ops.gated_delta_rule, implementation="chunked")
-
-# Corners first: each case carries several of them. The slow ones are single variations, sizes and more seeds.
-FLOAT64 = [
-    Case(gate="none", segments="gaps", HV=2, V=24),
-    Case(gate="none", corr=1.0, beta=2.0, T=130),
-    Case(gate="none", segments="single", T=7, beta=0.5),
-    Case(gate="scalar", segments="packed", T=130, H=2, HV=4, V=24, corr=0.9),
-    Case(gate="scalar", strength="strong", segments="left", corr=0.999, beta=1.0),
-    Case(gate="scalar", strength="weak", T=1, beta=2.0),
-    Case(gate="channel", segments="gaps", HV=2, K=24),
-    Case(gate="channel", segments="middle", T=130, corr=1.0, beta=2.0),
-    Case(gate="channel", strength="strong", segments="right", beta=0.0, T=64),
-]
-FLOAT32 = [
-    Case(gate="none", corr=0.9, beta=1.0, T=130, K=64, V=64),
-    Case(gate="scalar", corr=0.999, T=130, K=64, V=64, segments="packed"),
-    Case(gate="channel", corr=1.0, T=130, K=64, V=64),
-]
-BFLOAT16 = [
-    Case(gate=gate, corr=corr, T=130, K=64, V=64, H=2, HV=2) for gate in ("none", "scalar", "channel") for corr in (0, 0.9)
-]
-SLOW = [
-    case
-    for gate in ("none", "scalar", "channel")
-    for case in grid.variations(
-        Case(gate=gate, H=3, HV=3, K=32, V=32, T=257),
-        T=[63, 64, 65, 1024],
-        HV=[6, 12],
-        K=[128],
-        V=[256],
-        corr=[0.9, 0.999, 1.0],
-        beta=[0.0, 1e-6, 0.5, 1.0, 2.0],
-        segments=["packed", "single", "left", "middle", "right", "gaps"],
-        strength=[] if gate == "none" else ["zero", "weak", "mild", "strong"],
-        state=[False],
-    )
-]
+GATES = ("none", "scalar", "channel")
+SEGMENTS = ("packed", "single", "left", "right", "middle", "gaps")
 
 
-@pytest.mark.parametrize("case", FLOAT64, ids=str)
-def test_float64_is_the_definition(case):
-    grid.check(ops.gated_delta_rule, grid.inputs("gated_delta_rule", case), jnp.float64, chunk_size=16)
-
-
-@pytest.mark.parametrize("case", FLOAT32, ids=str)
-def test_float32(case):
-    grid.check(ops.gated_delta_rule, grid.inputs("gated_delta_rule", case), jnp.float32)
-
-
-@pytest.mark.parametrize("case", BFLOAT16, ids=str)
-def test_bfloat16(case):
+def run(case: Case, dtype, chunk_size: int | None = None):
     args = grid.inputs("gated_delta_rule", case)
-    grid.check(ops.gated_delta_rule, args, jnp.bfloat16, correlated=case.corr > 0)
+    grid.check(ops.gated_delta_rule, args, dtype, correlated=case.corr > 0, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_float64_is_the_definition(gate):
+    default = Case(gate=gate, HV=2, V=24)
+    for corr, beta in ((0.0, None), (0.9, 1e-6), (0.999, 0.0), (1.0, 0.5), (0.9, 1.0), (1.0, 2.0)):
+        run(replace(default, corr=corr, beta=beta), jnp.float64, chunk_size=16)
+    for segments, strength in zip(SEGMENTS, ("mixed", "strong", "weak", "zero", "mild", "mixed"), strict=True):
+        run(replace(default, segments=segments, strength=strength, corr=0.5), jnp.float64, chunk_size=16)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_float32(gate):
+    default = Case(gate=gate, T=130, K=64, V=32, segments="packed")
+    for corr, beta in ((0.0, None), (0.9, 1.0), (0.999, None), (1.0, 2.0)):
+        for strength in ("mild", "mixed"):
+            run(replace(default, corr=corr, beta=beta, strength=strength), jnp.float32)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_bfloat16(gate):
+    for corr in (0.0, 0.9, 0.999):
+        for seed in range(2):
+            run(Case(gate=gate, T=130, K=64, V=64, strength="mild", corr=corr, seed=seed), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=1, H=2, HV=4, V=24),
+        Case(T=7, gate="none"),
+        Case(T=33, H=2, HV=4, K=24, gate="channel", segments="gaps", state=False),
+    ],
+    ids=str,
+)
+def test_shapes(case):
+    run(case, jnp.float64)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("case", SLOW, ids=str)
-def test_grid(case, dtype):
-    grid.check(ops.gated_delta_rule, grid.inputs("gated_delta_rule", case), dtype)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    "changes",
+    [dict(T=t) for t in (63, 64, 65, 257, 1024)]
+    + [dict(K=d) for d in (96, 128, 256)]
+    + [dict(V=d) for d in (96, 256)]
+    + [dict(H=3, HV=3), dict(H=3, HV=6), dict(H=1, HV=4), dict(state=False)]
+    + [dict(T=130, segments=segments) for segments in SEGMENTS],
+    ids=str,
+)
+def test_sizes(gate, changes):
+    case = replace(Case(gate=gate, T=130, K=32, V=32, corr=0.5, segments="packed"), **changes)
+    run(case, jnp.float64)
+    run(case, jnp.float32)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
-@pytest.mark.parametrize("seed", range(4))
-def test_bfloat16_seeds(gate, seed):
-    for corr in (0, 0.9, 0.999):
-        case = Case(gate=gate, strength="mild", corr=corr, T=512, K=64, V=64, H=2, HV=2, seed=seed)
-        args = grid.inputs("gated_delta_rule", case)
-        grid.check(ops.gated_delta_rule, args, jnp.bfloat16, correlated=corr > 0)
+@pytest.mark.parametrize("gate", GATES)
+def test_bfloat16_long(gate):
+    for corr in (0.0, 0.9, 0.999):
+        for seed in range(4):
+            for strength in ("weak", "mild", "mixed"):
+                run(Case(gate=gate, T=512, K=64, V=64, strength=strength, corr=corr, seed=seed), jnp.bfloat16)
 
 
-@pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
+@pytest.mark.parametrize("gate", GATES)
 def test_chunk_size_changes_nothing(gate):
-    args = grid.inputs("gated_delta_rule", Case(gate=gate, segments="packed", T=70))
+    args = grid.inputs("gated_delta_rule", Case(gate=gate, segments="packed", T=40))
     with jax.enable_x64(True):
-        small, large = (grid.outputs_and_gradients(CHUNKED, args, jnp.float64, chunk_size=c) for c in (8, 128))
+        small, large = (grid.outputs_and_gradients(CHUNKED, args, jnp.float64, chunk_size=c) for c in (8, 64))
     for name, x in small.items():
         assert grid.error(x, large[name]) < 1e-12, name
 
 
-@pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
+@pytest.mark.parametrize("gate", GATES)
 def test_split_and_resume(gate):
-    """[0, 64) and then [64, 150) from its state: at a chunk's end bit for bit, and reruns too."""
-    args = grid.inputs("gated_delta_rule", Case(gate=gate, T=150, K=32, V=32))
-    state = jnp.asarray(args.pop("initial_state"), jnp.float32)
-    x = {n: jnp.asarray(a, jnp.float32) for n, a in args.items() if a is not None}
-    run = jax.jit(CHUNKED)
-    whole, end = run(**x, initial_state=state)
-    first, middle = run(**{n: a[:, :64] for n, a in x.items()}, initial_state=state)
-    second, resumed = run(**{n: a[:, 64:] for n, a in x.items()}, initial_state=middle)
-    np.testing.assert_array_equal(jnp.concatenate([first, second], axis=1), whole)
-    np.testing.assert_array_equal(resumed, end)
-    np.testing.assert_array_equal(run(**x, initial_state=state)[0], whole)
+    """[0, t) and then [t, T) from its state is the whole, at a chunk's end or inside a chunk; a rerun is bit-equal."""
+    args = grid.inputs("gated_delta_rule", Case(gate=gate, T=40))
+    state, split = args.pop("initial_state"), 20
+    with jax.enable_x64(True):
+        x = {n: jnp.asarray(a) for n, a in args.items() if a is not None}
+        step = jax.jit(functools.partial(CHUNKED, chunk_size=16))
+        whole, end = step(**x, initial_state=state)
+        first, middle = step(**{n: a[:, :split] for n, a in x.items()}, initial_state=state)
+        second, resumed = step(**{n: a[:, split:] for n, a in x.items()}, initial_state=middle)
+        assert grid.error(np.concatenate([first, second], axis=1), np.asarray(whole)) < 1e-13
+        assert grid.error(np.asarray(resumed), np.asarray(end)) < 1e-13
+        np.testing.assert_array_equal(step(**x, initial_state=state)[0], whole)
 
 
-@pytest.mark.parametrize("gate", ["none", "scalar", "channel"])
+@pytest.mark.parametrize("gate", GATES)
 def test_padding_is_exactly_nothing(gate):
     """NaN in padding rows reaches nothing; their outputs and gradients are zero, and the rest does not notice them."""
     args = grid.inputs("gated_delta_rule", Case(gate=gate, T=40, segments="left"))
@@ -120,9 +122,9 @@ def test_padding_is_exactly_nothing(gate):
     dirty = {n: np.where(ids.reshape(ids.shape + (1,) * (a.ndim - 2)) == 0, np.nan, a) if n in floats else a
              for n, a in args.items() if a is not None}  # fmt: skip
     with jax.enable_x64(True):
-        found = grid.outputs_and_gradients(CHUNKED, dirty, jnp.float64)
-        clean = {n: a[:, pad:] if n in floats else a for n, a in dirty.items() if n != "segment_ids"}
-        expected = grid.outputs_and_gradients(functools.partial(_shifted, pad=pad), clean, jnp.float64)
+        found = grid.outputs_and_gradients(CHUNKED, dirty, jnp.float64, chunk_size=16)
+        clean = {n: a[:, pad:] if n in floats else a for n, a in dirty.items()} | {"segment_ids": None}
+        expected = grid.outputs_and_gradients(functools.partial(_shifted, pad=pad), clean, jnp.float64, chunk_size=16)
     for name, x in found.items():
         if "state" not in name:
             assert not x[:, :pad].any(), name
@@ -145,7 +147,7 @@ def test_beta_zero_keeps_the_state():
 
 
 def test_no_loop_over_time_and_one_state_scan_each_way():
-    """Loops have the length of the chunks or of a substitution; with the states kept, remat does not scan them again."""
+    """Loops are as long as the chunks or a substitution; with the states kept, remat does not scan them again."""
     x = jnp.ones((1, 1024, 1, 16))
     policy = jax.checkpoint_policies.save_only_these_names("chunk_states")
 
