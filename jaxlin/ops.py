@@ -1,7 +1,7 @@
 """The seam between the mixers and their implementations: checks, default state, choice of implementation, shard_map.
 
 Shapes: B batch, T time, H query/key heads, HV value heads (HV % H == 0), K key dim, V value dim. `g` is the LOG decay,
-<= 0. States and sums have dtype promote_types(input, float32). Segments and padding: see `jaxlin.recurrence`.
+<= 0 and finite. States and sums have dtype promote_types(input, float32). Segments: see `jaxlin.recurrence`.
 
 `implementation`: "scan" (the definition), "chunked" (XLA, any device), "pallas" (TPU and GPU kernels), or None for the
 best the platform has. A named one that cannot run raises NotImplementedError with the reason.
@@ -10,7 +10,6 @@ best the platform has. A named one that cannot run raises NotImplementedError wi
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
@@ -22,12 +21,20 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from jaxlin import recurrence, sharding
+from jaxlin.kernels import gated_delta_rule as _delta_rule_kernel
+from jaxlin.kernels import gated_linear_attention as _linear_attention_kernel
+from jaxlin.kernels import mlstm as _mlstm_kernel
 
 Implementation = Literal["scan", "chunked", "pallas"]
 State = Float[Array, "B HV K V"]
 NormalizedState = tuple[State, Float[Array, "B HV K"]]
 MLSTMState = tuple[State, Float[Array, "B HV K"], Float[Array, "B HV"]]
 
+_CHUNKED = {
+    "gated_linear_attention": _linear_attention_kernel.chunked,
+    "gated_delta_rule": _delta_rule_kernel.chunked,
+    "mlstm": _mlstm_kernel.chunked,
+}
 _log = logging.getLogger(__name__)
 
 
@@ -268,11 +275,7 @@ def _find(op: str, implementation: str) -> Callable:
         definition = getattr(recurrence, op)
         return lambda arrays, state, options, _: definition(**arrays, **options, initial_state=state)
     if implementation == "chunked":
-        try:
-            chunked = importlib.import_module(f"jaxlin.kernels.{op}").chunked
-        except ModuleNotFoundError:
-            raise NotImplementedError(f"{op} has no chunked form yet") from None
-        return lambda arrays, state, options, chunk_size: chunked(
+        return lambda arrays, state, options, chunk_size: _CHUNKED[op](
             **arrays, **options, initial_state=state, chunk_size=chunk_size
         )
     if implementation == "pallas":

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 
-import grid
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grid import Case
 from jax._src.ad_checkpoint import saved_residuals
 
 from jaxlin import ops
+from tests import grid
+from tests.grid import Case
 
 op = ops.gated_linear_attention
 GATES = ("none", "constant", "scalar", "channel")

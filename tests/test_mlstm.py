@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 
-import grid
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grid import Case
 
 from jaxlin import ops
+from tests import grid
+from tests.grid import Case
 
 op = ops.mlstm
 SEGMENTS = ("packed", "single", "left", "right", "middle", "gaps")

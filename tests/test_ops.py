@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 
-import grid
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grid import Case
 from jax.sharding import AxisType
 
 from jaxlin import ops
+from tests import grid
+from tests.grid import Case
 
 OPS = ("gated_linear_attention", "gated_delta_rule", "mlstm")
 CASE = Case(B=4, T=24, H=2, HV=4, K=8, V=8, segments="gaps", strength="mild")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 
-import grid
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grid import Case
 
 from jaxlin import recurrence
+from tests import grid
+from tests.grid import Case
 
 OPS = ("gated_linear_attention", "gated_delta_rule", "mlstm")
 CASE = Case(T=11, H=2, HV=4, K=5, V=3, segments="gaps", strength="mild")
