@@ -4,7 +4,8 @@ Command:  python3 train.py --config smollm2_1_7b --mixer gated_deltanet
           the paper's larger budget of 10B: add --stage3.tokens 9_760_000_000 (paper_code's: --stage1.tokens
           240_000_000 --stage2.tokens 1_760_000_000 --stage3.tokens 8_000_000_000)
           without the hub: add --teacher demo --text FILES... --tokens N
-Hardware: one GPU with 80 GiB, or a slice of a TPU pod with --mesh.fsdp. Time and result: not measured at this budget; docs/results.md has what was.
+Hardware: one GPU with 80 GiB, or a slice of a TPU pod with --mesh.fsdp.
+Time and result: not measured at this budget; docs/results.md has what was.
 """
 
 from dataclasses import replace

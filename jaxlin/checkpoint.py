@@ -99,6 +99,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that were saved, ascending; their files are not looked at."""
+        self.wait()
         return sorted(_complete(self._folder))
 
     def latest(self, abstract_state: AbstractState) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
@@ -108,6 +109,7 @@ class Checkpoints:
 
         `extra` is this process's own if as many processes saved as load, else the first one's.
         """
+        self.wait()
         step = -1
         if jax.process_index() == 0:
             step = next((step for step in reversed(self.steps()) if not self._is_damaged(step)), -1)
@@ -119,6 +121,7 @@ class Checkpoints:
 
         Raises UserError when there is no such checkpoint, when it is damaged, or when it does not fit.
         """
+        self.wait()
         _require_whole(self._folder, step)
         return self._load(step, abstract_state)
 
@@ -179,7 +182,8 @@ class Checkpoints:
             time.sleep(0.1)
         if not _is_full(error):
             raise error
-        left = f"step {self.steps()[-1]} is the last one saved" if self.steps() else "none was saved before"
+        before = max(_complete(self._folder), default=None)
+        left = "none was saved before" if before is None else f"step {before} is the last one saved"
         raise UserError(
             f"{self._folder}: the disk is full, step {step} was not saved ({left}); free some space"
         ) from error

@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import lax
 
 from jaxlin.config import ModelConfig, Stage1Config, Stage2Config, Stage3Config, StageConfig
+from jaxlin.layer_local import Batch, by_block, by_layer, walk
 from jaxlin.losses import attention_output_loss, distillation_loss, hidden_state_loss, logit_sums, targets
-from jaxlin.mixers.common import RMSNorm, positions_in_segments
-from jaxlin.model import LanguageModel, blocks, head_kernel
+from jaxlin.mixers.common import RMSNorm
+from jaxlin.model import LanguageModel, head_kernel
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 # (trained parameters, all student parameters, teacher parameters, batch, step-wide counts) -> (gradients, metrics)
 GradientFunction = Callable[[Any, Any, Any, Batch, Any], tuple[Any, Metrics]]
@@ -65,67 +64,39 @@ def gradient_function(stage: StageConfig, student: ModelConfig, teacher: ModelCo
 
 
 def _layer_local(stage: StageConfig, student: ModelConfig, teacher: ModelConfig) -> GradientFunction:
-    """Stages 1 and 2: every student layer sees the teacher's residual stream, so gradients stay inside the layer.
-
-    One scan over layers carries that stream alone; no activation outlives its layer, whatever the depth.
-    """
-    (teacher_block,) = blocks(teacher)
-    student_blocks = blocks(student)
+    """Stages 1 and 2: every student layer sees the teacher's residual stream, so gradients stay inside the layer."""
     layers, period = student.num_hidden_layers, student.period
 
     def gradients(trained, params, teacher_params, batch, count):
-        tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-        positions, _ = positions_in_segments(tokens.shape, segment_ids, None)
-        call = dict(positions=positions, segment_ids=segment_ids)
-        valid = segment_ids != 0
-        final_norm = {"params": teacher_params["norm"]}
+        valid = batch["segment_ids"] != 0
 
-        def layer(hidden, xs):
-            weight, last, part, rest, teacher_part, block = xs
-            output, mixed, _ = teacher_block.apply({"params": teacher_part}, hidden, **call)
+        def visit(apply, teacher_layer, xs):
+            part, rest, weight, last = xs
 
             def loss(part):
-                student_output, student_mixed, _ = block.apply({"params": {**rest, **part}}, hidden, **call)
+                layer = apply({**rest, **part})
                 if isinstance(stage, Stage1Config):
-                    value = attention_output_loss(student_mixed, mixed, valid, count["tokens"], stage)
-                    return weight * value, (value, *squares(student_mixed, mixed, valid))
-                target = output
-                if stage.post_norm_target:
-                    target = jnp.where(last, RMSNorm(teacher).apply(final_norm, output), output)
-                value = hidden_state_loss(student_output, target, valid, count["tokens"], stage)
-                return weight * value, (value, *squares(student_output, target, valid))
+                    found, target = layer.mixed, teacher_layer.mixed
+                    value = attention_output_loss(found, target, valid, count["tokens"], stage)
+                else:
+                    found, target = layer.output, teacher_layer.output
+                    if stage.post_norm_target:
+                        normed = RMSNorm(teacher).apply({"params": teacher_params["norm"]}, target)
+                        target = jnp.where(last, normed, target)
+                    value = hidden_state_loss(found, target, valid, count["tokens"], stage)
+                return weight * value, (value, *squares(found, target, valid))
 
-            gradient, seen = jax.grad(loss, has_aux=True)(part)
-            return output, (gradient, seen)
-
-        def period_of_layers(hidden, xs):
-            weights, lasts, parts, rests, teacher_parts = xs
-            found, seen = {}, []
-            for i, block in enumerate(student_blocks):
-                teacher_part = jax.tree.map(lambda a, i=i: a[i], teacher_parts)
-                rest = rests[block.name]
-                hidden, (found[block.name], s) = layer(
-                    hidden, (weights[i], lasts[i], parts[block.name], rest, teacher_part, block)
-                )
-                seen.append(s)
-            return hidden, (found, jax.tree.map(lambda *a: jnp.stack(a), *seen))
-
-        def by_period(a):
-            return a.reshape(layers // period, period, *a.shape[1:])
+            return jax.grad(loss, has_aux=True)(part)
 
         weights = layer_weights(stage, layers)
-        embedded = jnp.take(teacher_params["embed_tokens"]["embedding"], tokens, axis=0).astype(teacher.dtype)
-        xs = (
-            by_period(weights),
-            by_period(jnp.arange(layers) == layers - 1),
-            trained["layers"],
-            params["layers"],
-            jax.tree.map(by_period, teacher_params["layers"]["block_0"]),
-        )
-        _, (found, seen) = lax.scan(period_of_layers, embedded, xs)
-        losses, error, power = (a.reshape(layers) for a in seen)
+        per_layer = (trained["layers"], params["layers"], *(
+            by_block(a, period) for a in (weights, jnp.arange(layers) == layers - 1)
+        ))  # fmt: skip
+        xs = {block: tuple(a[block] for a in per_layer) for block in params["layers"]}
+        found = walk(teacher, student, teacher_params, batch, xs, visit)
+        losses, error, power = by_layer({block: seen for block, (_, seen) in found.items()})
         metrics = {"loss": jnp.sum(weights * losses), "layer_loss": losses, "error": error, "power": power}
-        return {"layers": found}, metrics
+        return {"layers": {block: gradient for block, (gradient, _) in found.items()}}, metrics
 
     return gradients
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -76,37 +75,3 @@ def expand_kv(value: jax.Array, heads: int, bug_compat: bool = False) -> jax.Arr
         return jnp.repeat(value, repeats, axis=-2)
     blocks = value.reshape(*value.shape[:-2], kv * size // 32, 32)
     return jnp.repeat(blocks, repeats, axis=-2).reshape(*value.shape[:-2], heads, size)
-
-
-def calibrate(student_params: Any, config: ModelConfig, teacher: ModelConfig, teacher_params, batches: Iterable) -> Any:
-    """Set calibrated output norms to the teacher's root mean square of each channel before o_proj.
-
-    `batches` hold tokens and segment_ids [B, T]; some 64k tokens are plenty.
-    """
-    if all(options.out_norm != "calibrated" for options in config.options):
-        return student_params
-    square = None
-    count = 0
-    for batch in batches:
-        valid = batch["segment_ids"] != 0
-        new = _channel_squares(teacher, teacher_params, batch["tokens"], batch["segment_ids"])
-        square = new if square is None else square + new
-        count += int(valid.sum())
-    rms = jnp.sqrt(square / count)  # [L, H, d]
-    flat = flatten_dict(student_params)
-    for path, weight in flat.items():
-        if path[-2:] == ("o_norm", "weight"):
-            index = int(path[1].removeprefix("block_"))
-            if config.options[index].out_norm == "calibrated":
-                flat[path] = rms[index :: config.period].reshape(weight.shape).astype(weight.dtype)
-    return unflatten_dict(flat)
-
-
-@jax.jit(static_argnums=0)
-def _channel_squares(config: ModelConfig, params: Any, tokens, segment_ids):
-    """Sum over tokens of the squares of the teacher's attention heads, [L, H, d]."""
-    _, seen = LanguageModel(config).apply(
-        {"params": params}, tokens, segment_ids=segment_ids, logits=False, mutable=["intermediates"]
-    )
-    heads = seen["intermediates"]["layers"]["block_0"]["mixer"]["heads"][0].astype(jnp.float32)
-    return jnp.sum(jnp.where((segment_ids != 0)[None, :, :, None, None], heads * heads, 0), axis=(1, 2))

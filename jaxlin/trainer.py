@@ -20,17 +20,18 @@ from flax import linen as nn
 from rich.console import Console
 
 from jaxlin import sharding
+from jaxlin.calibrate import calibrate
 from jaxlin.checkpoint import Checkpoints
 from jaxlin.config import RunConfig, StageConfig, UserError
 from jaxlin.data import heldout_batches, train_batches
 from jaxlin.distill import trained_part
 from jaxlin.evaluation.fidelity import fidelity, fidelity_table
-from jaxlin.evaluation.language_modeling import compare
+from jaxlin.evaluation.language_modeling import compare, put
 from jaxlin.metrics import MetricsLog, progress_bar
 from jaxlin.mixers import MIXERS
 from jaxlin.optimizer import make_optimizer, schedule
 from jaxlin.runs import Run, Teacher, check_folder, load_teacher, new_run
-from jaxlin.student import abstract_params, calibrate, init_student
+from jaxlin.student import abstract_params, init_student
 from jaxlin.train_step import make_step
 
 CALIBRATION_TOKENS = 65_536
@@ -165,8 +166,8 @@ class Trainer:
 
     def _calibrate(self) -> None:
         wanted = min(CALIBRATION_TOKENS, self.run.data.eval_tokens)
-        rows = [{k: self._put(v) for k, v in b.items()} for b in self.heldout]
-        batches = rows[: max(1, wanted // rows[0]["tokens"].size)]
+        batches = self.heldout[: max(1, wanted // self.heldout[0]["tokens"].size)]
+        batches = [put(batch, self.mesh) for batch in batches]
         params = calibrate(self.params, self.student, self.teacher.config, self.teacher.params, batches)
         self.params = jax.device_put(params, self.shardings)
 

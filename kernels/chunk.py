@@ -15,13 +15,11 @@ So log2(C) vectors e_s give all C^2 decays: as outer products for a gate per hea
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-
-BASE = 16
-"""Rows of the diagonal blocks in which channel-gated products are taken level by level under a mask."""
 
 
 def chunk_length(time: int, chunk_size: int | None, default: int = 64) -> int:
@@ -117,7 +115,8 @@ class Decays(NamedTuple):
     leave: Array  # [N, B, H, C, 1|K]: from row j to the chunk's end
     keep: Array  # [N, B, H, 1|K, 1]: from the chunk's initial state to its end
     pair: Array | None  # [N, B, H, C, C]: from row j to row i, 0 for j > i; None for channel gates
-    levels: tuple[Array, ...] | None  # channel gates: e_s of s = 1, 2, 4 ... C/2, [N, B, H, C, K] each
+    levels: tuple[tuple[Array, Array], ...] | None  # channel gates: e_s of the second halves, of the first halves,
+    # [N, B, H, C/2s, s, K] each, for s = 1, 2, 4 ... C/2
 
 
 def level_mask(length: int, s: int) -> Array:
@@ -145,19 +144,23 @@ def scalar_decays(g: Array | None, segments: Segments | None, length: int, dtype
 def channel_decays(g: Array, segments: Segments | None) -> Decays:
     """Decays of a gate per channel [N, B, H, C, K]."""
     length = g.shape[-2]
-    enter, leave = (_block_decay(sums(length), g) for sums in (_enter_sums, _leave_sums))
-    levels = tuple(_block_decay(_level_sums(2 * s, s), g) for s in _level_sizes(length))
+    enter, leave = (jnp.exp(_row_sums(sums(length), g)) for sums in (_enter_sums, _leave_sums))
+    levels = tuple(
+        (jnp.exp(_row_sums(_enter_sums(s), second)), jnp.exp(_row_sums(_leave_sums(s), first)))
+        for s in _level_sizes(length)
+        for first, second in [_halves(g, s)]
+    )
     return _masked(Decays(enter, leave, enter[..., -1, :, None], None, levels), segments)
 
 
 def reverse_cumsum(x: Array) -> Array:
     """Sum over rows t >= i of [N, B, H, C, D], as a product with a triangle of ones."""
-    return _block_sums(_enter_sums(x.shape[-2]).T, x)
+    return _row_sums(_enter_sums(x.shape[-2]).T, x)
 
 
 def cumsum_before(x: Array) -> Array:
     """Sum over rows t < i of [N, B, H, C, D]."""
-    return _block_sums(_leave_sums(x.shape[-2]).T, x)
+    return _row_sums(_leave_sums(x.shape[-2]).T, x)
 
 
 def _level_sizes(length: int) -> list[int]:
@@ -180,17 +183,11 @@ def _level_sums(length: int, s: int) -> Array:
     return (block & jnp.where(second, row[None, :] <= row[:, None], row[None, :] > row[:, None])).astype(jnp.float32)
 
 
-def _block_sums(sums: Array, x: Array) -> Array:
-    """`sums` [R, R] times every aligned block of R rows of x [..., C, K]."""
-    rows = sums.shape[0]
-    blocks = x.reshape(*x.shape[:-2], -1, rows, x.shape[-1])
+def _row_sums(sums: Array, x: Array) -> Array:
+    """`sums` [C, C] times x [..., C, K]."""
     if x.shape[-1] > 1:  # a batched product needs no transpose of x
-        sums = jnp.broadcast_to(sums, (*blocks.shape[:-1], rows))
-    return product("...ij,...jk->...ik", sums, blocks, x.dtype).reshape(x.shape)
-
-
-def _block_decay(sums: Array, g: Array) -> Array:
-    return jnp.exp(_block_sums(sums, g))
+        sums = jnp.broadcast_to(sums, (*x.shape[:-1], sums.shape[0]))
+    return product("...ij,...jk->...ik", sums, x, x.dtype)
 
 
 def _masked(decays: Decays, segments: Segments | None) -> Decays:
@@ -206,62 +203,45 @@ def _masked(decays: Decays, segments: Segments | None) -> Decays:
 # ---- channel-gated products ----
 
 
-def channel_products(q: Array, k: Array, levels: tuple[Array, ...], precision: lax.Precision) -> Array:
+def channel_products(q: Array, k: Array, levels: tuple, precision: lax.Precision) -> Array:
     """P_ij = sum_k q_ik k_jk e^(g_{j+1,k} + ... + g_ik) for i > j, 0 elsewhere: [..., C, K] -> [..., C, C].
 
     Strictly lower: on the diagonal the decay is 1, P_ii = q_i.k_i. Segments are for the caller to mask.
     """
-    length = q.shape[-2]
-    base = min(BASE, length)
-    dot = _dot("...ik,...jk->...ij", precision)
-    p = jnp.zeros((*q.shape[:-2], length // base, base, base), q.dtype)
-    for s, e in zip(_level_sizes(length), levels, strict=True):
-        if s < base:
-            qe, ke = _blocks(q * e, base), _blocks(k * e, base)
-            p = jnp.where(level_mask(base, s), dot(qe, ke), p)
-        else:
-            below = dot(_blocks(q * e, s)[..., 1::2, :, :], _blocks(k * e, s)[..., 0::2, :, :])
-            first, second = p[..., 0::2, :, :], p[..., 1::2, :, :]
-            top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
-            p = jnp.concatenate([top, jnp.concatenate([below, second], axis=-1)], axis=-2)
-    return p.reshape(*q.shape[:-2], length, length)
+    p = jnp.zeros((*q.shape[:-1], 1, 1), q.dtype)  # diagonal blocks of s rows, s = 1, 2, 4 ...
+    for second, first in levels:
+        s = second.shape[-2]
+        rows, columns = second * _halves(q, s)[1], first * _halves(k, s)[0]
+        corner = jnp.einsum("...ik,...jk->...ij", rows, columns, precision=precision)
+        p = p.reshape(*corner.shape[:-2], 2, s, s)
+        top = jnp.concatenate([p[..., 0, :, :], jnp.zeros_like(corner)], axis=-1)
+        p = jnp.concatenate([top, jnp.concatenate([corner, p[..., 1, :, :]], axis=-1)], axis=-2)
+    return p.reshape(*q.shape[:-1], q.shape[-2])
 
 
-def channel_products_vjp(
-    dp: Array, q: Array, k: Array, levels: tuple[Array, ...], precision: lax.Precision
-) -> tuple[Array, Array]:
+def channel_products_vjp(dp: Array, q: Array, k: Array, levels: tuple, precision: lax.Precision) -> tuple[Array, Array]:
     """(dq, dk) of `channel_products` for a cotangent dp [..., C, C]; its diagonal and upper part are not read."""
-    length = q.shape[-2]
-    base = min(BASE, length)
-    rows, columns = _dot("...ij,...jk->...ik", precision), _dot("...ij,...ik->...jk", precision)
+    dot = functools.partial(jnp.einsum, precision=precision)
     dq, dk = jnp.zeros_like(q), jnp.zeros_like(k)
-    diagonal = _diagonal_blocks(dp, base, 0)
-    for s, e in zip(_level_sizes(length), levels, strict=True):
-        if s < base:
-            d = jnp.where(level_mask(base, s), diagonal, 0)
-            dq += e * rows(d, _blocks(k * e, base)).reshape(q.shape)
-            dk += e * columns(d, _blocks(q * e, base)).reshape(k.shape)
-        else:
-            d = _diagonal_blocks(dp, s, 1)
-            below = rows(d, _blocks(k * e, s)[..., 0::2, :, :])
-            above = columns(d, _blocks(q * e, s)[..., 1::2, :, :])
-            dq += e * jnp.stack([jnp.zeros_like(below), below], axis=-3).reshape(q.shape)
-            dk += e * jnp.stack([above, jnp.zeros_like(above)], axis=-3).reshape(k.shape)
+    dp = dp[..., None, :, :]
+    for second, first in reversed(levels):
+        s = second.shape[-2]
+        dp = dp.reshape(*dp.shape[:-2], 2, s, 2, s)
+        corner = dp[..., 1, :, 0, :]
+        dp = jnp.stack([dp[..., 0, :, 0, :], dp[..., 1, :, 1, :]], axis=-3)
+        dp = dp.reshape(*q.shape[:-2], -1, s, s)
+        rows, columns = second * _halves(q, s)[1], first * _halves(k, s)[0]
+        below = second * dot("...ij,...jk->...ik", corner, columns)
+        above = first * dot("...ij,...ik->...jk", corner, rows)
+        dq += jnp.stack([jnp.zeros_like(below), below], axis=-3).reshape(q.shape)
+        dk += jnp.stack([above, jnp.zeros_like(above)], axis=-3).reshape(k.shape)
     return dq, dk
 
 
-def _dot(spec: str, precision: lax.Precision):
-    return lambda x, y: jnp.einsum(spec, x, y, precision=precision)
-
-
-def _blocks(x: Array, rows: int) -> Array:
-    return x.reshape(*x.shape[:-2], -1, rows, x.shape[-1])
-
-
-def _diagonal_blocks(p: Array, rows: int, below: int) -> Array:
-    """Blocks of [..., C, C]: all diagonal ones, or (below = 1) the one under every even diagonal block."""
-    starts = range(0, p.shape[-1], rows * (1 + below))
-    return jnp.stack([p[..., j + below * rows : j + (1 + below) * rows, j : j + rows] for j in starts], axis=-3)
+def _halves(x: Array, s: int) -> tuple[Array, Array]:
+    """The first and the second halves of the aligned blocks of 2s rows: [..., C, K] -> [..., C/2s, s, K] each."""
+    x = x.reshape(*x.shape[:-2], -1, 2, s, x.shape[-1])
+    return x[..., 0, :, :], x[..., 1, :, :]
 
 
 # ---- states ----

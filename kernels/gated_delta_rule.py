@@ -20,7 +20,6 @@ The recurrences are those of Yang et al. 2024 (arXiv 2406.06484; gated 2412.0646
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -35,8 +34,10 @@ from jaxlin.kernels.chunk import (
     channel_products,
     channel_products_vjp,
     chunk_length,
+    cumsum_before,
     from_chunks,
     mask_padding,
+    product,
     repeat_heads,
     reverse_cumsum,
     scalar_decays,
@@ -82,20 +83,20 @@ def _delta_rule(scale, q, k, v, beta, g, state, segments):
 def _forward(scale, q, k, v, beta, g, state, segments):
     c = _prepare(q, k, v, beta, g, segments)
     t = unit_lower_inverse(c.beta * c.a)
-    w = c.exact("...ij,...jk->...ik", t, c.beta * c.k * c.decays.enter)
-    u0 = c.exact("...ij,...jv->...iv", t, c.beta * c.v)
+    (qe, q_weight), (kb, kb_weight), (ke, ke_weight) = _decayed_rows(c)
+    w = c.exact("...ij,...jk->...ik", _by_column(t, c.beta * kb_weight), kb)
+    u0 = c.exact("...ij,...jv->...iv", _by_column(t, c.beta), c.v)
 
     def chunk(s, xs):
-        w, u0, ke, keep = xs
+        w, u0, ke, weight, keep = xs
         u = u0 - c.dot("...ik,...kv->...iv", w, s)
-        return keep * s + c.dot("...ik,...iv->...kv", ke, u), (s, u)
+        return keep * s + c.dot("...ik,...iv->...kv", ke, weight * u), (s, u)
 
-    ke = c.k * c.decays.leave
-    final_state, (states, u) = lax.scan(chunk, state, (c.operand(w), u0, c.operand(ke), c.decays.keep))
+    xs = (c.operand(w), u0, c.operand(ke), ke_weight, c.decays.keep)
+    final_state, (states, u) = lax.scan(chunk, state, xs)
     states = checkpoint_name(states, "chunk_states")
-    from_states = c.dot("...ik,...kv->...iv", c.q * c.decays.enter, states)
-    o = scale * (from_states + c.dot("...ij,...jv->...iv", c.p, u))
-    return (o.astype(v.dtype), final_state), (q, k, v, beta, g, segments, states, t)
+    o = q_weight * c.dot("...ik,...kv->...iv", qe, states) + c.dot("...ij,...jv->...iv", c.p, u)
+    return ((scale * o).astype(v.dtype), final_state), (q, k, v, beta, g, segments, states, t)
 
 
 def _backward(scale, residuals, cotangents):
@@ -103,20 +104,20 @@ def _backward(scale, residuals, cotangents):
     do, d_final = cotangents
     c = _prepare(q, k, v, beta, g, segments)
     enter, leave, keep, *_ = c.decays
-    qe, kb, ke = c.q * enter, c.k * enter, c.k * leave
+    (qe, q_weight), (kb, kb_weight), (ke, ke_weight) = _decayed_rows(c)
 
-    z = c.v - c.dot("...ik,...kv->...iv", kb, states)
-    u = c.exact("...ij,...jv->...iv", t, c.beta * z)
-    w = c.exact("...ij,...jk->...ik", t, c.beta * kb)
+    z = c.v - kb_weight * c.dot("...ik,...kv->...iv", kb, states)
+    u = c.exact("...ij,...jv->...iv", _by_column(t, c.beta), z)
+    w = c.exact("...ij,...jk->...ik", _by_column(t, c.beta * kb_weight), kb)
     du_local = scale * c.dot("...ij,...iv->...jv", c.p, do)
-    ds_local = scale * c.dot("...ik,...iv->...kv", qe, do)
+    ds_local = scale * c.dot("...ik,...iv->...kv", qe, q_weight * do)
 
     def chunk(ds, xs):
-        w, ke, keep, du_local, ds_local = xs
-        du = du_local + c.dot("...ik,...kv->...iv", ke, ds)
+        w, ke, weight, keep, du_local, ds_local = xs
+        du = du_local + weight * c.dot("...ik,...kv->...iv", ke, ds)
         return keep * ds + ds_local - c.dot("...ik,...iv->...kv", w, du), (ds, du)
 
-    xs = (c.operand(w), c.operand(ke), keep, du_local, ds_local)
+    xs = (c.operand(w), c.operand(ke), ke_weight, keep, du_local, ds_local)
     d_state, (ds, du) = lax.scan(chunk, d_final, xs, reverse=True)
 
     y = c.exact("...ij,...iv->...jv", t, du)
@@ -134,11 +135,12 @@ def _backward(scale, residuals, cotangents):
 
     dg = None
     if g is not None:
-        per_row = c.q * dq_enter + c.k * (dk_enter - dk_leave)
-        across = jnp.sum(c.k * dk_leave, axis=-2) + jnp.sum(keep * states * ds, axis=-1)
+        # g_t lies on the paths from a row before t or the state to row t or later, or on to the next state
+        reads, writes = c.q * dq_enter + c.k * dk_enter, c.k * dk_leave
+        across = keep[..., 0] * jnp.sum(states * ds, axis=-1)
         if g.ndim == 4:
-            per_row, across = (jnp.sum(x, axis=-1, keepdims=True) for x in (per_row, across))
-        dg = reverse_cumsum(pairs.db + per_row) + across[..., None, :]
+            reads, writes, across = (jnp.sum(x, axis=-1, keepdims=True) for x in (reads, writes, across))
+        dg = reverse_cumsum(pairs.db + reads) + cumsum_before(writes) + across[..., None, :]
         dg = dg.reshape(g.shape).astype(g.dtype)
     dq, dk = sum_heads(dq, q.shape[2]).astype(q.dtype), sum_heads(dk, k.shape[2]).astype(k.dtype)
     return dq, dk, dv.astype(v.dtype), dbeta.astype(beta.dtype), dg, d_state, None
@@ -157,26 +159,31 @@ class _Chunks(NamedTuple):
     decays: Decays
     p: Array  # [N, B, HV, C, C], i >= j
     a: Array  # [N, B, HV, C, C], i > j
-    operand: Callable[[Array], Array]  # cast to the dtype of the inputs: what the products read
-    dot: Callable[[str, Array, Array], Array]  # operands in the dtype of the inputs, summed in at least float32
-    exact: Callable[[str, Array, Array], Array]  # operands in at least float32: products with T and of channel gates
+    dtype: jnp.dtype  # of the inputs
+    precision: lax.Precision  # of products whose operands are never rounded to `dtype`: with T, with channel gates
+
+    def operand(self, x: Array) -> Array:
+        """As most products read it: in the dtype of the inputs."""
+        return x.astype(self.dtype)
+
+    def dot(self, spec: str, x: Array, y: Array) -> Array:
+        """Operands in the dtype of the inputs, sums in that of accumulation."""
+        return product(spec, x, y, self.dtype)
+
+    def exact(self, spec: str, x: Array, y: Array) -> Array:
+        """Operands in the accumulation dtype, for 16-bit inputs with at least about 16 bits of them (bf16 x 3)."""
+        return jnp.einsum(spec, x, y, precision=self.precision)
 
 
 def _prepare(q, k, v, beta, g, segments) -> _Chunks:
     dtype = jnp.result_type(q, k, v)
     acc = jnp.promote_types(dtype, jnp.float32)
     precision = lax.Precision.HIGHEST if dtype == acc else lax.Precision.HIGH
-
-    def dot(spec, x, y):
-        x, y = x.astype(dtype), y.astype(dtype)
-        return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST, preferred_element_type=acc)
-
-    exact = functools.partial(jnp.einsum, precision=precision)
     heads = v.shape[2]
     qa, ka = (repeat_heads(x.astype(acc), heads) for x in (q, k))
     if g is None or g.ndim == 4:
         decays = scalar_decays(None if g is None else g.astype(acc), segments, q.shape[3], acc)
-        p, a = (repeat_heads(dot("...ik,...jk->...ij", x, k), heads) * decays.pair for x in (q, k))
+        p, a = (repeat_heads(product("...ik,...jk->...ij", x, k, dtype), heads) * decays.pair for x in (q, k))
         a = jnp.tril(a, -1)
     else:
         decays = channel_decays(g.astype(acc), segments)
@@ -186,8 +193,24 @@ def _prepare(q, k, v, beta, g, segments) -> _Chunks:
         p = p + _diagonal(jnp.sum(qa * ka, axis=-1))
     keep = jnp.broadcast_to(decays.keep, (q.shape[0], *decays.keep.shape[1:]))  # the state scan runs over chunks
     decays = decays._replace(keep=keep)
-    operand = lambda x: x.astype(dtype)
-    return _Chunks(qa, ka, v.astype(acc), beta.astype(acc)[..., None], decays, p, a, operand, dot, exact)
+    return _Chunks(qa, ka, v.astype(acc), beta.astype(acc)[..., None], decays, p, a, dtype, precision)
+
+
+def _decayed_rows(c: _Chunks) -> list[tuple[Array, Array]]:
+    """Qe, Kb and Ke, each as rows and weights: row i of a product with them is weight_i times that with the rows.
+
+    A decay per head stays a weight: the product then reads q or k itself, exact in any dtype and no copy.
+    """
+    rows = ((c.q, c.decays.enter), (c.k, c.decays.enter), (c.k, c.decays.leave))
+    if c.decays.pair is None:
+        rows = [(decay * x, jnp.ones((1, 1, 1, 1, 1), x.dtype)) for x, decay in rows]
+    chunks = c.k.shape[0]  # the state scan runs over this axis
+    return [(x, jnp.broadcast_to(weight, (chunks, *weight.shape[1:]))) for x, weight in rows]
+
+
+def _by_column(t: Array, weight: Array) -> Array:
+    """T diag(weight) for weights [..., C, 1]."""
+    return t * weight.swapaxes(-1, -2)
 
 
 class _PairGradients(NamedTuple):
@@ -206,14 +229,17 @@ def _pair_gradients(c: _Chunks, dp: Array, da: Array, segments: Segments | None,
         db = jnp.sum(e, axis=-1) - jnp.sum(e, axis=-2) if needs_gate else None
         dp, da = dp * pair, da * pair
         dq = c.dot("...ij,...jk->...ik", dp, c.k)
-        dk = c.dot("...ij,...jk->...ik", da, c.k) + c.dot("...ij,...ik->...jk", dp, c.q) + c.dot("...ij,...ik->...jk", da, c.k)
+        dk = (
+            c.dot("...ij,...jk->...ik", da, c.k)
+            + c.dot("...ij,...ik->...jk", dp, c.q)
+            + c.dot("...ij,...ik->...jk", da, c.k)
+        )
         return _PairGradients(dq, dk, None if db is None else db[..., None])
     own = jnp.diagonal(dp, axis1=-2, axis2=-1)[..., None]  # no decay on the diagonal, so no gate gradient
     if segments is not None:
         dp, da = (jnp.where(segments.same, x, 0) for x in (dp, da))
-    precision = lax.Precision.HIGHEST
-    dq, dk_p = channel_products_vjp(dp, c.q, c.k, c.decays.levels, precision)
-    dk_row, dk_a = channel_products_vjp(da, c.k, c.k, c.decays.levels, precision)
+    dq, dk_p = channel_products_vjp(dp, c.q, c.k, c.decays.levels, c.precision)
+    dk_row, dk_a = channel_products_vjp(da, c.k, c.k, c.decays.levels, c.precision)
     db = c.q * dq + c.k * (dk_row - dk_p - dk_a)
     return _PairGradients(dq + own * c.k, dk_row + dk_p + dk_a + own * c.q, db)
 

@@ -14,30 +14,41 @@ BASE = 16
 
 
 def unit_lower_inverse(lower: Array) -> Array:
-    """(I + L)^-1 of strictly lower triangular L [..., C, C], any C, in the dtype of L (float32 or float64).
+    """(I + L)^-1 of strictly lower triangular L [..., C, C], C a power of two, in the dtype of L (at least float32).
 
     Entries of L on or above the diagonal must be zero.
     """
     size = lower.shape[-1]
-    if size <= BASE:
-        return _substitute(lower)
-    half = BASE * -(-size // (2 * BASE))  # the first half is a multiple of BASE: one ragged leaf at most
-    top = unit_lower_inverse(lower[..., :half, :half])
-    bottom = unit_lower_inverse(lower[..., half:, half:])
-    # [[A, 0], [L21, D]]^-1 = [[A^-1, 0], [-D^-1 L21 A^-1, D^-1]]
+    base = min(BASE, size)
+    leaves = jnp.stack([lower[..., i : i + base, i : i + base] for i in range(0, size, base)])
+    return _merge(lower, list(_substitute(leaves)))
+
+
+def _merge(lower: Array, leaves: list[Array]) -> Array:
+    """The inverse of I + L from those of its diagonal blocks: [[A, 0], [M, D]]^-1 = [[A', 0], [-D' M A', D']]."""
+    if len(leaves) == 1:
+        return leaves[0]
+    half, middle = lower.shape[-1] // 2, len(leaves) // 2
+    top = _merge(lower[..., :half, :half], leaves[:middle])
+    bottom = _merge(lower[..., half:, half:], leaves[middle:])
     corner = -_product(bottom, _product(lower[..., half:, :half], top))
-    batch = [(0, 0)] * (lower.ndim - 1)
-    return jnp.concatenate(
-        [jnp.pad(top, [*batch, (0, size - half)]), jnp.concatenate([corner, bottom], axis=-1)], axis=-2
-    )
+    above = jnp.concatenate([top, jnp.zeros_like(top)], axis=-1)
+    return jnp.concatenate([above, jnp.concatenate([corner, bottom], axis=-1)], axis=-2)
 
 
 def _substitute(lower: Array) -> Array:
-    """Forward substitution by columns: row i is final once rows < i are, then leaves every row below it."""
-    inverse = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
-    for i in range(lower.shape[-1] - 1):
-        inverse = inverse - lower[..., :, i : i + 1] * inverse[..., i : i + 1, :]
-    return inverse
+    """Forward substitution by columns: row i is final once the rows above it are, then leaves every row below.
+
+    A loop, not its unrolling: what enters a loop is computed once, else XLA on the CPU computes L again in every step.
+    """
+
+    def eliminate(i, inverse):
+        column = lax.dynamic_slice_in_dim(lower, i, 1, axis=-1)
+        row = lax.dynamic_slice_in_dim(inverse, i, 1, axis=-2)
+        return inverse - column * row
+
+    identity = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
+    return lax.fori_loop(0, lower.shape[-1] - 1, eliminate, identity, unroll=5)
 
 
 def _product(a: Array, b: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -17,7 +18,7 @@ TEACHER = ModelConfig(
     vocab_size=97,
     hidden_size=64,
     intermediate_size=96,
-    num_hidden_layers=4,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=16,
@@ -31,12 +32,22 @@ def student_of(mixer: str, preset: str = "recommended", teacher: ModelConfig = T
     return replace(teacher, mixer=names, options=resolved)
 
 
+@functools.cache
 def random_params(config: ModelConfig, seed: int = 0):
     """Random parameters, also where initialisation would give zeros or an identity."""
-    params = nn.unbox(LanguageModel(config).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, noisy)
+
+    @jax.jit
+    def draw():
+        params = nn.unbox(LanguageModel(config).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32)))["params"]
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+        noise = [0.1 * jax.random.normal(key, a.shape, a.dtype) for key, a in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(tree, [a + n for a, n in zip(leaves, noise, strict=True)])
+
+    return draw()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config: ModelConfig, params, tokens, segment_ids=None):
+    """Logits of a forward pass."""
+    return LanguageModel(config).apply({"params": params}, tokens, segment_ids=segment_ids).logits

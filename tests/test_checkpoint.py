@@ -1,5 +1,6 @@
 """Checkpoints: exact restoring, rotation, and what kills, damage and a full disk leave."""
 
+import errno
 import os
 import resource
 import shutil
@@ -106,6 +107,26 @@ def test_a_step_can_be_saved_again(saved, tmp_path):
     step, state, extra = saved.latest(abstract(make_state(0)))
     assert step == 3 and extra == {"value": 9}
     assert_same(state, make_state(9))
+
+
+def test_saving_in_the_background(tmp_path, monkeypatch):
+    """As on an accelerator: what goes wrong is raised by the next wait."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    checkpoints.save(1, make_state(1), {})
+    checkpoints.save(2, make_state(2), {})
+    assert checkpoints.steps() == [1, 2]
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_checksum", full)
+        checkpoints.save(3, make_state(3), {})
+        with pytest.raises(UserError, match="the disk is full, step 3 was not saved"):
+            checkpoints.wait()
+    assert names(tmp_path / "c") == ["1", "2"]
+    assert_same(checkpoints.latest(abstract(make_state(0)))[1], make_state(2))
 
 
 def largest(folder):

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlin.mixers import MIXERS
 from jaxlin.model import LanguageModel, init_state
-from tests.models import STUDENT_MIXERS, TEACHER, random_params, student_of
+from tests.models import STUDENT_MIXERS, TEACHER, logits, random_params, student_of
 
 CASES = [(m, p) for m in STUDENT_MIXERS for p in ("recommended", "paper_code")] + [("softmax", "recommended")]
 CASES += [("gated_deltanet+softmax", "recommended")]
@@ -39,18 +39,18 @@ def test_mixer(mixer, preset):
         embedded = {**params, "embed_tokens": {"embedding": embeddings}}
         return model.apply({"params": embedded}, jnp.arange(T)[None], logits=False).hidden[0, t].sum()
 
-    gradient = jax.grad(at)(params["embed_tokens"]["embedding"], T // 2)
+    gradient = jax.jit(jax.grad(at))(params["embed_tokens"]["embedding"], T // 2)
     assert not np.asarray(gradient[T // 2 + 1 : T]).any()
     assert np.asarray(gradient[0]).any()
 
     # Prefill, then decode token by token == one pass.
     state = init_state(config, B, T)
     out = run(tokens[:, : T - 3], None, state)
-    logits = [out.logits]
+    pieces = [out.logits]
     for t in range(T - 3, T):
         out = run(tokens[:, t : t + 1], None, out.state)
-        logits.append(out.logits)
-    np.testing.assert_allclose(jnp.concatenate(logits, axis=1), whole, rtol=2e-4, atol=2e-4)
+        pieces.append(out.logits)
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, rtol=2e-4, atol=2e-4)
 
     # Padding left, middle and right changes nothing, nor does it in a prefill that decoding continues.
     ids = jnp.array([[0, 0, 0, *[1] * T, 0, 0], [0, *[1] * 5, 0, 0, *[1] * (T - 5), 0, 0]])
@@ -76,7 +76,7 @@ def test_mixers_differ():
     outputs = []
     for mixer in STUDENT_MIXERS:
         config = student_of(mixer)
-        outputs.append(LanguageModel(config).apply({"params": random_params(config)}, tokens).logits)
+        outputs.append(logits(config, random_params(config), tokens))
     for i, a in enumerate(outputs):
         for b in outputs[i + 1 :]:
             assert np.abs(a - b).max() > 1e-2

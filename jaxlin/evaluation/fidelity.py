@@ -12,10 +12,9 @@ from jax import lax
 from rich.table import Table
 
 from jaxlin.config import ModelConfig
-from jaxlin.distill import Batch, squares
+from jaxlin.distill import squares
 from jaxlin.evaluation.language_modeling import compare, on_mesh, put
-from jaxlin.mixers.common import positions_in_segments
-from jaxlin.model import blocks
+from jaxlin.layer_local import Batch, by_layer, walk
 
 
 def fidelity(
@@ -52,32 +51,15 @@ def fidelity(
 @jax.jit(static_argnums=(0, 1))
 def _layer_sums(teacher: ModelConfig, student: ModelConfig, teacher_params, student_params, batch):
     """Per layer [L]: squared error, squares of the teacher's output, cosines; and the number of tokens."""
-    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    (teacher_block,) = blocks(teacher)
-    student_blocks = blocks(student)
-    layers, period = student.num_hidden_layers, student.period
-    positions, _ = positions_in_segments(tokens.shape, segment_ids, None)
-    call = dict(positions=positions, segment_ids=segment_ids)
-    valid = segment_ids != 0
+    valid = batch["segment_ids"] != 0
 
-    def period_of_layers(hidden, xs):
-        teacher_parts, parts = xs
-        seen = []
-        for i, block in enumerate(student_blocks):
-            teacher_part = jax.tree.map(lambda a, i=i: a[i], teacher_parts)
-            after, target, _ = teacher_block.apply({"params": teacher_part}, hidden, **call)
-            _, mixed, _ = block.apply({"params": parts[block.name]}, hidden, **call)
-            cosine = jnp.sum(jnp.where(valid, _cosine(mixed, target), 0))
-            seen.append((*squares(mixed, target, valid), cosine))
-            hidden = after
-        return hidden, jax.tree.map(lambda *a: jnp.stack(a), *seen)
+    def visit(apply, teacher_layer, params):
+        mixed = apply(params).mixed
+        cosine = jnp.sum(jnp.where(valid, _cosine(mixed, teacher_layer.mixed), 0))
+        return *squares(mixed, teacher_layer.mixed, valid), cosine
 
-    by_period = jax.tree.map(
-        lambda a: a.reshape(layers // period, period, *a.shape[1:]), teacher_params["layers"]["block_0"]
-    )
-    embedded = jnp.take(teacher_params["embed_tokens"]["embedding"], tokens, axis=0).astype(teacher.dtype)
-    _, seen = lax.scan(period_of_layers, embedded, (by_period, student_params["layers"]))
-    return *(a.reshape(layers) for a in seen), jnp.sum(valid, dtype=jnp.float32)
+    found = walk(teacher, student, teacher_params, batch, student_params["layers"], visit)
+    return *by_layer(found), jnp.sum(valid, dtype=jnp.float32)
 
 
 def _cosine(a, b):

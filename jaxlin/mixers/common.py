@@ -316,7 +316,9 @@ class TokenMixer(nn.Module):
         y = self._norm(y)
         if o.out_gate in ("neutral", "random"):
             y = y * self._activate(self._gate(x, y.shape[2:]))
-        y = y.astype(c.dtype).reshape(*y.shape[:2], c.num_attention_heads, c.head_dim)
+        y = y.astype(c.dtype)
+        self.sow("intermediates", "heads", y)
+        y = y.reshape(*y.shape[:2], c.num_attention_heads, c.head_dim)
         return Dense(c, (c.hidden_size,), ("heads", "head_dim", "embed"), c.attention_bias, inputs=2, name="o_proj")(y)
 
     def _norm(self, y):
