@@ -26,9 +26,11 @@ from jaxlin.mixers.common import positions_in_segments
 from jaxlin.model import LanguageModel, blocks
 from jaxlin.sharding import make_mesh
 from jaxlin.student import init_student
-from tests.models import TEACHER, random_params, student_of
+from tests.models import TEACHER as SMALL
+from tests.models import random_params, student_of
 
-STUDENT = student_of("gated_deltanet+softmax")
+TEACHER = replace(SMALL, num_hidden_layers=4)  # two periods of the student's mixers
+STUDENT = student_of("gated_deltanet+softmax", teacher=TEACHER)
 
 
 @pytest.fixture(scope="module")
