@@ -263,6 +263,8 @@ def load_model(run: str, teacher: str, *, teacher_model: bool = False) -> runs.T
     """
     if bool(run) == bool(teacher):
         raise UserError("give either --run DIR or --teacher T")
+    if teacher and teacher_model:
+        raise UserError("--teacher-model: only with --run, it chooses the run's teacher")
     if not run:
         return runs.load_teacher(RunConfig(teacher=teacher))
     opened = runs.open_run(Path(run))

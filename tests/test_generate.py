@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from dataclasses import replace
 
 import jax
@@ -134,16 +136,16 @@ def test_characters_come_whole():
     assert detokenizer.flush() == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_serving_params_change_nothing():
-    config = replace(student_of("gated_deltanet"), dtype="bfloat16")
-    params = jax.jit(lambda: random_params(config))()
-    tokens = jnp.arange(8)[None]
-    run = jax.jit(lambda p: LanguageModel(config).apply({"params": p}, tokens).logits)
-    small = serving_params(params, config)
-    np.testing.assert_array_equal(run(params), run(small))
-    dtypes = {path[-2].key: leaf.dtype for path, leaf in jax.tree.leaves_with_path(small) if len(path) > 1}
-    assert dtypes["q_proj"] == dtypes["down_proj"] == jnp.bfloat16
-    assert dtypes["a_proj"] == dtypes["input_layernorm"] == jnp.float32
+def test_serving_params_change_nothing(teacher):
+    _, params, prompts = teacher
+    config = replace(TEACHER, dtype="bfloat16")
+    run = jax.jit(lambda p: LanguageModel(config).apply({"params": p}, jnp.array(prompts[:1])).logits)
+    np.testing.assert_array_equal(run(params), run(serving_params(params, config)))
+
+    config = replace(student_of("gla"), dtype="bfloat16")
+    small = jax.eval_shape(lambda: serving_params(random_params(config), config))["layers"]["block_0"]
+    assert small["mixer"]["q_proj"]["kernel"].dtype == small["mlp"]["down_proj"]["kernel"].dtype == jnp.bfloat16
+    assert small["mixer"]["gk_proj"]["kernel"].dtype == small["input_layernorm"]["weight"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
@@ -166,3 +168,30 @@ def test_refuses(teacher, change, words):
 def test_refuses_unknown_tokens(teacher):
     with pytest.raises(ValueError, match="not in a vocabulary of 97"):
         generate.generate(*teacher[:2], [[TEACHER.vocab_size]], max_new_tokens=1)
+
+
+# ---- the command
+
+
+def call(monkeypatch, *args, stdin=""):
+    monkeypatch.setattr(sys, "argv", ["generate", *args])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    generate.main()
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--run", "missing", "--prompt", "a"], "--run missing: no run there"),
+        (["--run", "missing"], "the prompt is empty"),
+        (["--run", "missing", "--prompt", ""], "the prompt is empty"),
+        (["--prompt", "a"], "give either --run DIR or --teacher T"),
+        (["--teacher", "demo", "--run", "x", "--prompt", "a"], "give either --run DIR or --teacher T"),
+        (["--teacher", "demo", "--prompt", "a", "--teacher-model"], "--teacher-model: only with --run"),
+        (["--run", "missing", "--prompt", "a", "--temperature", "-1"], "--temperature -1.0"),
+        (["--run", "missing", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+    ],
+)
+def test_command_refuses(monkeypatch, args, words):
+    with pytest.raises(UserError, match=words):
+        call(monkeypatch, *args)
