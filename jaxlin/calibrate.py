@@ -1,4 +1,4 @@
-"""Calibrated output norms: the student's heads start as the best rescaling of themselves to the teacher's."""
+"""Calibrated output norms: a student's heads start at the size of the teacher's."""
 
 from __future__ import annotations
 
@@ -7,54 +7,40 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxlin.config import ModelConfig
-from jaxlin.layer_local import Batch, walk
+from jaxlin.layer_local import Batch
+from jaxlin.model import LanguageModel
 
 
 def calibrate(
     student_params: Any, student: ModelConfig, teacher: ModelConfig, teacher_params: Any, batches: Iterable[Batch]
 ) -> Any:
-    """Set the weight of each calibrated norm to the least-squares fit of the teacher's channel by the student's.
+    """Set the weight of each calibrated norm to the teacher's root mean square of that channel before o_proj.
 
-    An RMS norm takes away the scale that o_proj expects, and a linear attention without softmax may point away from
-    the teacher's output. For each channel the weight w that minimises sum (w s - t)^2 is sum(s t) / sum(s s), s the
-    student's normed and gated channel and t the teacher's, both before o_proj and given the teacher's residual stream.
-    The layer's error then is at most that of a mixer that gives zeros. Batches hold tokens and segment_ids [B, T].
+    An RMS norm takes away the scale that o_proj expects; this gives it back, channel by channel. Some 64k tokens are
+    plenty. Batches hold tokens and segment_ids [B, T].
     """
     if all(options.out_norm != "calibrated" for options in student.options):
         return student_params
-    ones = {block: _with_weight(parts, None) for block, parts in student_params["layers"].items()}
-    sums: Any = None
-    for batch in batches:
-        new = jax.tree.map(np.asarray, _products(student, teacher, teacher_params, ones, batch))
-        sums = new if sums is None else jax.tree.map(np.add, sums, new)
+    sums = [_squares(teacher, teacher_params, batch) for batch in batches]
+    size = jnp.sqrt(sum(square for square, _ in sums) / sum(count for _, count in sums))  # [L, H, d]
     layers = dict(student_params["layers"])
-    for (block, parts), options in zip(layers.items(), student.options, strict=True):
+    for i, options in enumerate(student.options):
         if options.out_norm == "calibrated":
-            product, square = sums[block]
-            layers[block] = _with_weight(parts, product / np.maximum(square, 1e-12))
+            parts = layers[f"block_{i}"]
+            old = parts["mixer"]["o_norm"]["weight"]
+            weight = size[i :: student.period].reshape(old.shape).astype(old.dtype)
+            layers[f"block_{i}"] = {**parts, "mixer": {**parts["mixer"], "o_norm": {"weight": weight}}}
     return {**student_params, "layers": layers}
 
 
-def _with_weight(parts: Any, weight: Any) -> Any:
-    """A block's parameters with `weight` in its output norm; None is ones."""
-    if "o_norm" not in parts["mixer"]:
-        return parts
-    old = parts["mixer"]["o_norm"]["weight"]
-    new = jnp.ones_like(old) if weight is None else jnp.asarray(weight, old.dtype).reshape(old.shape)
-    return {**parts, "mixer": {**parts["mixer"], "o_norm": {"weight": new}}}
-
-
-@jax.jit(static_argnums=(0, 1))
-def _products(student: ModelConfig, teacher: ModelConfig, teacher_params, student_layers, batch: Batch):
-    """Sums over tokens of s t and s s, {block: ([L / period, H, d], [L / period, H, d])}."""
-    valid = (batch["segment_ids"] != 0)[:, :, None, None]
-
-    def visit(apply, teacher_layer, params):
-        s, t = (jnp.where(valid, a.astype(jnp.float32), 0) for a in (apply(params).heads, teacher_layer.heads))
-        t = t.reshape(s.shape)
-        return jnp.sum(s * t, axis=(0, 1)), jnp.sum(s * s, axis=(0, 1))
-
-    return walk(teacher, student, teacher_params, batch, student_layers, visit)
+@jax.jit(static_argnums=0)
+def _squares(config: ModelConfig, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Sum over tokens of the squares of the teacher's heads, [L, H, d], and the number of tokens."""
+    _, seen = LanguageModel(config).apply(
+        {"params": params}, batch["tokens"], segment_ids=batch["segment_ids"], logits=False, mutable=["intermediates"]
+    )
+    heads = seen["intermediates"]["layers"]["block_0"]["mixer"]["heads"][0].astype(jnp.float32)
+    valid = batch["segment_ids"] != 0
+    return jnp.sum(jnp.where(valid[None, :, :, None, None], heads * heads, 0), axis=(1, 2)), jnp.sum(valid)

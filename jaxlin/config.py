@@ -142,7 +142,7 @@ class StageConfig:
     """Sequences per optimizer step, over all devices."""
     accumulation: int = 1
     """Micro-batches a step is split into."""
-    lr: float = 2e-4
+    lr: float = 1e-3
     """Peak learning rate of parameters copied from the teacher."""
     lr_new: float = 1e-3
     """Peak learning rate of parameters the teacher does not have (gates, convolutions, feature maps, norms)."""
@@ -344,7 +344,7 @@ def preset(name: str) -> RunConfig:
     """The recipe called `name`, at the paper's budget of 3B tokens."""
     if name == "recommended":
         return RunConfig()
-    shared: dict[str, Any] = dict(clip_per_layer=False, lr_min=1e-4, lr_new=2e-4, schedule="wsd", warmup=0.1)
+    shared: dict[str, Any] = dict(clip_per_layer=False, lr_min=1e-4, lr=2e-4, lr_new=2e-4, schedule="wsd", warmup=0.1)
     run = RunConfig(
         preset=name,  # type: ignore[arg-type]
         stage1=Stage1Config(**shared, decayed="all"),

@@ -1,4 +1,4 @@
-"""The walk that stages 1 and 2, calibration and the fidelity report share: every layer on the teacher's own input.
+"""The walk that stages 1 and 2 and the fidelity report share: every layer on the teacher's own input.
 
 One scan over layers carries the teacher's residual stream and nothing else: what is computed for a student layer stays
 inside the scan's body, gradients included, so memory does not grow with depth (paper, section 3; no student residual
@@ -7,6 +7,7 @@ stream exists before stage 3).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,31 +22,19 @@ from jaxlin.model import Block, blocks
 Batch = dict[str, jax.Array]
 
 
-class TeacherLayer(NamedTuple):
-    """A layer's input and what the teacher makes of it.
+class Layer(NamedTuple):
+    """What a layer makes of the teacher's residual stream.
 
-    hidden: [B, T, D], the residual stream before the block: the input of teacher and student.
-    heads: [B, T, H, d], the attention heads before o_proj.
-    mixed: [B, T, D], the attention output after o_proj, before the residual is added.
+    mixed: [B, T, D], the mixer's output before the residual is added.
     output: [B, T, D], the block's output.
     """
 
-    hidden: jax.Array
-    heads: jax.Array
-    mixed: jax.Array
-    output: jax.Array
-
-
-class StudentLayer(NamedTuple):
-    """The same of a student's layer, given the teacher's input; heads after their norm and gate."""
-
-    heads: jax.Array | None
     mixed: jax.Array
     output: jax.Array
 
 
 # (apply the student's block with these parameters, the teacher's layer, this layer's part of `xs`) -> anything
-Visit = Callable[[Callable[[Any], StudentLayer], TeacherLayer, Any], Any]
+Visit = Callable[[Callable[[Any], Layer], Layer, Any], Any]
 
 
 def walk(teacher: ModelConfig, student: ModelConfig, teacher_params: Any, batch: Batch, xs: Any, visit: Visit) -> Any:
@@ -58,19 +47,16 @@ def walk(teacher: ModelConfig, student: ModelConfig, teacher_params: Any, batch:
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     positions, _ = positions_in_segments(tokens.shape, segment_ids, None)
 
-    def run(block: Block, hidden, params):
-        (output, mixed, _), seen = block.apply(
-            {"params": params}, hidden, positions=positions, segment_ids=segment_ids, mutable=["intermediates"]
-        )
-        return seen["intermediates"]["mixer"].get("heads", (None,))[0], mixed, output
+    def run(block: Block, hidden, params) -> Layer:
+        output, mixed, _ = block.apply({"params": params}, hidden, positions=positions, segment_ids=segment_ids)
+        return Layer(mixed, output)
 
     def period(hidden, xs):
         teacher_parts, parts = xs
         found = {}
         for i, block in enumerate(student_blocks):
-            layer = TeacherLayer(hidden, *run(teacher_block, hidden, jax.tree.map(lambda a, i=i: a[i], teacher_parts)))
-            apply = lambda params, block=block, hidden=hidden: StudentLayer(*run(block, hidden, params))  # noqa: E731
-            found[block.name] = visit(apply, layer, parts[block.name])
+            layer = run(teacher_block, hidden, jax.tree.map(lambda a, i=i: a[i], teacher_parts))
+            found[block.name] = visit(functools.partial(run, block, hidden), layer, parts[block.name])
             hidden = layer.output
         return hidden, found
 

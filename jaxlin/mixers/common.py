@@ -317,7 +317,6 @@ class TokenMixer(nn.Module):
         if o.out_gate in ("neutral", "random"):
             y = y * self._activate(self._gate(x, y.shape[2:]))
         y = y.astype(c.dtype)
-        self.sow("intermediates", "heads", y)
         y = y.reshape(*y.shape[:2], c.num_attention_heads, c.head_dim)
         return Dense(c, (c.hidden_size,), ("heads", "head_dim", "embed"), c.attention_bias, inputs=2, name="o_proj")(y)
 
