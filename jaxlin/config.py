@@ -7,12 +7,8 @@ This module is a leaf: it imports nothing of jaxlin, so anything may import it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import runpy
 import sys
-import types
-import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -173,6 +169,12 @@ class StageConfig:
     layer_reduction: Literal["sum", "mean"] = "sum"
     """How the losses of the aligned layers become one number."""
 
+    def check(self, flag: str) -> None:
+        """Refuse values out of range; `flag` names the stage on the command line."""
+        _require_at_least(f"{flag}.batch-size", self.batch_size, 1)
+        _require_at_least(f"{flag}.accumulation", self.accumulation, 1)
+        _require_at_least(f"{flag}.tokens", self.tokens, 0)
+
 
 @dataclass(frozen=True)
 class Stage1Config(StageConfig):
@@ -324,8 +326,13 @@ class RunConfig:
         return tuple(self.mixer.split("+"))
 
     def stages(self) -> dict[int, StageConfig]:
-        """The stages to run, with `tokens` shared out between them."""
+        """The stages to run, with `tokens` shared out between them. Raises UserError for values out of range."""
         every = {1: self.stage1, 2: self.stage2, 3: self.stage3}
+        for n, stage in every.items():
+            stage.check(f"--stage{n}")
+        _require_at_least("--data.seq-len", self.data.seq_len, 2)
+        for flag, value in (("--log-every", self.log_every), ("--save-every", self.save_every), ("--keep", self.keep)):
+            _require_at_least(flag, value, 1)
         if unknown := [s for s in self.stage if s not in every]:
             raise UserError(f"--stage {unknown[0]}: stages are 1, 2 and 3")
         chosen = {s: every[s] for s in sorted(set(self.stage))}
@@ -338,6 +345,11 @@ class RunConfig:
         if not chosen:
             raise UserError("no stage has tokens to train on: set --tokens or --stageN.tokens above 0")
         return chosen
+
+
+def _require_at_least(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{flag} {value}: must be at least {least}")
 
 
 def preset(name: str) -> RunConfig:
@@ -410,25 +422,3 @@ def run_main(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-
-
-def to_json(config: Any) -> str:
-    """A config dataclass as JSON."""
-    return json.dumps(dataclasses.asdict(config), indent=1)
-
-
-def from_dict(cls: Any, data: Any) -> Any:
-    """The inverse of `dataclasses.asdict` for the types used here; unknown fields are refused."""
-    if data is None or (not isinstance(cls, type) and typing.get_origin(cls) is None):
-        return data
-    if dataclasses.is_dataclass(cls):
-        hints = typing.get_type_hints(cls)
-        if unknown := set(data) - set(hints):
-            raise UserError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}: another version wrote the file")
-        return cls(**{k: from_dict(hints[k], v) for k, v in data.items()})
-    origin, args = typing.get_origin(cls), typing.get_args(cls)
-    if origin in (typing.Union, types.UnionType):
-        return from_dict(next(a for a in args if a is not type(None)), data)
-    if origin is tuple:
-        return tuple(from_dict(args[0] if args[-1] is Ellipsis or len(set(args)) == 1 else Any, v) for v in data)
-    return data

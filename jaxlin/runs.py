@@ -6,8 +6,11 @@ checkpoints/ (rotating, for resuming, and milestones), fidelity.json and evaluat
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import types
+import typing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from flax import linen as nn
 
 from jaxlin import convert
 from jaxlin.checkpoint import load_params
-from jaxlin.config import ModelConfig, RunConfig, UserError, from_dict, to_json
+from jaxlin.config import ModelConfig, RunConfig, UserError
 from jaxlin.model import LanguageModel
 from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params, student_config
@@ -168,3 +171,25 @@ def write_text(path: Path, text: str) -> None:
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def to_json(config: Any) -> str:
+    """A config dataclass as JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_dict(cls: Any, data: Any) -> Any:
+    """The inverse of `dataclasses.asdict` for the types used here; unknown fields are refused."""
+    if data is None or (not isinstance(cls, type) and typing.get_origin(cls) is None):
+        return data
+    if dataclasses.is_dataclass(cls):
+        hints = typing.get_type_hints(cls)
+        if unknown := set(data) - set(hints):
+            raise UserError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}: another version wrote the file")
+        return cls(**{k: from_dict(hints[k], v) for k, v in data.items()})
+    origin, args = typing.get_origin(cls), typing.get_args(cls)
+    if origin in (typing.Union, types.UnionType):
+        return from_dict(next(a for a in args if a is not type(None)), data)
+    if origin is tuple:
+        return tuple(from_dict(args[0] if args[-1] is Ellipsis or len(set(args)) == 1 else Any, v) for v in data)
+    return data

@@ -64,6 +64,7 @@ class Trainer:
         self._check_batches()
         with jax.set_mesh(self.mesh):
             self.teacher: Teacher = load_teacher(run, self.mesh)
+            self._check_layers()
             self.unit = math.gcd(*(s.batch_size for s in (run.stage1, run.stage2, run.stage3)))
             self.data = train_batches(
                 run.text, run.data, self.teacher.tokenizer, batch_size=self.unit, seed=run.seed,
@@ -89,6 +90,12 @@ class Trainer:
                     f"--stage{n}.batch-size {stage.batch_size}: must be a multiple of accumulation x data x fsdp "
                     f"= {stage.accumulation * shards}"
                 )
+
+    def _check_layers(self) -> None:
+        layers = self.teacher.config.num_hidden_layers
+        for n, stage in self.stages.items():
+            if wrong := [i for i in stage.layers if not 0 <= i < layers]:
+                raise UserError(f"--stage{n}.layers {wrong[0]}: the teacher's layers are 0 to {layers - 1}")
 
     def train(self) -> None:
         """All stages; a finished run trains nothing."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-import grid
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 from grid import Case
 
 from jaxlin import ops
+from tests import grid
 
 CHUNKED = functools.partial(ops.gated_delta_rule, implementation="chunked")
 GATES = ("none", "scalar", "channel")

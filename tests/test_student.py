@@ -102,7 +102,7 @@ def test_neutral_values():
 
 
 def test_calibration_sets_the_teachers_scale():
-    """A calibrated norm's weight is, channel by channel, the size of the teacher's attention heads; nothing else moves."""
+    """A calibrated norm's weight is the size of the teacher's attention heads by channel; nothing else moves."""
     teacher_params = random_params(TEACHER)
     config = student_of("deltanet+linear_attention")
     params = init_student(teacher_params, config, jax.random.key(0))
