@@ -44,7 +44,8 @@ def random_params(config: ModelConfig, seed: int = 0):
         noise = [0.1 * jax.random.normal(key, a.shape, a.dtype) for key, a in zip(keys, leaves, strict=True)]
         return jax.tree.unflatten(tree, [a + n for a, n in zip(leaves, noise, strict=True)])
 
-    return draw()
+    with jax.ensure_compile_time_eval():  # whoever asks first may be tracing
+        return draw()
 
 
 @functools.partial(jax.jit, static_argnums=0)

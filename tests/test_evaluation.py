@@ -16,7 +16,7 @@ import pytest
 import eval as eval_script
 from jaxlin import convert, generate, runs
 from jaxlin.checkpoint import Checkpoints
-from jaxlin.config import MeshConfig, UserError, load_config_file, preset, to_json
+from jaxlin.config import MeshConfig, UserError, load_config_file, preset
 from jaxlin.evaluation import niah, quick
 from jaxlin.evaluation.fidelity import fidelity, fidelity_table
 from jaxlin.evaluation.language_modeling import compare, perplexity
@@ -35,12 +35,12 @@ STUDENT = student_of("gated_deltanet+softmax", teacher=TEACHER)
 
 @pytest.fixture(scope="module")
 def teacher_params():
-    return jax.jit(lambda: random_params(TEACHER))()
+    return random_params(TEACHER)
 
 
 @pytest.fixture(scope="module")
 def student_params():
-    return jax.jit(lambda: random_params(STUDENT, seed=1))()
+    return random_params(STUDENT, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def run_folder(tmp_path_factory):
     config = load_config_file("tiny", preset("recommended"))
     data = replace(config.data, heldout=(str(text),), eval_tokens=256)
     config = replace(config, run_dir=str(folder), text=(str(text),), data=data)
-    runs.write_text(folder / "config.json", to_json(config))
+    runs.write_text(folder / "config.json", runs.to_json(config))
     teacher = runs.load_teacher(config)
     run = runs.new_run(config, teacher.config)
     params = jax.jit(lambda t, key: init_student(t, run.student, key))(teacher.params, jax.random.key(0))

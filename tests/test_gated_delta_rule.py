@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grid import Case
 
 from jaxlin import ops
 from tests import grid
+from tests.grid import Case
 
 CHUNKED = functools.partial(ops.gated_delta_rule, implementation="chunked")
 GATES = ("none", "scalar", "channel")

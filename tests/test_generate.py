@@ -23,7 +23,7 @@ NEW = 6
 
 def make(mixer):
     config = student_of(mixer)
-    params = jax.jit(lambda: random_params(config))()
+    params = random_params(config)
     rng = np.random.default_rng(0)
     return config, params, [rng.integers(0, config.vocab_size, n).tolist() for n in LENGTHS]
 
