@@ -180,6 +180,10 @@ class StageConfig:
 class Stage1Config(StageConfig):
     """Attention-output alignment (paper, equations 1 and 2)."""
 
+    lr: float = 2e-3
+    """Peak learning rate of parameters copied from the teacher."""
+    lr_new: float = 2e-3
+    """Peak learning rate of parameters the teacher does not have (gates, convolutions, feature maps, norms)."""
     width_reduction: Literal["mean", "sum"] = "mean"
     """Squared errors over the model width: averaged (the authors' code) or summed (equation 1)."""
 
