@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxlin.config import MixerOptions, ModelConfig, UserError
 
 State = dict[str, Any]
-ResolvedOptions = Any  # MixerOptions; no option that the mixer reads is None, as MixerOptions' types would have it
+ResolvedOptions = Any  # MixerOptions, with no None left in what the mixer reads; its types still allow None
 SILU_NEUTRAL_BIAS = 1.27846454  # silu of it is 1, to 1e-8
 
 
@@ -171,7 +171,8 @@ _take_rows.defvjp(
 class ShortConv(nn.Module):
     """Causal depthwise convolution over the last `conv_size` tokens of the segment; padding is stepped over.
 
-    The last tap weighs the current token. The tail holds the latest conv_size - 1 inputs, [B, W - 1, H, d].
+    The last tap weighs the current token. The tail holds the latest conv_size - 1 inputs, [B, W - 1, H, d];
+    a new one is returned, beside the output, where one came in.
     """
 
     config: ModelConfig
