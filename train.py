@@ -8,7 +8,6 @@ def main() -> None:
     run = parse_run()  # before JAX is imported: --help and mistakes answer at once
 
     from jaxlin.evaluation.report import report_run
-
     from jaxlin.trainer import Trainer
 
     Trainer(run).train()

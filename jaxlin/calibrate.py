@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlin.config import ModelConfig
 from jaxlin.layer_local import Batch
-from jaxlin.model import LanguageModel
+from jaxlin.model import LanguageModel, apply
 
 
 def calibrate(
@@ -38,9 +38,8 @@ def calibrate(
 @jax.jit(static_argnums=0)
 def _squares(config: ModelConfig, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Sum over tokens of the squares of the teacher's heads, [L, H, d], and the number of tokens."""
-    _, seen = LanguageModel(config).apply(
-        {"params": params}, batch["tokens"], segment_ids=batch["segment_ids"], logits=False, mutable=["intermediates"]
-    )
+    call = dict(segment_ids=batch["segment_ids"], logits=False, mutable=["intermediates"])
+    _, seen = apply(LanguageModel(config), params, batch["tokens"], **call)
     heads = seen["intermediates"]["layers"]["block_0"]["mixer"]["heads"][0].astype(jnp.float32)
     valid = batch["segment_ids"] != 0
     return jnp.sum(jnp.where(valid[None, :, :, None, None], heads * heads, 0), axis=(1, 2)), jnp.sum(valid)

@@ -217,14 +217,14 @@ def load_params(folder: Path | str, step: int | None = None) -> dict[str, Any]:
 
     Nothing need be known of the model or the optimizer. Raises UserError when there is none, or it is damaged.
     """
-    folder = epath.Path(folder).absolute()
+    root = epath.Path(folder).absolute()
     if step is None:
-        whole = (step for step in sorted(_complete(folder), reverse=True) if not _damage(_complete(folder)[step]))
+        whole = (step for step in sorted(_complete(root), reverse=True) if not _damage(_complete(root)[step]))
         if (step := next(whole, None)) is None:
-            raise UserError(f"{folder}: there is no whole checkpoint in it")
+            raise UserError(f"{root}: there is no whole checkpoint in it")
     else:
-        _require_whole(folder, step)
-    path = _complete(folder)[step]
+        _require_whole(root, step)
+    path = _complete(root)[step]
     specs = _read_manifest(path)["leaves"]["params"]
     wanted = {n: np.broadcast_to(np.zeros((), jax.dtypes.canonicalize_dtype(d)), s) for n, (s, d) in specs.items()}
     params: dict[str, Any] = {}

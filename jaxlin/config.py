@@ -360,23 +360,24 @@ def preset(name: str) -> RunConfig:
     """The recipe called `name`, at the paper's budget of 3B tokens."""
     if name == "recommended":
         return RunConfig()
-    shared: dict[str, Any] = dict(clip_per_layer=False, lr_min=1e-4, lr=2e-4, lr_new=2e-4, schedule="wsd", warmup=0.1)
+    shared: dict[str, Any] = dict(clip_per_layer=False, lr_min=1e-4, schedule="wsd", decayed="all")
     run = RunConfig(
-        preset=name,  # type: ignore[arg-type]
-        stage1=Stage1Config(**shared, decayed="all"),
-        stage2=Stage2Config(**shared | dict(lr=2e-3, lr_new=2e-3, warmup=0.2, stable=0.8), decayed="all"),
+        stage1=Stage1Config(**shared, lr=2e-4, lr_new=2e-4, warmup=0.1),
+        stage2=Stage2Config(**shared, lr=2e-3, lr_new=2e-3, warmup=0.2, stable=0.8),
         stage3=Stage3Config(schedule="linear", warmup=0.1, lr_min=0.0, ce_weight=1.0, decayed="all_but_norms"),
         data=DataConfig(separate_documents=False, shuffle=False),
     )
     if name == "paper":
         return replace(
             run,
+            preset="paper",
             stage1=replace(run.stage1, width_reduction="sum", layer_reduction="mean"),
             stage2=replace(run.stage2, layer_reduction="mean"),
         )
     if name == "paper_code":
         return replace(
             run,
+            preset="paper_code",
             stage2=replace(run.stage2, post_norm_target=True),
             stage3=replace(run.stage3, kl_reduction="sequence_sum"),
             param_dtype="bfloat16",
@@ -413,7 +414,8 @@ def parse_run(args: Sequence[str] | None = None) -> RunConfig:
 def parse(cls: type[T], args: Sequence[str] | None = None, *, default: T | None = None) -> T:
     """Parse a command line into the dataclass `cls`; every entry point of jaxlin parses with this."""
     settings = (tyro.conf.FlagConversionOff,)
-    return tyro.cli(cls, args=args, config=settings, **({} if default is None else {"default": default}))
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(cls, args=args, config=settings, **given)
 
 
 def run_main(main: Callable[[], Any]) -> None:

@@ -25,11 +25,9 @@ from absl import flags
 from jaxlin.config import DataConfig, UserError, parse, run_main
 from jaxlin.sources import Document, open_text
 from jaxlin.split import Corpus, documents, share, split
-from jaxlin.streams import GROUP, Packed, ShardedText, segment_ids_of
+from jaxlin.streams import GROUP, Batch, Packed, ShardedText, segment_ids_of
 
 PREFETCH = 8  # batches ready ahead of the training loop
-
-Batch = dict[str, np.ndarray]
 
 
 def train_batches(

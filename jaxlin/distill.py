@@ -13,7 +13,7 @@ from jaxlin.config import ModelConfig, Stage1Config, Stage2Config, Stage3Config,
 from jaxlin.layer_local import Batch, by_block, by_layer, walk
 from jaxlin.losses import attention_output_loss, distillation_loss, hidden_state_loss, logit_sums, targets
 from jaxlin.mixers.common import RMSNorm
-from jaxlin.model import LanguageModel, head_kernel
+from jaxlin.model import apply, forward, head_kernel
 
 Metrics = dict[str, jax.Array]
 # (trained parameters, all student parameters, teacher parameters, batch, step-wide counts) -> (gradients, metrics)
@@ -60,28 +60,29 @@ def gradient_function(stage: StageConfig, student: ModelConfig, teacher: ModelCo
     """The stage's gradients and metrics, for one micro-batch."""
     if isinstance(stage, Stage3Config):
         return _end_to_end(stage, student, teacher, remat)
+    assert isinstance(stage, Stage1Config | Stage2Config)
     return _layer_local(stage, student, teacher)
 
 
-def _layer_local(stage: StageConfig, student: ModelConfig, teacher: ModelConfig) -> GradientFunction:
+def _layer_local(stage: Stage1Config | Stage2Config, student: ModelConfig, teacher: ModelConfig) -> GradientFunction:
     """Stages 1 and 2: every student layer sees the teacher's residual stream, so gradients stay inside the layer."""
     layers, period = student.num_hidden_layers, student.period
 
     def gradients(trained, params, teacher_params, batch, count):
         valid = batch["segment_ids"] != 0
 
-        def visit(apply, teacher_layer, xs):
+        def visit(student_layer, teacher_layer, xs):
             part, rest, weight, last = xs
 
             def loss(part):
-                layer = apply({**rest, **part})
+                layer = student_layer({**rest, **part})
                 if isinstance(stage, Stage1Config):
                     found, target = layer.mixed, teacher_layer.mixed
                     value = attention_output_loss(found, target, valid, count["tokens"], stage)
                 else:
                     found, target = layer.output, teacher_layer.output
                     if stage.post_norm_target:
-                        normed = RMSNorm(teacher).apply({"params": teacher_params["norm"]}, target)
+                        normed = apply(RMSNorm(teacher), teacher_params["norm"], target)
                         target = jnp.where(last, normed, target)
                     value = hidden_state_loss(found, target, valid, count["tokens"], stage)
                 return weight * value, (value, *squares(found, target, valid))
@@ -113,13 +114,12 @@ def _end_to_end(stage: Stage3Config, student: ModelConfig, teacher: ModelConfig,
     def gradients(trained, params, teacher_params, batch, count):
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
         at = targets(tokens, segment_ids)
-        call = dict(segment_ids=segment_ids, logits=False)
-        target = LanguageModel(teacher).apply({"params": teacher_params}, tokens, **call).hidden
+        target = forward(teacher, teacher_params, tokens, segment_ids=segment_ids, logits=False).hidden
 
         def loss(trained):
-            hidden = LanguageModel(student, remat).apply({"params": trained}, tokens, **call).hidden
+            out = forward(student, trained, tokens, segment_ids=segment_ids, logits=False, remat=remat)
             sums = logit_sums(
-                hidden,
+                out.hidden,
                 target,
                 head_kernel(trained),
                 head_kernel(teacher_params),

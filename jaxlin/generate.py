@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlin import convert, runs
 from jaxlin.config import ModelConfig, RunConfig, UserError, parse, run_main
-from jaxlin.model import LanguageModel, head_kernel, init_state, project
+from jaxlin.model import forward, head_kernel, init_state, project
 from jaxlin.student import is_new
 
 PAD_TO = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -194,7 +194,7 @@ def _left_pad(prompts: Sequence[Sequence[int]], vocab_size: int, chunk: int) -> 
 @jax.jit(static_argnums=0, donate_argnums=2)
 def _prefill(config: ModelConfig, params, state, tokens, segment_ids):
     """Read tokens [B, T]; the logits after the last one [B, V], and the state."""
-    out = LanguageModel(config).apply({"params": params}, tokens, segment_ids=segment_ids, state=state, logits=False)
+    out = forward(config, params, tokens, segment_ids=segment_ids, state=state, logits=False)
     return project(out.hidden[:, -1], head_kernel(params), config), out.state
 
 
@@ -204,7 +204,8 @@ def _decode(config: ModelConfig, sampling: Sampling, steps: int, params, keys, c
 
     def step(carry, _):
         token, number, state = carry
-        out = LanguageModel(config).apply({"params": params}, token[:, None], state=state)
+        out = forward(config, params, token[:, None], state=state)
+        assert out.logits is not None
         token = _choose(sampling, keys, number, out.logits[:, 0])
         return (token, number + 1, out.state), token
 

@@ -79,8 +79,8 @@ def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         if lacking := [n for n in names if n not in rope]:
             raise UserError(f"{where}: rope type llama3 lacks {', '.join(lacking)}")
-        values = {n: number(n, rope[n]) for n in names}
-        scaling = RopeScaling(**{**values, names[-1]: int(values[names[-1]])})  # type: ignore[arg-type]
+        values: dict[str, Any] = {n: number(n, rope[n]) for n in names}
+        scaling = RopeScaling(**{**values, names[-1]: int(values[names[-1]])})
 
     return ModelConfig(
         vocab_size=integer("vocab_size"),

@@ -8,7 +8,7 @@ stream exists before stage 3).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +17,9 @@ from jax import lax
 
 from jaxlin.config import ModelConfig
 from jaxlin.mixers.common import positions_in_segments
-from jaxlin.model import Block, blocks
+from jaxlin.model import Block, apply, blocks
 
-Batch = dict[str, jax.Array]
+Batch = Mapping[str, Any]  # tokens and segment_ids [B, T], on the host or on devices
 
 
 class Layer(NamedTuple):
@@ -48,7 +48,7 @@ def walk(teacher: ModelConfig, student: ModelConfig, teacher_params: Any, batch:
     positions, _ = positions_in_segments(tokens.shape, segment_ids, None)
 
     def run(block: Block, hidden, params) -> Layer:
-        output, mixed, _ = block.apply({"params": params}, hidden, positions=positions, segment_ids=segment_ids)
+        output, mixed, _ = apply(block, params, hidden, positions=positions, segment_ids=segment_ids)
         return Layer(mixed, output)
 
     def period(hidden, xs):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlin.config import MixerOptions, ModelConfig
 from jaxlin.mixers import MIXERS
-from jaxlin.mixers.common import Dense, RMSNorm, positions_in_segments, precision
+from jaxlin.mixers.common import Dense, RMSNorm, partitioned, positions_in_segments, precision
 
 
 class Output(NamedTuple):
@@ -120,7 +120,7 @@ class LanguageModel(nn.Module):
             c.vocab_size,
             c.hidden_size,
             dtype=c.dtype,
-            embedding_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
+            embedding_init=partitioned(nn.initializers.normal(0.02), ("vocab", "embed")),
             name="embed_tokens",
         )
         body = nn.remat(Period, prevent_cse=False) if self.remat == "block" else Period
@@ -128,7 +128,7 @@ class LanguageModel(nn.Module):
             body,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]  # flax leaves it untyped
             length=c.num_hidden_layers // c.period,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, collect, name="layers")
@@ -147,6 +147,41 @@ class LanguageModel(nn.Module):
             scores = project(x, embed.embedding.T, c) if logits else None
         new_state = None if state is None else {"position": end, "layers": states}
         return Output(scores, x, new_state, collected)
+
+
+def apply(module: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
+    """`module.apply`, whose own type has an extra output and takes every keyword for a setting of flax."""
+    return module.apply({"params": params}, *args, **kwargs)
+
+
+def forward(
+    config: ModelConfig,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    state: Any = None,
+    collect: tuple[str, ...] = (),
+    logits: bool = True,
+    remat: str = "none",
+) -> Output:
+    """The language model with `params`, on tokens [B, T]; see `LanguageModel`."""
+    return apply(
+        LanguageModel(config, remat),
+        params,
+        tokens,
+        segment_ids=segment_ids,
+        positions=positions,
+        state=state,
+        collect=collect,
+        logits=logits,
+    )
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Any:
+    """Parameters at random."""
+    return nn.unbox(LanguageModel(config).init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
 
 
 def project(hidden: Float[Array, "... D"], kernel: Float[Array, "D V"], config: ModelConfig) -> Float[Array, "... V"]:

@@ -24,7 +24,7 @@ def make_optimizer(stage: StageConfig, steps: int, layers: int, period: int) -> 
     return optax.chain(
         clip if stage.clip else optax.identity(),
         optax.scale_by_adam(*stage.betas, eps=stage.eps),
-        optax.add_decayed_weights(stage.weight_decay, mask=lambda p: path_aware_map(decay_rule(stage.decayed), p)),
+        optax.add_decayed_weights(stage.weight_decay, mask=_decay_mask(stage.decayed)),
         _scale_by_path(lambda path: stage.lr_new if is_new(path) else stage.lr),
         optax.scale_by_schedule(lambda count: -schedule(stage, steps)(count)),
         only_layers(aligned) if stage.layers else optax.identity(),
@@ -52,6 +52,10 @@ def schedule(stage: StageConfig, steps: int) -> Callable[[Any], Any]:
         return ramp * shape(jnp.maximum(step - warmup, 0))
 
     return at
+
+
+def _decay_mask(decayed: str) -> Callable[[Any], Any]:
+    return lambda params: path_aware_map(decay_rule(decayed), params)
 
 
 def decay_rule(decayed: str) -> Callable[[Path, Any], bool]:

@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import linen as nn
 
 from jaxlin import convert
 from jaxlin.checkpoint import load_params
 from jaxlin.config import ModelConfig, RunConfig, UserError
-from jaxlin.model import LanguageModel
+from jaxlin.model import init_params
 from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params, student_config
 
@@ -64,8 +62,7 @@ def _random_teacher(run: RunConfig, mesh: jax.sharding.Mesh | None) -> Teacher:
     out = None if mesh is None else param_shardings(abstract, mesh)
 
     def init(key):
-        params = nn.unbox(LanguageModel(config).init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
-        return jax.tree.map(lambda a: a.astype(config.dtype), params)
+        return jax.tree.map(lambda a: a.astype(config.dtype), init_params(config, key))
 
     return Teacher(config, jax.jit(init, out_shardings=out)(jax.random.key(1)), convert.byte_tokenizer())
 
@@ -182,7 +179,7 @@ def from_dict(cls: Any, data: Any) -> Any:
     """The inverse of `dataclasses.asdict` for the types used here; unknown fields are refused."""
     if data is None or (not isinstance(cls, type) and typing.get_origin(cls) is None):
         return data
-    if dataclasses.is_dataclass(cls):
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         if unknown := set(data) - set(hints):
             raise UserError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}: another version wrote the file")

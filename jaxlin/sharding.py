@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.linen.spmd import logical_to_mesh_sharding
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxlin.config import MeshConfig, UserError
@@ -25,7 +27,7 @@ RULES = (
 )
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh (data, fsdp, tensor) over `devices` (default: all of this run's)."""
     devices = jax.devices() if devices is None else devices
     fixed = config.fsdp * config.tensor
@@ -47,7 +49,7 @@ def kernel_mesh() -> jax.sharding.AbstractMesh | None:
 def param_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
     """Shardings of the parameters whose boxed shapes are `abstract`, from their logical axes."""
     specs = nn.get_partition_spec(abstract)
-    shardings = nn.unbox(nn.logical_to_mesh_sharding(specs, mesh, RULES))
+    shardings = nn.unbox(logical_to_mesh_sharding(specs, mesh, RULES))
     jax.tree.map(_check_divisible, nn.unbox(abstract), shardings)
     return shardings
 

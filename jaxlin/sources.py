@@ -227,6 +227,7 @@ class _ArrayRecords:
         import grain
 
         self._path, self._field = path, field
+        self._records: Any  # has a length, which grain's type does not say
         try:
             self._records = grain.sources.ArrayRecordDataSource([str(path)])
         except Exception as error:  # array_record raises bare RuntimeErrors
@@ -370,7 +371,8 @@ def _tfds(name: str, field: str) -> Documents:
         else:
             builder = tfds.builder(dataset, file_format="array_record")
             builder.download_and_prepare()
-        return _Records(builder.as_data_source(split="train"), field, name)
+        records = builder.as_data_source(split="train")  # pyright: ignore[reportCallIssue]  # a decorator hides it
+        return _Records(records, field, name)
     except Exception as error:
         raise UserError(f"--text {name}: cannot be opened ({_line_of(error)})") from error
 
@@ -390,7 +392,7 @@ class _Records:
         return _text_of(self.records[index], self.field, f"{self.name}, record {index}")
 
 
-def _python_reference() -> Documents:
+def _python_reference() -> Any:
     """The Python language reference that every interpreter carries: one document per topic, English, about 0.7 MB."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # compiling it warns about escapes in some versions

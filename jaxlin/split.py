@@ -25,8 +25,8 @@ class _View:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, number: int) -> Document:
-        return self.documents[self.index(number)]
+    def __getitem__(self, index: int) -> Document:
+        return self.documents[self.index(index)]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxlin.sources import Document, Shard
 
+Batch = dict[str, np.ndarray]
 GROUP = 32  # documents tokenized together
 WINDOW_DOCUMENTS = 8192  # a source without random access is shuffled within a window of so many documents
 WINDOW_CHARACTERS = 1 << 26  # and of no more text than this

@@ -7,15 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlin.config import ModelConfig, RunConfig
 from jaxlin.mixers import MIXERS, resolve_options
 from jaxlin.mixers.common import heads_of_kv
-from jaxlin.model import LanguageModel
+from jaxlin.model import LanguageModel, init_params
 
-Path = tuple[str, ...]
+Path = tuple[Any, ...]  # of names
 COPIED_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -45,10 +44,10 @@ def init_student(teacher_params: Any, config: ModelConfig, key: jax.Array) -> An
 
     Key and value heads are repeated where the student holds one for each query head (`expand_kv`).
     """
-    fresh = nn.unbox(LanguageModel(config).init(key, jnp.zeros((1, 1), jnp.int32)))["params"]
+    fresh: dict[Path, Any] = flatten_dict(init_params(config, key))
     teacher = flatten_dict(teacher_params)
     student = {}
-    for path, value in flatten_dict(fresh).items():
+    for path, value in fresh.items():
         student[path] = value if is_new(path) else _from_teacher(path, teacher, config).astype(value.dtype)
     return unflatten_dict(student)
 

@@ -16,10 +16,17 @@ So log2(C) vectors e_s give all C^2 decays: as outer products for a gate per hea
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+
+def custom_vjp(function: Callable) -> Any:
+    """`jax.custom_vjp` of a function whose first argument, the scale, is a constant."""
+    return jax.custom_vjp(function, nondiff_argnums=(0,))
 
 
 def chunk_length(time: int, chunk_size: int | None, default: int = 64) -> int:
@@ -115,8 +122,8 @@ class Decays(NamedTuple):
     leave: Array  # [N, B, H, C, 1|K]: from row j to the chunk's end
     keep: Array  # [N, B, H, 1|K, 1]: from the chunk's initial state to its end
     pair: Array | None  # [N, B, H, C, C]: from row j to row i, 0 for j > i; None for channel gates
-    levels: tuple[tuple[Array, Array], ...] | None  # channel gates: e_s of the second halves, of the first halves,
-    # [N, B, H, C/2s, s, K] each, for s = 1, 2, 4 ... C/2
+    levels: tuple[tuple[Array, Array], ...]  # channel gates: e_s of the second halves, of the first halves,
+    # [N, B, H, C/2s, s, K] each, for s = 1, 2, 4 ... C/2; () for a gate per head
 
 
 def level_mask(length: int, s: int) -> Array:
@@ -131,14 +138,14 @@ def scalar_decays(g: Array | None, segments: Segments | None, length: int, dtype
     causal = jnp.tril(jnp.ones((length, length), bool))
     if g is None:
         ones = jnp.ones((1, 1, 1, length, 1), dtype)
-        return _masked(Decays(ones, ones, ones[..., :1, :], causal.astype(dtype)[None, None, None], None), segments)
+        return _masked(Decays(ones, ones, ones[..., :1, :], causal.astype(dtype)[None, None, None], ()), segments)
     sizes = _level_sizes(length)
     sums = jnp.stack([_enter_sums(length), _leave_sums(length), *(_level_sums(length, s) for s in sizes)])
     e = jnp.exp(product("lct,nbht->lnbhc", sums, g, dtype))
     pair = jnp.eye(length, dtype=dtype)
     for s, e_s in zip(sizes, e[2:], strict=True):
         pair = jnp.where(level_mask(length, s), e_s[..., :, None] * e_s[..., None, :], pair)
-    return _masked(Decays(e[0][..., None], e[1][..., None], e[0][..., -1:, None], pair, None), segments)
+    return _masked(Decays(e[0][..., None], e[1][..., None], e[0][..., -1:, None], pair, ()), segments)
 
 
 def channel_decays(g: Array, segments: Segments | None) -> Decays:

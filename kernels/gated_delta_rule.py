@@ -35,6 +35,7 @@ from jaxlin.kernels.chunk import (
     channel_products_vjp,
     chunk_length,
     cumsum_before,
+    custom_vjp,
     from_chunks,
     mask_padding,
     product,
@@ -74,7 +75,7 @@ def chunked(
     return from_chunks(o, q.shape[1]), final_state
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@custom_vjp
 def _delta_rule(scale, q, k, v, beta, g, state, segments):
     """`chunked` on arrays [N, B, H, C, ...]."""
     return _forward(scale, q, k, v, beta, g, state, segments)[0]
@@ -134,7 +135,7 @@ def _backward(scale, residuals, cotangents):
     dq, dk = pairs.dq + dq_enter, pairs.dk + dk_enter + dk_leave
 
     dg = None
-    if g is not None:
+    if pairs.db is not None:
         # g_t lies on the paths from a row before t or the state to row t or later, or on to the next state
         reads, writes = c.q * dq_enter + c.k * dk_enter, c.k * dk_leave
         across = keep[..., 0] * jnp.sum(states * ds, axis=-1)
@@ -181,12 +182,14 @@ def _prepare(q, k, v, beta, g, segments) -> _Chunks:
     precision = lax.Precision.HIGHEST if dtype == acc else lax.Precision.HIGH
     heads = v.shape[2]
     qa, ka = (repeat_heads(x.astype(acc), heads) for x in (q, k))
-    if g is None or g.ndim == 4:
+    if g is not None and g.ndim == 5:
+        decays = channel_decays(g.astype(acc), segments)
+    else:
         decays = scalar_decays(None if g is None else g.astype(acc), segments, q.shape[3], acc)
+    if decays.pair is not None:
         p, a = (repeat_heads(product("...ik,...jk->...ij", x, k, dtype), heads) * decays.pair for x in (q, k))
         a = jnp.tril(a, -1)
     else:
-        decays = channel_decays(g.astype(acc), segments)
         p, a = (channel_products(x, ka, decays.levels, precision) for x in (qa, ka))
         if segments is not None:
             p, a = (jnp.where(segments.same, x, 0) for x in (p, a))

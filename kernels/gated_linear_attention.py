@@ -7,8 +7,7 @@ The work inside chunks is done for all chunks at once; only the state is scanned
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ def chunked(
     *,
     scale: float,
     normalize: bool = False,
-    initial_state: Array | tuple[Array, Array],
+    initial_state: Any,
     segment_ids: Array | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Array, Array | tuple[Array, Array]]:
@@ -43,11 +42,11 @@ def chunked(
     if g is not None and g.ndim == 1:  # a constant decay needs one row of chunks, whatever the batch
         g = jnp.broadcast_to(g, (1 if segment_ids is None else q.shape[0], time, g.shape[0]))
     arrays = chunk.mask_padding(segment_ids, q, k, v, g)
-    q, k, v, g = (None if x is None else chunk.to_chunks(x, length) for x in arrays)
-    state, z = initial_state if normalize else (initial_state, None)
-    g = None if g is None else g.astype(state.dtype)
-    out = attend(scale, q, k, v, Gates(g), State(state, z), chunk.segment_masks(segment_ids, length))
-    o = out.n if z is None else out.n / (out.l + NORMALIZER_EPS)[..., None]
+    q, k, v, g = jax.tree.map(lambda x: chunk.to_chunks(x, length), arrays)
+    state = State(*initial_state) if normalize else State(initial_state, None)
+    gates = Gates(None if g is None else g.astype(state.s.dtype))
+    out = attend(scale, q, k, v, gates, state, chunk.segment_masks(segment_ids, length))
+    o = out.n if out.l is None else out.n / (out.l + NORMALIZER_EPS)[..., None]
     return chunk.from_chunks(o.astype(v.dtype), time), tuple(out.state) if normalize else out.state.s
 
 
@@ -73,7 +72,7 @@ class Output(NamedTuple):
     state: State
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@chunk.custom_vjp
 def attend(scale: float, q: Array, k: Array, v: Array, gates: Gates, state: State, segments: Segments | None) -> Output:
     """The recurrence on chunks: q, k [N, B, H, C, K], v [N, B, HV, C, V]; sums in the dtype of the state."""
     return _forward(scale, q, k, v, gates, state, segments)[0]
@@ -91,7 +90,7 @@ def _forward(scale, q, k, v, gates, state, segments):
     n = scale * _scaled("nbhik,nbhkv->nbhiv", q, decays.enter, received.s, dtype)
     n += product("nbhij,nbhjv->nbhiv", p, v, dtype)
     l = None  # noqa: E741
-    if state.z is not None:
+    if received.z is not None:
         l = scale * jnp.sum(decays.enter * q * received.z[..., None, :], -1) + p.sum(-1)  # noqa: E741
     received = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), received)
     return Output(n, l, final), (*inputs, received, segments)
@@ -118,6 +117,7 @@ def _backward(scale, residuals, cotangents):
     dk_state = product("nbhjv,nbhkv->nbhjk", v, d.s, dtype)
     dp = product("nbhiv,nbhjv->nbhij", dn, v, dtype)
     if dl is not None:
+        assert d.z is not None  # it starts from dl
         dq_state += dl[..., None] * received.z[..., None, :]
         dk_state += d.z[..., None, :]
         dp += dl[..., None]
@@ -127,7 +127,7 @@ def _backward(scale, residuals, cotangents):
     # Inside the chunk. e_rows and e_columns are what the decays between rows i > j get, per row i and per row j.
     p = _scores(scale, q, k, decays, segments)
     dv += product("nbhij,nbhiv->nbhjv", p, dn, dtype)
-    if decays.levels is None:
+    if decays.pair is not None:
         dpd = scale * dp * decays.pair
         dq = product("nbhij,nbhjk->nbhik", dpd, k, dtype)
         dk = product("nbhij,nbhik->nbhjk", dpd, q, dtype)
@@ -170,13 +170,14 @@ def _decays(gates: Gates, segments: Segments | None, length: int, dtype: jnp.dty
     decays = chunk.scalar_decays(gates.g, segments, length, dtype)
     if gates.w is None:
         return decays
+    assert decays.pair is not None  # input gates go with decays per head
     write = jnp.exp(gates.w)
     return decays._replace(leave=decays.leave * write[..., None], pair=decays.pair * write[..., None, :])
 
 
 def _scores(scale: float, q: Array, k: Array, decays: Decays, segments: Segments | None) -> Array:
     """P_ij = scale sum_k q_ik k_jk e^{b_ik - b_jk + w_j} for j <= i in the same segment, else 0; at least float32."""
-    if decays.levels is None:
+    if decays.pair is not None:
         return product("nbhik,nbhjk->nbhij", q, k, q.dtype) * (scale * decays.pair)
     precision, dtype = _precision(q.dtype), decays.enter.dtype
     q, k = q.astype(dtype), k.astype(dtype)
@@ -198,7 +199,7 @@ def _scaled(spec: str, x: Array, decay: Array, y: Array, dtype: jnp.dtype) -> Ar
 def _scan_states(keep: Array, update: State, state: State, reverse: bool = False) -> tuple[State, State]:
     """`chunk.scan_states` of S and, where there is one, of z."""
     received, final = chunk.scan_states(keep, update.s, state.s, reverse)
-    if state.z is None:
+    if state.z is None or update.z is None:
         return State(received, None), State(final, None)
     z, final_z = chunk.scan_states(keep, update.z[..., None], state.z[..., None], reverse)
     return State(received, z[..., 0]), State(final, final_z[..., 0])

@@ -34,7 +34,7 @@ def chunked(
     time, length = q.shape[1], chunk.chunk_length(q.shape[1], chunk_size)
     c, n, m0 = initial_state
     i, log_f = i.astype(m0.dtype), jax.nn.log_sigmoid(f.astype(m0.dtype))
-    before, m = stabilizer(*(lax.stop_gradient(x) for x in (i, log_f, m0)), segment_ids)
+    before, m = stabilizer(*lax.stop_gradient((i, log_f, m0)), segment_ids)
     arrays = chunk.mask_padding(segment_ids, q, k, v, log_f + before - m, i - m)
     q, k, v, g, w, m_chunks = (chunk.to_chunks(x, length) for x in (*arrays, m))
     final_m = m[:, -1]

@@ -13,7 +13,7 @@ import numpy as np
 from jaxlin.config import ModelConfig
 from jaxlin.distill import Batch, counts
 from jaxlin.losses import logit_sums, targets
-from jaxlin.model import LanguageModel, head_kernel
+from jaxlin.model import forward, head_kernel
 from jaxlin.sharding import batch_sharding
 
 
@@ -87,9 +87,8 @@ def _require_tokens(totals: dict[str, float]) -> None:
 @jax.jit(static_argnums=(0, 1))
 def _sums(teacher: ModelConfig, student: ModelConfig, teacher_params, student_params, batch):
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    call = dict(segment_ids=segment_ids, logits=False)
-    target = LanguageModel(teacher).apply({"params": teacher_params}, tokens, **call).hidden
-    hidden = LanguageModel(student).apply({"params": student_params}, tokens, **call).hidden
+    target = forward(teacher, teacher_params, tokens, segment_ids=segment_ids, logits=False).hidden
+    hidden = forward(student, student_params, tokens, segment_ids=segment_ids, logits=False).hidden
     kernels = head_kernel(student_params), head_kernel(teacher_params)
     sums = logit_sums(hidden, target, *kernels, targets(tokens, segment_ids), student)
     return {**sums._asdict(), **counts(batch)}
@@ -98,7 +97,7 @@ def _sums(teacher: ModelConfig, student: ModelConfig, teacher_params, student_pa
 @jax.jit(static_argnums=0)
 def _own_sums(config: ModelConfig, params, batch):
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    hidden = LanguageModel(config).apply({"params": params}, tokens, segment_ids=segment_ids, logits=False).hidden
+    hidden = forward(config, params, tokens, segment_ids=segment_ids, logits=False).hidden
     kernel = head_kernel(params)
     sums = logit_sums(hidden, hidden, kernel, kernel, targets(tokens, segment_ids), config)
     return {"ce": sums.ce, **counts(batch)}

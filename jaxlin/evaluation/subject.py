@@ -34,7 +34,7 @@ class Subject:
         return self.models.get("student", self.models["teacher"])
 
     @functools.cached_property
-    def batches(self) -> list[Batch]:
+    def batches(self) -> Sequence[Batch]:
         """Held-out text; the same that the run measured itself on, unless other text was asked for."""
         data = self.config.data
         size = max(1, min(8, data.eval_tokens // data.seq_len))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxlin.config import MixerOptions, ModelConfig, UserError
 
 State = dict[str, Any]
+ResolvedOptions = Any  # MixerOptions, with no None left in what the mixer reads; its types still allow None
 SILU_NEUTRAL_BIAS = 1.27846454  # silu of it is 1, to 1e-8
 
 
@@ -25,6 +26,11 @@ def precision(dtype: str) -> lax.Precision:
 def gate_dtype(config: ModelConfig) -> str:
     """Gates are computed in float32 at least."""
     return "float64" if config.dtype == "float64" else "float32"
+
+
+def partitioned(init: Any, axes: tuple[str | None, ...]) -> Any:
+    """The initialiser `init` with logical axes. A parameter comes out of its box, which flax's types do not know."""
+    return nn.with_logical_partitioning(init, axes)
 
 
 class Dense(nn.Module):
@@ -48,8 +54,8 @@ class Dense(nn.Module):
             use_bias=self.use_bias,
             dtype=dtype,
             precision=precision(dtype),
-            kernel_init=nn.with_logical_partitioning(self.kernel_init, self.axes),
-            bias_init=nn.with_logical_partitioning(self.bias_init, self.axes[self.inputs :]),
+            kernel_init=partitioned(self.kernel_init, self.axes),
+            bias_init=partitioned(self.bias_init, self.axes[self.inputs :]),
         )
         nn.share_scope(self, dense)  # its parameters are this module's, as in HF's names
         return dense(x)
@@ -67,7 +73,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
+        init = partitioned(nn.initializers.ones, self.axes)
         weight = self.param("weight", init, self.shape or x.shape[-1:])
         return (rms_normalize(x, self.config.rms_norm_eps) * weight).astype(x.dtype)
 
@@ -85,8 +91,8 @@ def l2_normalize(x: Array) -> Array:
 
 
 def positions_in_segments(
-    shape: tuple[int, int], segment_ids: Int[Array, "B T"] | None, start: Int[Array, B] | None
-) -> tuple[Int[Array, "B T"], Int[Array, B]]:
+    shape: tuple[int, ...], segment_ids: Int[Array, "B T"] | None, start: Int[Array, " B"] | None
+) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
     """Each token's rank in its segment, and the next position after the row's last token.
 
     Padding (id 0) is not counted and never ends a segment. The row's first segment continues at `start`.
@@ -122,7 +128,7 @@ def first_of_segment(segment_ids: Int[Array, "B T"]) -> Array:
     return (segment_ids != 0) & ((before < 0) | (id_before != segment_ids))
 
 
-def rope_frequencies(config: ModelConfig, head_dim: int, kind: str) -> Float[Array, half]:
+def rope_frequencies(config: ModelConfig, head_dim: int, kind: str) -> Float[Array, " half"]:
     """Rotary frequencies: the teacher's (with Llama 3 scaling where it has one), or base 10,000 ("own")."""
     theta = config.rope_theta if kind == "teacher" else 10000.0
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
@@ -136,7 +142,7 @@ def rope_frequencies(config: ModelConfig, head_dim: int, kind: str) -> Float[Arr
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def rotate(x: Float[Array, "B T H d"], positions: Int[Array, "B T"], frequencies: Float[Array, half]) -> Array:
+def rotate(x: Float[Array, "B T H d"], positions: Int[Array, "B T"], frequencies: Float[Array, " half"]) -> Array:
     """Rotary position embedding in HF's half layout (Su et al. 2021, arXiv 2104.09864), computed in float32."""
     angles = positions[:, :, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -165,14 +171,15 @@ _take_rows.defvjp(
 class ShortConv(nn.Module):
     """Causal depthwise convolution over the last `conv_size` tokens of the segment; padding is stepped over.
 
-    The last tap weighs the current token. The tail holds the latest conv_size - 1 inputs, [B, W - 1, H, d].
+    The last tap weighs the current token. The tail holds the latest conv_size - 1 inputs, [B, W - 1, H, d];
+    a new one is returned, beside the output, where one came in.
     """
 
     config: ModelConfig
-    options: MixerOptions
+    options: ResolvedOptions
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T H d"], segment_ids, tail) -> tuple[Array, Array | None]:
+    def __call__(self, x: Float[Array, "B T H d"], segment_ids, tail):
         o = self.options
         size = o.conv_size
 
@@ -182,9 +189,8 @@ class ShortConv(nn.Module):
             bound = size**-0.5  # PyTorch's Conv1d default, which flash-linear-attention keeps
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        kernel = self.param(
-            "kernel", nn.with_logical_partitioning(init, (None, "heads", "head_dim")), (size, *x.shape[2:])
-        ).astype(x.dtype)
+        init = partitioned(init, (None, "heads", "head_dim"))
+        kernel = self.param("kernel", init, (size, *x.shape[2:])).astype(x.dtype)
         past = jnp.zeros((x.shape[0], size - 1, *x.shape[2:]), x.dtype) if tail is None else tail.astype(x.dtype)
         padded = jnp.concatenate([past, x], axis=1)
         if segment_ids is None:
@@ -242,13 +248,13 @@ class TokenMixer(nn.Module):
     """
 
     config: ModelConfig
-    options: MixerOptions
+    options: ResolvedOptions
 
     PRESETS: ClassVar[dict[str, MixerOptions]] = {}
     FLA_HEADS: ClassVar[int | None] = None
 
     @classmethod
-    def head_layout(cls, config: ModelConfig, options: MixerOptions) -> tuple[int, int]:
+    def head_layout(cls, config: ModelConfig, options: ResolvedOptions) -> tuple[int, int]:
         """(number of heads, head size) that the recurrence sees."""
         heads, size = config.num_attention_heads, config.head_dim
         if options.heads == "teacher" or cls.FLA_HEADS is None:
@@ -258,7 +264,7 @@ class TokenMixer(nn.Module):
         return cls.FLA_HEADS, heads * size // cls.FLA_HEADS
 
     @classmethod
-    def init_state(cls, config: ModelConfig, options: MixerOptions, batch: int, max_len: int) -> State:
+    def init_state(cls, config: ModelConfig, options: ResolvedOptions, batch: int, max_len: int) -> State:
         """The state before the first token; `max_len` does not matter, the state's size is constant."""
         heads, size = cls.head_layout(config, options)
         state = {"memory": cls.init_memory(config, options, batch, heads, size)}
@@ -352,7 +358,7 @@ class TokenMixer(nn.Module):
         return nn.sigmoid(gate) * (2 if self.options.out_gate == "neutral" else 1)
 
 
-def heads_of_kv(config: ModelConfig, options: MixerOptions) -> int:
+def heads_of_kv(config: ModelConfig, options: ResolvedOptions) -> int:
     """Key and value heads that the weights hold."""
     merged = options.heads == "fla"
     return config.num_attention_heads if options.expand_kv or merged else config.num_key_value_heads

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from jaxlin import ops
 from jaxlin.config import MixerOptions
-from jaxlin.mixers.common import RMSNorm, TokenMixer, l2_normalize, memory_of, next_state
+from jaxlin.mixers.common import RMSNorm, TokenMixer, l2_normalize, memory_of, next_state, partitioned
 
 FLA = MixerOptions(
     heads="fla", expand_kv=True, gqa_bug_compat=False, rope="none", conv_size=4, conv_init="random",
@@ -74,8 +74,8 @@ def decay_parameters(mixer: TokenMixer, a_shape: tuple[int, ...], dt_shape: tupl
 
     axes = ("heads", "head_dim")
     return (
-        mixer.param("A_log", nn.with_logical_partitioning(a_log, axes[: len(a_shape)]), a_shape),
-        mixer.param("dt_bias", nn.with_logical_partitioning(dt_bias, axes[: len(dt_shape)]), dt_shape),
+        mixer.param("A_log", partitioned(a_log, axes[: len(a_shape)]), a_shape),
+        mixer.param("dt_bias", partitioned(dt_bias, axes[: len(dt_shape)]), dt_shape),
     )
 
 

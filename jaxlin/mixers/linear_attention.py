@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from jaxlin import ops
 from jaxlin.config import MixerOptions
-from jaxlin.mixers.common import Dense, TokenMixer, memory_of, next_state, precision
+from jaxlin.mixers.common import Dense, ResolvedOptions, TokenMixer, memory_of, next_state, partitioned, precision
 
 CODE = MixerOptions(
     heads="fla", expand_kv=True, gqa_bug_compat=False, rope="none", conv_size=4, conv_init="random",
@@ -60,7 +60,7 @@ class LinearAttention(TokenMixer):
         return {"elu": lambda y: nn.elu(y) + 1, "relu": nn.relu, "identity": lambda y: y}[kind](x)
 
 
-def half_features(options: MixerOptions, size: int) -> int:
+def half_features(options: ResolvedOptions, size: int) -> int:
     """Hedgehog features of one sign: half the head size keeps the state as large as the other mixers'."""
     return options.feature_dim or size // 2
 
@@ -73,7 +73,7 @@ def hedgehog(mixer: TokenMixer, x, name: str):
         return jnp.broadcast_to(jnp.eye(*shape[1:], dtype=dtype), shape)
 
     shape = (heads, size, half_features(mixer.options, size))
-    kernel = mixer.param(name, nn.with_logical_partitioning(identity, ("heads", "head_dim", None)), shape)
+    kernel = mixer.param(name, partitioned(identity, ("heads", "head_dim", None)), shape)
     y = jnp.einsum("bthd,hdf->bthf", x, kernel.astype(x.dtype), precision=precision(mixer.config.dtype))
     y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
     return jnp.concatenate([nn.softmax(y), nn.softmax(-y)], axis=-1).astype(x.dtype)

@@ -46,8 +46,8 @@ class SoftmaxAttention(nn.Module):
         cached = (slots < state["length"][:, None])[:, None, :] & (number == 1)[:, :, None]
         causal = _causal(length, ids)
         mask = jnp.concatenate([cached[:, None], jnp.broadcast_to(causal, (batch, 1, length, length))], axis=-1)
-        both = (jnp.concatenate([state[n].astype(a.dtype), a], axis=1) for n, a in (("k", k), ("v", v)))
-        y = attend(q, *both, mask, self.config.dtype)
+        keys, values = (jnp.concatenate([state[n].astype(a.dtype), a], axis=1) for n, a in (("k", k), ("v", v)))
+        y = attend(q, keys, values, mask, self.config.dtype)
         y = jnp.where((ids != 0)[:, :, None, None], y, 0)
 
         keep = (ids != 0) & (number == number[:, -1:])
