@@ -298,7 +298,7 @@ def _numbers(metrics: dict[str, jax.Array]) -> dict[str, Any]:
 def _git_commit() -> str | None:
     try:
         where = os.path.dirname(os.path.abspath(__file__))
-        out = subprocess.run(["git", "-C", where, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        out = subprocess.run(["git", "-C", where, "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, text=True, check=False)
     except OSError:
         return None
     return out.stdout.strip() or None
