@@ -101,14 +101,13 @@ class Trainer:
         """All stages; a finished run trains nothing."""
         with jax.set_mesh(self.mesh):
             self._start()
-            last = max(self.stages)
-            if self.progress.stage > last or self._finished(last):
-                self.console.print(f"{self.run.folder}: finished already, at step {self.progress.step}")
+            if self._finished(max(self.stages)):
+                self._say(f"{self.run.folder}: finished already, at step {self.progress.step}")
                 return
             self.metrics = MetricsLog(self.run.folder, self.progress.step)
             try:
                 for n, stage in self.stages.items():
-                    if n > self.progress.stage or (n == self.progress.stage and not self._finished(n)):
+                    if not self._finished(n):
                         self._run_stage(n, stage)
             finally:
                 self.metrics.close()
@@ -131,7 +130,8 @@ class Trainer:
             self.progress = Progress(**extra["progress"])
             self.data.set_state(extra["data"])
             where = f"stage {self.progress.stage}, step {self.progress.stage_step}"
-            self.console.print(f"resumed at step {step} ({where}) of {self.run.folder}")
+            if not self._finished(max(self.stages)):
+                self._say(f"resumed at step {step} ({where}) of {self.run.folder}")
             return
         init = jax.jit(
             lambda teacher, key: jax.tree.map(
@@ -210,7 +210,7 @@ class Trainer:
                     numbers = f"loss {values['loss']:.4g}  {speed:,.0f} tokens/s"
                     bar.update(task, numbers=numbers)
                     if not self.console.is_terminal:
-                        self.console.print(f"stage {n}  step {p.stage_step}/{steps}  {numbers}", highlight=False)
+                        self._say(f"stage {n}  step {p.stage_step}/{steps}  {numbers}")
                 bar.update(task, completed=p.stage_step)
                 milestone = self._is_milestone(tokens_per_step)
                 if milestone or p.stage_step % self.run.save_every == 0 or done:
@@ -248,12 +248,15 @@ class Trainer:
             self.teacher.config, self.teacher.params, self.student, self.params, self.heldout, mesh=self.mesh
         )
         self.metrics.write(self.progress.step, n, {f"heldout_{k}": v for k, v in result.items()})
-        self.console.print(
+        self._say(
             f"after stage {n}: KL to the teacher {result['kl']:.4f}, held-out perplexity "
             f"{result['perplexity']:.2f} (teacher {result['teacher_perplexity']:.2f}), "
-            f"agreement {result['agreement']:.1%}",
-            highlight=False,
+            f"agreement {result['agreement']:.1%}"
         )
+
+    def _say(self, line: str) -> None:
+        """Print a line whole, however long, for people and scripts."""
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def _write_card(self) -> None:
         """What was run: versions, hardware, sizes. The settings are in config.json."""
