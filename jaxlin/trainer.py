@@ -299,9 +299,11 @@ def _numbers(metrics: dict[str, jax.Array]) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
+    """The commit of jaxlin's own checkout, or None where it is not one."""
+    where = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", where, "rev-parse", "--verify", "--quiet", "HEAD"]
     try:
-        where = os.path.dirname(os.path.abspath(__file__))
-        out = subprocess.run(["git", "-C", where, "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, text=True, check=False)
+        out = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
         return None
     return out.stdout.strip() or None
