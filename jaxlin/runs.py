@@ -124,18 +124,14 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else None
 
     def stage_losses(self) -> dict[str, dict[str, float]]:
-        """Each stage's loss at its start and its end: the means of its first and last tenth of logged steps."""
+        """Each stage's loss on held-out text, where the stage starts and where it ends."""
         path = self.folder / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         losses: dict[str, list[float]] = {}
         for line in lines:
-            if "loss" in line:
-                losses.setdefault(f"stage{line['stage']}", []).append(line["loss"])
-        tenth = {name: max(1, len(values) // 10) for name, values in losses.items()}
-        return {
-            name: {"start": sum(v[: tenth[name]]) / tenth[name], "end": sum(v[-tenth[name] :]) / tenth[name]}
-            for name, v in losses.items()
-        }
+            if "heldout_loss" in line:
+                losses.setdefault(f"stage{line['stage']}", []).append(line["heldout_loss"])
+        return {name: {"start": values[0], "end": values[-1]} for name, values in losses.items()}
 
 
 def open_run(folder: str | Path) -> Run:

@@ -14,6 +14,18 @@ from jaxlin.config import ModelConfig, StageConfig
 from jaxlin.distill import counts, gradient_function, merge, trained_part
 
 
+def make_loss(stage: StageConfig, student: ModelConfig, teacher: ModelConfig) -> Callable[..., jax.Array]:
+    """The stage's loss without training: (params, teacher params, batch [B, T]) -> loss."""
+    gradients = gradient_function(stage, student, teacher, "none")
+
+    @jax.jit
+    def loss(params, teacher_params, batch):
+        # The compiler leaves out what nobody uses: the gradients.
+        return gradients(trained_part(params, stage), params, teacher_params, batch, counts(batch))[1]["loss"]
+
+    return loss
+
+
 def make_step(
     stage: StageConfig, optimizer: optax.GradientTransformation, student: ModelConfig, teacher: ModelConfig, remat: str
 ) -> Callable[..., tuple[Any, Any, dict[str, jax.Array]]]:

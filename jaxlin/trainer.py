@@ -32,7 +32,7 @@ from jaxlin.mixers import MIXERS
 from jaxlin.optimizer import make_optimizer, schedule
 from jaxlin.runs import Run, Teacher, check_folder, load_teacher, new_run
 from jaxlin.student import abstract_params, init_student
-from jaxlin.train_step import make_step
+from jaxlin.train_step import make_loss, make_step
 
 CALIBRATION_TOKENS = 65_536
 log = logging.getLogger(__name__)
@@ -187,6 +187,7 @@ class Trainer:
         if n != self.progress.stage:
             self.progress.stage, self.progress.stage_step = n, 0
             self.opt_state = jax.jit(optimizer.init)(trained_part(self.params, stage))
+            self._measure(n, stage, self.progress.step + 1)
         step_fn = make_step(stage, optimizer, self.student, self.teacher.config, self.run.remat)
         rate = schedule(stage, steps)
         tokens_per_step = stage.batch_size * self.run.data.seq_len
@@ -213,9 +214,11 @@ class Trainer:
                         self._say(f"stage {n}  step {p.stage_step}/{steps}  {numbers}")
                 bar.update(task, completed=p.stage_step)
                 milestone = self._is_milestone(tokens_per_step)
+                if done:  # before the save: a run that is killed in between measures again
+                    self._measure(n, stage, p.step)
+                    self._evaluate(n)
                 if milestone or p.stage_step % self.run.save_every == 0 or done:
                     self._save(milestone)
-        self._evaluate(n)
 
     def _next_batch(self, stage: StageConfig) -> dict[str, jax.Array]:
         parts = [next(self.data) for _ in range(stage.batch_size // self.unit)]
@@ -243,7 +246,14 @@ class Trainer:
         state = {"params": self.params, "opt_state": self.opt_state}
         self.checkpoints.save(self.progress.step, state, extra, milestone=milestone)
 
+    def _measure(self, n: int, stage: StageConfig, step: int) -> None:
+        """The stage's loss on held-out text, at its start and end: batches differ more than a stage changes."""
+        loss = make_loss(stage, self.student, self.teacher.config)
+        value = float(loss(self.params, self.teacher.params, put(self.heldout[0], self.mesh)))
+        self.metrics.write(step, n, {"heldout_loss": value})
+
     def _evaluate(self, n: int) -> None:
+        """The student against its teacher on held-out text."""
         result = compare(
             self.teacher.config, self.teacher.params, self.student, self.params, self.heldout, mesh=self.mesh
         )

@@ -207,7 +207,7 @@ def run_folder(tmp_path_factory):
     checkpoints.save(4, {"params": params}, {})
     checkpoints.close()
     run.write("fidelity.json", {"kl": 0.5})
-    lines = [{"stage": s, "step": i, "loss": 10.0 * s - i} for s in (1, 2) for i in range(3)]
+    lines = [{"stage": s, "step": i, "heldout_loss": 10.0 * s - i} for s in (1, 2) for i in range(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder, params
 
