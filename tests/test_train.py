@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jaxlin.checkpoint import load_params
+from jaxlin.checkpoint import Checkpoints, load_params
 from jaxlin.config import parse_run
 from jaxlin.trainer import Trainer
 from tests.models import STUDENT_MIXERS
@@ -55,7 +55,7 @@ def assert_same(a, b):
 def finished(tmp_path_factory, environment):
     """(folder, output) of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    return folder, train(folder, environment)
+    return folder, train(folder, environment, "--milestone-tokens", "6144")
 
 
 def test_whole_job(finished, environment):
@@ -74,6 +74,8 @@ def test_whole_job(finished, environment):
     assert card["state_elements_per_layer"] == [4 * 16 * 16] * 4
     assert card["student_parameters"] > card["teacher_parameters"]
     assert list((folder / "tensorboard").iterdir())
+    kept = Checkpoints(folder / "checkpoints", keep=2).steps()
+    assert {24, 48, 68, 80} <= set(kept) and 32 not in kept  # one for every 6,144 tokens, for good
 
     before = load_params(folder / "checkpoints")
     assert "finished already, at step 80" in train(folder, environment)
