@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,10 +185,11 @@ class Trainer:
     def _run_stage(self, n: int, stage: StageConfig) -> None:
         steps = self._steps(stage)
         optimizer = self._optimizer(stage, steps)
+        loss = make_loss(stage, self.student, self.teacher.config)
         if n != self.progress.stage:
             self.progress.stage, self.progress.stage_step = n, 0
             self.opt_state = jax.jit(optimizer.init)(trained_part(self.params, stage))
-            self._measure(n, stage, self.progress.step + 1)
+            self._measure(n, loss, self.progress.step + 1)
         step_fn = make_step(stage, optimizer, self.student, self.teacher.config, self.run.remat)
         rate = schedule(stage, steps)
         tokens_per_step = stage.batch_size * self.run.data.seq_len
@@ -215,7 +217,7 @@ class Trainer:
                 bar.update(task, completed=p.stage_step)
                 milestone = self._is_milestone(tokens_per_step)
                 if done:  # before the save: a run that is killed in between measures again
-                    self._measure(n, stage, p.step)
+                    self._measure(n, loss, p.step)
                     self._evaluate(n)
                 if milestone or p.stage_step % self.run.save_every == 0 or done:
                     self._save(milestone)
@@ -246,9 +248,8 @@ class Trainer:
         state = {"params": self.params, "opt_state": self.opt_state}
         self.checkpoints.save(self.progress.step, state, extra, milestone=milestone)
 
-    def _measure(self, n: int, stage: StageConfig, step: int) -> None:
+    def _measure(self, n: int, loss: Callable[..., jax.Array], step: int) -> None:
         """The stage's loss on held-out text, at its start and end: batches differ more than a stage changes."""
-        loss = make_loss(stage, self.student, self.teacher.config)
         value = float(loss(self.params, self.teacher.params, put(self.heldout[0], self.mesh)))
         self.metrics.write(step, n, {"heldout_loss": value})
 
