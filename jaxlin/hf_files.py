@@ -169,7 +169,7 @@ class TorchReader:
 
     def __init__(self, path: Path) -> None:
         try:
-            import torch
+            import torch  # pyright: ignore[reportMissingImports] -- optional: only .bin files need it
         except ImportError as error:
             raise UserError(
                 f"{path} can only be read with torch: pip install torch, or convert the model to safetensors"
