@@ -16,10 +16,10 @@ def config(base: RunConfig) -> RunConfig:
         base,
         teacher="demo",
         dtype="float32",
-        stage1=replace(base.stage1, tokens=12_288, batch_size=2),
+        stage1=replace(base.stage1, tokens=10_240, batch_size=2),
         # Batches of 256 tokens are noisy: smaller steps than with the 16,384 that the preset's rates are for.
-        stage2=replace(base.stage2, tokens=8_192, batch_size=2, lr=3e-4, lr_new=3e-4),
-        stage3=replace(base.stage3, tokens=6_144, batch_size=2, lr=1e-4, lr_new=1e-4),
+        stage2=replace(base.stage2, tokens=6_144, batch_size=2, lr=6e-4, lr_new=6e-4),
+        stage3=replace(base.stage3, tokens=4_096, batch_size=2, lr=2e-4, lr_new=2e-4),
         data=replace(base.data, seq_len=128, eval_tokens=1_024),
         log_every=4,
         save_every=64,

@@ -170,6 +170,15 @@ def cumsum_before(x: Array) -> Array:
     return _row_sums(_leave_sums(x.shape[-2]).T, x)
 
 
+def crossing_sums(e: Array) -> Array:
+    """Sum of e_ij over i >= t > j, for every t: [..., C, C] -> [..., C, 1].
+
+    As a double sum: differences of row sums and column sums would cancel most of what they add up.
+    """
+    before = product("...ij,jt->...it", e, _leave_sums(e.shape[-1]), e.dtype)
+    return jnp.sum(jnp.tril(before), -2)[..., None]
+
+
 def _level_sizes(length: int) -> list[int]:
     return [1 << n for n in range(length.bit_length() - 1)]
 

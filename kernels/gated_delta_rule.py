@@ -34,6 +34,7 @@ from jaxlin.kernels.chunk import (
     channel_products,
     channel_products_vjp,
     chunk_length,
+    crossing_sums,
     cumsum_before,
     custom_vjp,
     from_chunks,
@@ -135,13 +136,13 @@ def _backward(scale, residuals, cotangents):
     dq, dk = pairs.dq + dq_enter, pairs.dk + dk_enter + dk_leave
 
     dg = None
-    if pairs.db is not None:
+    if pairs.crossing is not None:
         # g_t lies on the paths from a row before t or the state to row t or later, or on to the next state
         reads, writes = c.q * dq_enter + c.k * dk_enter, c.k * dk_leave
         across = keep[..., 0] * jnp.sum(states * ds, axis=-1)
         if g.ndim == 4:
             reads, writes, across = (jnp.sum(x, axis=-1, keepdims=True) for x in (reads, writes, across))
-        dg = reverse_cumsum(pairs.db + reads) + cumsum_before(writes) + across[..., None, :]
+        dg = pairs.crossing + reverse_cumsum(reads) + cumsum_before(writes) + across[..., None, :]
         dg = dg.reshape(g.shape).astype(g.dtype)
     dq, dk = sum_heads(dq, q.shape[2]).astype(q.dtype), sum_heads(dk, k.shape[2]).astype(k.dtype)
     return dq, dk, dv.astype(v.dtype), dbeta.astype(beta.dtype), dg, d_state, None
@@ -221,15 +222,14 @@ class _PairGradients(NamedTuple):
 
     dq: Array
     dk: Array
-    db: Array | None  # of the cumulative log decay at each row
+    crossing: Array | None  # what g_t gets from the pairs of rows i >= t > j
 
 
 def _pair_gradients(c: _Chunks, dp: Array, da: Array, segments: Segments | None, needs_gate: bool) -> _PairGradients:
     pair = c.decays.pair
     if pair is not None:
-        # One matrix gives the gate's gradient: differences of its row and column sums lose far less than q.dq - k.dk.
-        e = jnp.tril(dp * c.p, -1) + da * c.a
-        db = jnp.sum(e, axis=-1) - jnp.sum(e, axis=-2) if needs_gate else None
+        # One matrix gives the gate's gradient: sums of it lose far less than q.dq - k.dk.
+        crossing = crossing_sums(dp * c.p + da * c.a) if needs_gate else None
         dp, da = dp * pair, da * pair
         dq = c.dot("...ij,...jk->...ik", dp, c.k)
         dk = (
@@ -237,14 +237,14 @@ def _pair_gradients(c: _Chunks, dp: Array, da: Array, segments: Segments | None,
             + c.dot("...ij,...ik->...jk", dp, c.q)
             + c.dot("...ij,...ik->...jk", da, c.k)
         )
-        return _PairGradients(dq, dk, None if db is None else db[..., None])
+        return _PairGradients(dq, dk, crossing)
     own = jnp.diagonal(dp, axis1=-2, axis2=-1)[..., None]  # no decay on the diagonal, so no gate gradient
     if segments is not None:
         dp, da = (jnp.where(segments.same, x, 0) for x in (dp, da))
     dq, dk_p = channel_products_vjp(dp, c.q, c.k, c.decays.levels, c.precision)
     dk_row, dk_a = channel_products_vjp(da, c.k, c.k, c.decays.levels, c.precision)
-    db = c.q * dq + c.k * (dk_row - dk_p - dk_a)
-    return _PairGradients(dq + own * c.k, dk_row + dk_p + dk_a + own * c.q, db)
+    crossing = reverse_cumsum(c.q * dq + c.k * (dk_row - dk_p - dk_a))
+    return _PairGradients(dq + own * c.k, dk_row + dk_p + dk_a + own * c.q, crossing)
 
 
 def _diagonal(x: Array) -> Array:

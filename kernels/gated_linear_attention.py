@@ -124,7 +124,7 @@ def _backward(scale, residuals, cotangents):
     dq_state, dk_state = scale * decays.enter * dq_state, decays.leave * dk_state
     dv = _scaled("nbhjk,nbhkv->nbhjv", k, decays.leave, d.s, dtype)
 
-    # Inside the chunk. e_rows and e_columns are what the decays between rows i > j get, per row i and per row j.
+    # Inside the chunk; `crossing` is what g_t gets from the pairs of rows i >= t > j.
     p = _scores(scale, q, k, decays, segments)
     dv += product("nbhij,nbhiv->nbhjv", p, dn, dtype)
     if decays.pair is not None:
@@ -132,15 +132,14 @@ def _backward(scale, residuals, cotangents):
         dq = product("nbhij,nbhjk->nbhik", dpd, k, dtype)
         dk = product("nbhij,nbhik->nbhjk", dpd, q, dtype)
         e = dp * p
-        below = jnp.tril(e, -1)
-        e_rows, e_columns = below.sum(-1)[..., None], below.sum(-2)[..., None]
+        crossing = chunk.crossing_sums(e)
         dw = None if gates.w is None else e.sum(-2) + jnp.sum(k * dk_state, -1)
         reads, writes = (jnp.sum(x, -1, keepdims=True) for x in (q * dq_state, k * dk_state))
     else:
         dp = scale * dp if segments is None else scale * jnp.where(segments.same, dp, 0)
         q32, k32 = q.astype(dp.dtype), k.astype(dp.dtype)
         dq, dk = chunk.channel_products_vjp(dp, q32, k32, decays.levels, _precision(dtype))
-        e_rows, e_columns, dw = q * dq, k * dk, None
+        crossing, dw = chunk.reverse_cumsum(q * dq - k * dk), None
         diagonal = jnp.diagonal(dp, axis1=-2, axis2=-1)[..., None]
         dq, dk = dq + diagonal * k, dk + diagonal * q
         reads, writes = q * dq_state, k * dk_state
@@ -153,7 +152,7 @@ def _backward(scale, residuals, cotangents):
             through += received.z * d.z
         through = decays.keep[..., 0] * through
         through = through if decays.pair is None else through.sum(-1, keepdims=True)
-        dg = chunk.reverse_cumsum(e_rows - e_columns + reads) + chunk.cumsum_before(writes) + through[..., None, :]
+        dg = crossing + chunk.reverse_cumsum(reads) + chunk.cumsum_before(writes) + through[..., None, :]
         dg = dg.reshape(*dg.shape[:3], *gates.g.shape[3:])
         dg = dg.sum(1, keepdims=True) if gates.g.shape[1] < dg.shape[1] else dg
     dq, dk, dv = (x.astype(y.dtype) for x, y in zip((dq, dk, dv), inputs, strict=True))
@@ -201,5 +200,5 @@ def _scan_states(keep: Array, update: State, state: State, reverse: bool = False
     received, final = chunk.scan_states(keep, update.s, state.s, reverse)
     if state.z is None or update.z is None:
         return State(received, None), State(final, None)
-    z, final_z = chunk.scan_states(keep, update.z[..., None], state.z[..., None], reverse)
-    return State(received, z[..., 0]), State(final, final_z[..., 0])
+    z, final_z = chunk.scan_states(keep[..., 0], update.z, state.z, reverse)
+    return State(received, z), State(final, final_z)

@@ -1,6 +1,7 @@
 """Shared test set-up, chosen before JAX starts: eight fake CPU devices, and quick compilation of slower programs."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,20 @@ def forget_programs():
         import jax
 
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A good HF folder of a tiny Llama: safetensors, config and tokenizer."""
+    from jaxlin.convert import export_hf
+    from tests.tiny_llama import BIASED, random_params, word_tokenizer
+
+    path = tmp_path_factory.mktemp("teacher") / "tiny"
+    export_hf(random_params(BIASED), BIASED, path, tokenizer=word_tokenizer(48))
+    return path
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the good folder, to break."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))

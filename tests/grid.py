@@ -9,8 +9,9 @@ heads, K != V.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -208,6 +209,40 @@ def _named(name: str, state: Any) -> dict[str, Any]:
     return {f"{name}{n}": x for n, x in enumerate(parts)}
 
 
-def variations(default: Case, **changes: list) -> list[Case]:
-    """One case for each value of each field, everything else at the default."""
-    return [default, *(replace(default, **{name: value}) for name, values in changes.items() for value in values)]
+def pairwise(fields: dict[str, list], allowed: Callable[[dict], bool] = lambda _: True) -> list[dict[str, Any]]:
+    """Few points that hold every pair of values of any two fields together, where `allowed` lets them; always the same.
+
+    Greedy (Cohen et al. 1997, "The AETG system"): each point starts from a pair that is still missing, and takes for
+    every other field the value that adds most of the missing pairs.
+    """
+    missing = {
+        frozenset({(a, x), (b, y)}): None  # a dict, for its order
+        for a, b in itertools.combinations(fields, 2)
+        for x in range(len(fields[a]))
+        for y in range(len(fields[b]))
+    }
+
+    def value(point: dict[str, int]) -> dict[str, Any]:
+        return {name: fields[name][i] for name, i in point.items()}
+
+    points = []
+    while missing:
+        first = next(iter(missing))
+        point, done = dict(sorted(first)), None
+        for name in fields:
+            if name in point:
+                continue
+            gains = [
+                (sum(frozenset({(name, i), other}) in missing for other in point.items()), -i)
+                for i in range(len(fields[name]))
+                if allowed(value(point | {name: i}))
+            ]
+            if not gains:
+                break
+            point[name] = -max(gains)[1]
+        else:
+            done = {frozenset(pair) for pair in itertools.combinations(point.items(), 2)}
+            points.append({name: value(point)[name] for name in fields})
+        for pair in done or {first}:  # a pair that nothing can be added to is not allowed
+            missing.pop(pair, None)
+    return points

@@ -1,7 +1,6 @@
 """HF folders to parameters and back: parity with transformers, exact round trips, and an error for every bad file."""
 
 import json
-import shutil
 import tracemalloc
 from dataclasses import replace
 from functools import partial
@@ -42,20 +41,6 @@ def forward(config, params, tokens):
 def assert_close(found, expected):
     assert found.shape == expected.shape
     assert np.abs(np.asarray(found) - expected).max() <= TOLERANCE * np.abs(expected).max()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A good HF folder: safetensors, config and tokenizer."""
-    path = tmp_path_factory.mktemp("teacher") / "tiny"
-    export_hf(random_params(BIASED), BIASED, path, tokenizer=word_tokenizer(48))
-    return path
-
-
-@pytest.fixture
-def copy(folder, tmp_path):
-    """A copy of the good folder, to break."""
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
 # ---- parity ----------------------------------------------------------------------------------------------------------

@@ -63,23 +63,6 @@ def test_shapes(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize(
-    "changes",
-    [dict(T=t) for t in (63, 64, 65, 257, 1024)]
-    + [dict(K=d) for d in (96, 128, 256)]
-    + [dict(V=d) for d in (96, 256)]
-    + [dict(H=3, HV=3), dict(H=3, HV=6), dict(H=1, HV=4), dict(state=False)]
-    + [dict(T=130, segments=segments) for segments in SEGMENTS],
-    ids=str,
-)
-def test_sizes(gate, changes):
-    case = replace(Case(gate=gate, T=130, K=32, V=32, corr=0.5, segments="packed"), **changes)
-    run(case, jnp.float64)
-    run(case, jnp.float32)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("gate", GATES)
 def test_bfloat16_long(gate):
     for corr in (0.0, 0.9, 0.999):
         for seed in range(4):

@@ -54,6 +54,13 @@ def test_normalized(dtype):
         run(Case(gate="none", segments=segments), dtype, normalize=True)
 
 
+def test_normalizer_of_repeated_heads():
+    """One chunk, zero initial state: some versions of XLA for CPUs got the denominator wrong (DECISIONS.md, 15)."""
+    case = Case(B=1, T=63, K=96, V=64, HV=2, gate="none", segments="single", state=False)
+    args = grid.inputs("gated_linear_attention", case, normalize=True)
+    grid.check(op, args, jnp.float32, skip=("dq",))  # o = v, whatever q is
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -64,28 +71,6 @@ def test_normalized(dtype):
 )
 def test_shapes(case):
     run(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    grid.variations(
-        Case(T=130, segments="packed"),
-        T=[1, 7, 63, 64, 65, 257, 1024],
-        K=[32, 64, 96, 128, 256, 512],
-        V=[32, 64, 96, 128, 256, 512],
-        HV=[2, 4],
-        segments=["none", *SEGMENTS],
-        state=[False],
-    ),
-    ids=str,
-)
-@pytest.mark.parametrize("gate", GATES)
-def test_grid(case, gate):
-    case = grid.replace(case, gate=gate)
-    for dtype in (jnp.float64, jnp.float32):
-        for normalize in (False, True) if gate in ("none", "channel") else (False,):
-            run(case, dtype, normalize, chunk_size=None)
 
 
 @pytest.mark.parametrize("gate", ("scalar", "channel"))

@@ -1,9 +1,7 @@
 """Reading HF folders: configs, safetensors and .bin files, and one clear error for whatever is wrong with them."""
 
 import json
-import shutil
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +13,6 @@ from jaxlin.config import RopeScaling, UserError
 from jaxlin.convert import export_hf, load_teacher
 from jaxlin.hf_files import config_from_hf
 from tests.tiny_llama import BIASED, CONFIG, assert_same, random_params, word_tokenizer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A good HF folder: safetensors, config and tokenizer."""
-    path = tmp_path_factory.mktemp("teacher") / "tiny"
-    export_hf(random_params(BIASED), BIASED, path, tokenizer=word_tokenizer(48))
-    return path
-
-
-@pytest.fixture
-def copy(folder, tmp_path):
-    """A copy of the good folder, to break."""
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
 def edit_config(folder, **changes):

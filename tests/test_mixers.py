@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,28 @@ import pytest
 
 from jaxlin.mixers import MIXERS
 from jaxlin.model import LanguageModel, init_state
+from tests import grid
 from tests.models import STUDENT_MIXERS, TEACHER, logits, random_params, student_of
 
 CASES = [*STUDENT_MIXERS, "softmax", "gated_deltanet+softmax"]
 B, T, ROOM = 2, 12, 17
+DECODED = 3  # tokens
+PADDING = jnp.array([[0, 0, 0, *[1] * T, 0, 0], [0, *[1] * 5, 0, 0, *[1] * (T - 5), 0, 0]])
+
+
+def padded_with(tokens):
+    """[B, ROOM]: the tokens where PADDING has its ones."""
+    return jnp.full((B, ROOM), 5).at[jnp.nonzero(PADDING)].set(tokens.reshape(-1))
+
+
+def decoded(run, config, tokens):
+    """Logits of the last tokens [B, DECODED, V]: a padded prefill of those before them, then one by one."""
+    out = run(padded_with(tokens), PADDING.at[:, T : T + DECODED].set(0), init_state(config, B, ROOM))
+    steps = []
+    for t in range(T - DECODED, T):
+        out = run(tokens[:, t : t + 1], None, out.state)
+        steps.append(out.logits[:, 0])
+    return np.stack(steps, axis=1)
 
 
 @pytest.mark.parametrize("mixer", CASES)
@@ -41,8 +61,7 @@ def test_mixer(mixer, preset):
     assert gradient[0].any()
 
     # Padding left, in the middle and right changes nothing.
-    ids = jnp.array([[0, 0, 0, *[1] * T, 0, 0], [0, *[1] * 5, 0, 0, *[1] * (T - 5), 0, 0]])
-    padded = jnp.full((B, ROOM), 5).at[jnp.nonzero(ids)].set(tokens.reshape(-1))
+    ids, padded = PADDING, padded_with(tokens)
     got = run(padded, ids).logits[jnp.nonzero(ids)].reshape(whole.shape)
     np.testing.assert_allclose(got, whole, rtol=2e-4, atol=2e-4)
 
@@ -53,12 +72,25 @@ def test_mixer(mixer, preset):
     np.testing.assert_allclose(got[:, :7], whole[:, :7], rtol=2e-4, atol=2e-4)
     np.testing.assert_allclose(got[:, 7:12], whole[::-1, :5], rtol=2e-4, atol=2e-4)
 
-    # Prefill all but each row's last three tokens, padded as above, then decode them one by one == one pass.
-    ids = ids.at[:, T : T + 3].set(0)
-    out = run(padded, ids, init_state(config, B, ROOM))
-    for t in range(T - 3, T):
-        out = run(tokens[:, t : t + 1], None, out.state)
-        np.testing.assert_allclose(out.logits[:, 0], whole[:, t], rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(decoded(run, config, tokens), whole[:, -DECODED:], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("mixer", CASES)
+def test_bfloat16_decodes_as_exactly_as_it_computes(mixer):
+    """Prefill and decoding in bfloat16 are no further from float32 than one pass in bfloat16 is."""
+    exact = student_of(mixer)
+    config, params = replace(exact, dtype="bfloat16"), random_params(exact)
+    tokens = jax.random.randint(jax.random.key(3), (B, T), 0, config.vocab_size)
+
+    @jax.jit
+    def run(tokens, segment_ids=None, state=None):
+        return LanguageModel(config).apply({"params": params}, tokens, segment_ids=segment_ids, state=state)
+
+    expected = np.asarray(logits(exact, params, tokens))[:, -DECODED:]
+    whole, by_steps = run(tokens).logits[:, -DECODED:], decoded(run, config, tokens)
+    rounding = grid.error(np.asarray(whole), expected)
+    assert rounding < 0.04
+    assert grid.error(by_steps, expected) < 1.5 * rounding
 
 
 def test_mixers_differ():

@@ -7,7 +7,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxlin import ops
 from tests import grid
@@ -41,31 +40,18 @@ def test_bfloat16():
     """Numerator and denominator of bfloat16 inputs, where |n.q| does not pass through 0."""
     args = grid.inputs("mlstm", Case(strength="weak", segments="packed"))
     args["q"], args["k"] = np.abs(args["q"]), np.abs(args["k"])
-    # The gradient of the initial m is <C, dC> + <n, dn>, here 1.66 - 1.63: in bfloat16 even the scan is 16 % off.
     grid.check(op, args, jnp.bfloat16, chunk_size=16, skip=("dinitial_state2",))
+    # The gradient of the initial m is <C, dC> + <n, dn>, here 1.66 - 1.63: it is as exact as these two, no more.
+    args = grid.rounded(args, jnp.bfloat16)
+    expected = grid.outputs_and_gradients(op, args, jnp.float64, implementation="scan")
+    found = grid.outputs_and_gradients(op, args, jnp.bfloat16, implementation="chunked", chunk_size=16)
+    term = np.sum(args["initial_state"][1] * expected["dinitial_state1"], axis=-1)
+    difference = found["dinitial_state2"] - expected["dinitial_state2"]
+    assert np.sqrt(np.mean(difference**2)) < grid.BFLOAT16["state"] * np.sqrt(np.mean(term**2))
 
 
 def test_shapes():
     run(Case(T=33, H=2, HV=4, K=24, V=40, segments="gaps", state=False))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    grid.variations(
-        Case(T=130, segments="packed"),
-        T=[1, 7, 63, 64, 65, 257, 1024],
-        K=[32, 64, 128, 256],
-        V=[32, 64, 128, 256],
-        HV=[2, 4],
-        segments=["none", *SEGMENTS],
-        state=[False],
-    ),
-    ids=str,
-)
-def test_grid(case):
-    for dtype in (jnp.float64, jnp.float32):
-        run(case, dtype, chunk_size=None)
 
 
 def test_denominator_gradient_is_there():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def test_best_falls_back_with_one_line(monkeypatch, caplog):
 
 @pytest.mark.parametrize("op", OPS)
 def test_best_is_silent_on_the_cpu_and_one_token_is_one_step(op, caplog):
-    args = arguments(op, grid.replace(CASE, T=1, segments="none"))
+    args = arguments(op, replace(CASE, T=1, segments="none"))
     best, state = getattr(ops, op)(**args)
     scan, expected = getattr(ops, op)(**args, implementation="scan")
     np.testing.assert_array_equal(best, scan)
@@ -129,7 +130,7 @@ def test_default_state_is_zero_and_default_scale_the_root(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_steps_continue_a_chunked_prefill(op):
-    args = arguments(op, grid.replace(CASE, segments="none"))
+    args = arguments(op, replace(CASE, segments="none"))
     whole, final = jax.jit(getattr(ops, op))(**args)
     names = [n for n in args if n not in ("initial_state", "segment_ids")]
     _, state = jax.jit(getattr(ops, op))(**{n: args[n][:, :20] for n in names}, initial_state=args["initial_state"])
@@ -170,7 +171,7 @@ def test_sharded_is_single(op):
 
 def test_sharded_constant_gate_and_sizes_that_do_not_divide():
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    for case in (grid.replace(CASE, gate="constant"), grid.replace(CASE, B=2, H=3, HV=3)):
+    for case in (replace(CASE, gate="constant"), replace(CASE, B=2, H=3, HV=3)):
         args = arguments("gated_linear_attention", case)
         expected = value_and_gradients("gated_linear_attention", args)
         with jax.set_mesh(mesh):

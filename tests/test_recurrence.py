@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def loop(op: str, args: dict) -> tuple[np.ndarray, list[np.ndarray]]:
 def test_loop(op, gate):
     for normalize in (False, True) if op == "gated_linear_attention" else (False,):
         for segments in ("gaps", "none"):
-            args = grid.inputs(op, grid.replace(CASE, gate=gate, segments=segments), normalize)
+            args = grid.inputs(op, replace(CASE, gate=gate, segments=segments), normalize)
             o, state = define(op, args)
             expected, final = loop(op, args)
             np.testing.assert_allclose(o, expected, rtol=1e-10, atol=1e-12)
@@ -81,7 +82,7 @@ def test_loop(op, gate):
 
 
 def test_constant_gate_is_that_gate_at_every_token():
-    args = grid.inputs("gated_linear_attention", grid.replace(CASE, gate="constant"))
+    args = grid.inputs("gated_linear_attention", replace(CASE, gate="constant"))
     constant, _ = define("gated_linear_attention", args)
     args["g"] = np.broadcast_to(args["g"], (*args["v"].shape[:3],))
     np.testing.assert_array_equal(constant, define("gated_linear_attention", args)[0])
@@ -120,7 +121,7 @@ def test_parallel_form(op, gate):
 
 @pytest.mark.parametrize("op", OPS)
 def test_steps_make_the_scan(op):
-    args = grid.inputs(op, grid.replace(CASE, segments="none"))
+    args = grid.inputs(op, replace(CASE, segments="none"))
     o, final = define(op, args)
     step = jax.jit(getattr(recurrence, f"{op}_step"))
     with jax.enable_x64(True):

@@ -11,7 +11,7 @@ from jaxlin.evaluation.speed import speed
 from jaxlin.evaluation.subject import Subject, answerer
 
 NIAH_LENGTHS = (128, 256)
-SAMPLES = 16
+SAMPLES = 8
 
 
 def held_out(subject: Subject, limit: int) -> dict[str, dict[str, Any]]:
