@@ -22,7 +22,7 @@ from jaxlin.model import forward, head_kernel, project
 from jaxlin.runs import Teacher
 from jaxlin.sharding import batch_sharding, batch_shards, kernel_mesh
 
-SHORTEST = 32  # tokens; every padded length is a multiple of it
+SHORTEST = 16  # tokens; every padded length is a multiple of it
 BATCH_TOKENS = {"cpu": 2048}  # padded tokens in a batch, by platform
 ACCELERATOR_TOKENS = 32_768
 HEAD_TOKENS = 1024  # positions whose logits exist at one time, about 200 MB of float32 for a vocabulary of 50,000
@@ -64,11 +64,11 @@ def loglikelihoods(
     mesh: jax.sharding.Mesh | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[float, bool]]:
-    """For each (context, continuation) of token ids: log p(continuation | context), and whether greedy decoding gives it.
+    """log p(continuation | context) of (context, continuation) pairs, and whether greedy decoding continues so.
 
     Args:
         model: its config, params and tokenizer (which is not used).
-        pairs: contexts of one token or more, and continuations of one or more.
+        pairs: token ids; contexts of one token or more, and continuations of one or more.
         batch_tokens: padded tokens in a batch; None suits the platform. A batch that does not fit is halved.
         mesh: where `model.params` are; each batch is spread over it.
         progress: called with the number of pairs that are done, after each batch.
@@ -145,7 +145,7 @@ def continuations(
 
 
 def padded_length(length: int) -> int:
-    """The next of 32, 64, 96, 128, 192, 256, 384, 512, ...: two lengths an octave, so at most half is padding."""
+    """The next of 16, 32, 48, 64, 96, 128, 192, 256, ...: two lengths an octave, so at most half is padding."""
     power = SHORTEST
     while power < length:
         power *= 2

@@ -64,6 +64,8 @@ class Options:
     """Seed of what a task chooses at random."""
     predict_only: bool = False
     """Answer, but do not score."""
+    chat: bool = False
+    """Put prompts into the tokenizer's chat template."""
     budget: Budget = field(default_factory=Budget)
     """Size of batches, for `scoring`."""
     mesh: jax.sharding.Mesh | None = None
@@ -98,7 +100,8 @@ def read_jsonl(path: Path, fields: Iterable[str] = ()) -> list[dict[str, Any]]:
         raise UserError(f"{path}: no such file")
     records = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # str.splitlines knows other ends
+        for number, line in enumerate(lines, 1):
             record = json.loads(line)
             missing = [name for name in fields if not isinstance(record, dict) or name not in record]
             if missing:
@@ -108,8 +111,6 @@ def read_jsonl(path: Path, fields: Iterable[str] = ()) -> list[dict[str, Any]]:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
-    if not records:
-        raise UserError(f"{path}: empty")
     return records
 
 
