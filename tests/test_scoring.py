@@ -19,7 +19,9 @@ from tests.models import STUDENT_MIXERS, TEACHER, logits, random_params, student
 
 FAST = ("softmax", "gated_deltanet")
 MIXERS = [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in ["softmax", *STUDENT_MIXERS]]
-LENGTHS = [(3, 1), (40, 5), (29, 3), (30, 26), (1, 32), (60, 1), (12, 20), (50, 14), (2, 2), (32, 33)]
+DECODING = ["softmax", *(pytest.param(m, marks=pytest.mark.slow) for m in STUDENT_MIXERS)]
+# Those of 49 to 64 tokens, and those of up to 32 that follow, fill batches of two shapes: 2 x 64 and 4 x 32.
+LENGTHS = [(40, 12), (29, 3), (3, 1), (12, 20), (32, 33), (1, 32), (50, 14), (20, 5), (60, 1), (10, 9), (2, 2), (17, 1)]
 
 
 def model_of(mixer):
@@ -34,7 +36,7 @@ def random_pairs(lengths, seed=0):
 
 
 PAIRS = random_pairs(LENGTHS)
-PROMPTS = [context for context, _ in PAIRS if len(context) <= 32]
+PROMPTS = [context for context, _ in PAIRS if len(context) in (1, 3, 29, 32)]  # one batch of 4 x 32
 NEW = 1 + 2 * generate.BLOCK  # tokens
 
 
@@ -76,10 +78,27 @@ def test_buckets_change_nothing(mixer, monkeypatch):
     assert_same(loglikelihoods(model, PAIRS, batch_tokens=192), expected)
 
 
+@pytest.mark.parametrize("mixer", DECODING)
+def test_sharing_changes_nothing(mixer, monkeypatch):
+    """Contexts that are read once, for several continuations; beside pairs that stand alone."""
+    model = model_of(mixer)
+    (context, long), (other, singles), *rest = random_pairs([(50, 12), (60, 4), (2, 3), (20, 1)])
+    pairs = [(context, long[:n]) for n in (1, 5, 12, 3)] + [(other, [token]) for token in singles] + rest
+    pairs = pairs[::2] + pairs[1::2]
+    groups, alone = scoring._share(pairs, Budget(1))
+    assert [len(group) for group in groups] == [4, 4] and sorted(pairs[i] for i in alone) == sorted(rest)
+    assert scoring._share(pairs, Budget(64)) == ([], list(range(10)))
+    expected, seen = loglikelihoods(model, pairs, batch_tokens=128), []
+    monkeypatch.setattr(scoring, "WORTH_SHARING", 0)
+    assert_same(loglikelihoods(model, pairs, batch_tokens=128, progress=seen.append), expected)
+    assert sum(seen) == 10
+
+
 def test_greedy_and_order():
     """A continuation that greedy decoding gives is greedy, one that ends otherwise is not; neither moves the other."""
     model = model_of("softmax")
-    answers = [answer[:3] for answer in continuations(model, PROMPTS, NEW, stop_ids=(), batch_tokens=128)]
+    answers = continuations(model, PROMPTS, NEW, stop_ids=(), batch_tokens=128)
+    answers = [a[: 1 if len(p) > 16 else 17] for p, a in zip(PROMPTS, answers, strict=True)]
     other = [[*answer[:-1], (answer[-1] + 1) % TEACHER.vocab_size] for answer in answers]
     pairs = [pair for p, a, o in zip(PROMPTS, answers, other, strict=True) for pair in ((p, a), (p, o))]
     found = loglikelihoods(model, pairs, batch_tokens=128)
@@ -116,10 +135,7 @@ def test_continuations_on_a_mesh(mixer):
     assert continuations(model, PROMPTS, NEW, stop_ids=(), batch_tokens=256, mesh=mesh) == alone
 
 
-@pytest.mark.parametrize(
-    "mixer",
-    [pytest.param(m, marks=pytest.mark.slow) if m in STUDENT_MIXERS else m for m in ["softmax", *STUDENT_MIXERS]],
-)
+@pytest.mark.parametrize("mixer", DECODING)
 def test_continuations(mixer):
     """Those of each prompt alone; a stop token ends its own row and no other."""
     model = model_of(mixer)

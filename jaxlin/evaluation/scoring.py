@@ -6,6 +6,7 @@ batches whose shape follows from that length alone. What stands beside a sequenc
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxlin import generate
 from jaxlin.config import ModelConfig, UserError
 from jaxlin.evaluation.language_modeling import on_mesh
-from jaxlin.model import forward, head_kernel, project
+from jaxlin.model import forward, head_kernel, init_state, project
 from jaxlin.runs import Teacher
 from jaxlin.sharding import batch_sharding, batch_shards, kernel_mesh
 
@@ -26,7 +27,8 @@ SHORTEST = 16  # tokens; every padded length is a multiple of it
 BATCH_TOKENS = {"cpu": 2048}  # padded tokens in a batch, by platform
 ACCELERATOR_TOKENS = 32_768
 HEAD_TOKENS = 1024  # positions whose logits exist at one time, about 200 MB of float32 for a vocabulary of 50,000
-MOST_ROWS = 256  # of a batch that decodes: their states are all in memory
+MOST_ROWS = 256  # of a batch that has states, which are all in memory
+WORTH_SHARING = 8  # batches of tokens saved
 
 Pair = tuple[Sequence[int], Sequence[int]]
 Progress = Callable[[int], None]
@@ -78,23 +80,44 @@ def loglikelihoods(
         ValueError: an empty context or continuation, or ids outside the vocabulary.
     """
     _check(pairs, model.config.vocab_size)
-    params = generate.serving_params(model.params, model.config)
+    config, params, budget = model.config, generate.serving_params(model.params, model.config), _budget(batch_tokens)
     results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
 
-    def score(chosen: list[int], length: int, rows: int) -> None:
-        batch = _left_aligned([pairs[i] for i in chosen], length, rows)
+    def score(members: list[int], chosen: list[int], length: int, rows: int, state: Any = None, of: Any = None) -> None:
+        """The pairs `members[i]` for i in `chosen`, or where there is a state, what follows it in its row `of[i]`."""
+        which = [members[i] for i in chosen]
+        start = 0 if state is None else -1
+        batch = _left_aligned([(pairs[i][0][start:], pairs[i][1]) for i in which], length, rows)
         width = min(SHORTEST, _power_of_two(HEAD_TOKENS // rows))
-        longest = max(len(pairs[i][1]) for i in chosen)
-        placed = [_place(a, mesh) for a in batch]
-        log_probs, hits = _score(model.config, width, params, *placed, np.int32(-(-longest // width)))
-        log_probs, hits = np.asarray(log_probs, np.float64), np.asarray(hits)
-        for row, i in enumerate(chosen):
+        chunks = np.int32(-(-max(len(pairs[i][1]) for i in which) // width))
+        if state is not None:
+            index = np.zeros(rows, np.int32)
+            index[: len(chosen)] = [of[i] for i in chosen]
+            state = _take(state, _place(index, mesh))
+        found = _score(config, width, params, *(_place(a, mesh) for a in batch), chunks, state)
+        log_probs, hits = np.asarray(found[0], np.float64), np.asarray(found[1])
+        for row, i in enumerate(which):
             own = slice(length - len(pairs[i][1]), None)
             results[i] = float(log_probs[row, own].sum()), bool(hits[row, own].all())
 
-    lengths = [len(context) + len(continuation) - 1 for context, continuation in pairs]
+    def score_group(groups: list[list[int]], chosen: list[int], length: int, rows: int) -> None:
+        """Read each group's context but its last token once; then all its continuations from the state after it."""
+        contexts = [(pairs[groups[g][0]][0][:-1], ()) for g in chosen]
+        tokens, segment_ids, _ = _left_aligned(contexts, length, rows)
+        state = _read(config, params, _place(tokens, mesh), _place(segment_ids, mesh))
+        members = [i for g in chosen for i in groups[g]]
+        of = [row for row, g in enumerate(chosen) for _ in groups[g]]
+        run = functools.partial(score, members, state=state, of=of)
+        lengths = [len(pairs[i][1]) for i in members]
+        _in_batches(lengths, budget, shards, run, progress, min(MOST_ROWS, 4 * budget.tokens // length))
+
+    shards = _shards(mesh)
+    groups, alone = _share(pairs, budget)
     with on_mesh(mesh):
-        _in_batches(lengths, _budget(batch_tokens), _shards(mesh), score, progress)
+        lengths = [len(pairs[i][0]) + len(pairs[i][1]) - 1 for i in alone]
+        _in_batches(lengths, budget, shards, functools.partial(score, alone), progress)
+        lengths = [len(pairs[group[0]][0]) - 1 for group in groups]
+        _in_batches(lengths, budget, shards, functools.partial(score_group, groups), None, MOST_ROWS)
     return results
 
 
@@ -185,24 +208,63 @@ def _in_batches(
         order = order[rows:]
 
 
+def _share(pairs: Sequence[Pair], budget: Budget) -> tuple[list[list[int]], list[int]]:
+    """Groups of pairs whose context is read once, and the pairs that stand alone.
+
+    Sharing pays where it saves half of the tokens, and in all more than a few batches: it has programs of its own.
+    """
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for i, (context, _) in enumerate(pairs):
+        by_context.setdefault(tuple(context), []).append(i)
+    groups, saved = [], 0
+    for context, members in by_context.items():
+        if len(context) > 1 and len(members) > 1:
+            separate = sum(padded_length(len(context) + len(pairs[i][1]) - 1) for i in members)
+            together = padded_length(len(context) - 1) + sum(padded_length(len(pairs[i][1])) for i in members)
+            if 2 * together <= separate:
+                groups.append(members)
+                saved += separate - together
+    if saved < WORTH_SHARING * budget.tokens:
+        return [], list(range(len(pairs)))
+    shared = {i for members in groups for i in members}
+    return groups, [i for i in range(len(pairs)) if i not in shared]
+
+
 def _left_aligned(pairs: Sequence[Pair], length: int, rows: int) -> tuple[np.ndarray, ...]:
-    """tokens, segment ids and labels, [rows, length]: each row ends with its sequence's last token but one."""
+    """tokens, segment ids and labels, [rows, length]: each row ends with its sequence's last token but one.
+
+    Without a continuation it ends with the context's last token.
+    """
     tokens, segment_ids, labels = np.zeros((3, rows, length), np.int32)
     for row, (context, continuation) in enumerate(pairs):
-        sequence = np.concatenate([np.asarray(context, np.int32), np.asarray(continuation, np.int32)])
+        after = continuation if len(continuation) else (0,)
+        sequence = np.concatenate([np.asarray(context, np.int32), np.asarray(after, np.int32)])
         tokens[row, length - len(sequence) + 1 :] = sequence[:-1]
         labels[row, length - len(sequence) + 1 :] = sequence[1:]
         segment_ids[row, length - len(sequence) + 1 :] = 1
     return tokens, segment_ids, labels
 
 
+@jax.jit(static_argnums=0)
+def _read(config: ModelConfig, params, tokens, segment_ids):
+    """The state after tokens [B, T]."""
+    state = init_state(config, *tokens.shape)
+    return forward(config, params, tokens, segment_ids=segment_ids, state=state, logits=False).state
+
+
+@jax.jit
+def _take(state, rows):
+    """Rows of a state; its layers' arrays are stacked before the batch."""
+    return {"position": state["position"][rows], "layers": jax.tree.map(lambda a: a[:, rows], state["layers"])}
+
+
 @jax.jit(static_argnums=(0, 1))
-def _score(config: ModelConfig, width: int, params, tokens, segment_ids, labels, chunks):
+def _score(config: ModelConfig, width: int, params, tokens, segment_ids, labels, chunks, state):
     """Log-probability of each label, and whether it is the likeliest, [B, T]; the last `chunks` * `width` columns only.
 
-    The logits of `width` columns exist at one time, and none of those before.
+    `state` is what came before the tokens, or None. The logits of `width` columns exist at one time.
     """
-    hidden = forward(config, params, tokens, segment_ids=segment_ids, logits=False).hidden
+    hidden = forward(config, params, tokens, segment_ids=segment_ids, state=state, logits=False).hidden
     kernel = head_kernel(params)
 
     def step(i, found):
