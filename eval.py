@@ -74,10 +74,11 @@ def benchmark(settings: Settings) -> dict:
     from jaxlin.evaluation import report
     from jaxlin.evaluation.scoring import Budget
     from jaxlin.evaluation.subject import open_subject
-    from jaxlin.evaluation.suite import bars
+    from jaxlin.evaluation.suite import Bars
     from jaxlin.evaluation.task import Options
     from jaxlin.sharding import make_mesh
 
+    bars = Bars(Console(stderr=True))
     several = (settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor) != (1, 1, 1)
     options = Options(
         data=Path(settings.data) if settings.data else None,
@@ -87,14 +88,17 @@ def benchmark(settings: Settings) -> dict:
         chat=bool(settings.chat),
         budget=Budget(settings.batch_tokens),
         mesh=make_mesh(settings.mesh) if several else None,
-        bar=bars(Console(stderr=True)),
+        bar=bars,
     )
     report.check_data(settings.suite, settings.tasks, options)
     subject = open_subject(settings.run, settings.teacher, mesh=options.mesh)
     if options.chat and not subject.measured.tokenizer.chat_template:
         raise UserError(f"--chat: the tokenizer of {subject.config.teacher} has no chat template")
     folder = Path(settings.out) if settings.out else subject.run and subject.run.folder / "evaluation"
-    return report.benchmark(subject, settings.suite, options, tasks=settings.tasks, folder=folder)
+    try:
+        return report.benchmark(subject, settings.suite, options, tasks=settings.tasks, folder=folder)
+    finally:
+        bars.close()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
@@ -24,7 +27,8 @@ from jaxlin.evaluation.scoring import continuations, loglikelihoods
 from jaxlin.evaluation.subject import Subject
 from jaxlin.evaluation.task import Kept, Options, Result, Task, read_jsonl
 from jaxlin.runs import Teacher
-from tests.models import TEACHER, random_params
+from tests.models import TEACHER
+from tests.tiny_llama import random_params
 
 BYTES = replace(TEACHER, vocab_size=272, max_position_embeddings=64)
 DATA = os.environ.get("JAXLIN_DATA")
@@ -32,8 +36,8 @@ DATA = os.environ.get("JAXLIN_DATA")
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = convert.byte_tokenizer()
-    return Teacher(BYTES, random_params(BYTES), tokenizer)
+    params = jax.tree.map(lambda a: 0.2 * a, random_params(BYTES))
+    return Teacher(BYTES, params, convert.byte_tokenizer())
 
 
 @pytest.fixture
@@ -89,11 +93,9 @@ def test_generate_until(lm, model):
     tokens = continuations(model, prompts, 33, stop_ids=(lm.eot_token_id,), batch_tokens=128)
     assert whole == [model.tokenizer.decode(t, skip_special_tokens=True) for t in tokens]
 
-    stop = whole[0][4:6]
-    cut = lm.generate_until(
-        requests("generate_until", (contexts[0], settings | {"until": [stop]}), (contexts[1], settings))
-    )
-    assert cut == [whole[0].partition(stop)[0], whole[1]]
+    stop = whole[2][4:6]
+    both = ((contexts[2], settings | {"until": [stop]}), (contexts[2], settings))
+    assert lm.generate_until(requests("generate_until", *both)) == [whole[2].partition(stop)[0], whole[2]]
     with pytest.raises(UserError, match="decodes greedily only"):
         lm.generate_until(requests("generate_until", ("a", {"do_sample": True, "temperature": 1.0})))
     with pytest.raises(UserError, match="wants 64 new tokens, but the model's max_length is 64"):
@@ -181,6 +183,7 @@ def test_generation_task(model, data):
         (lambda f: (f / "test.jsonl").write_text('{"question": "a"}\n'), r"test\.jsonl, line 1: no field 'choices'"),
         (lambda f: (f / "test.jsonl").write_text(""), r"test\.jsonl, line 1: not JSON"),
         (lambda f: (f / "test.jsonl").write_bytes(b'\xff\xfe{"'), r"test\.jsonl: not UTF-8"),
+        (lambda f: None, "arc_easy: the records do not fit the definition of arc_easy"),
         (lambda f: (f / "test.jsonl").rename(f.parent / "x") and f.rmdir(), "no folder arc_easy in it, nor in its"),
     ],
 )
@@ -239,7 +242,10 @@ def test_finished_tasks_are_kept(model, tmp_path):
     suite.run(subject, {"a": tasks["a"]}, Options(limit=1), kept)
     suite.run(subject, {"a": replace(tasks["a"], fingerprint=lambda options: "other")}, Options(), kept)
     suite.run(
-        replace(subject, models={"teacher": replace(model, params=random_params(BYTES, 1))}), tasks, Options(), kept
+        replace(subject, models={"teacher": replace(model, params=random_params(BYTES, seed=1))}),
+        tasks,
+        Options(),
+        kept,
     )
     assert calls[4:] == ["a", "a", "a", "b", "c"]
     latest = kept.latest()
@@ -322,6 +328,16 @@ def test_without_lm_eval(monkeypatch, data):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"needs the package lm_eval: pip install 'jaxlin\[eval\]'"):
         benchmarks.fingerprint("arc_easy", Options(data=data))
+
+
+def test_bars():
+    """A bar replaces the one before it, finished or not."""
+    bars = suite.Bars(Console(file=io.StringIO()))
+    bars("one", 3)(1)
+    advance = bars("two", 2)
+    advance(1)
+    advance(1)
+    bars.close()
 
 
 def test_failures_in_one_line():

@@ -167,7 +167,8 @@ def _load(name: str, options: Options) -> Any:
             ) from error
     else:
         files = _files(name, config, options)
-        records = {s: datasets.Dataset.from_list(read_jsonl(p, DEFINITIONS[name][1])) for s, p in files.items()}
+        with _fitting(name, options):
+            records = {s: datasets.Dataset.from_list(read_jsonl(p, DEFINITIONS[name][1])) for s, p in files.items()}
 
         class LocalTask(base):
             def download(self, dataset_kwargs=None, **kwargs):
@@ -177,12 +178,32 @@ def _load(name: str, options: Options) -> Any:
             def eval_docs(self):  # the harness asks several times, and would prepare them each time
                 return super().eval_docs
 
+            def build_all_requests(self, **kwargs):
+                with _fitting(name, options):
+                    super().build_all_requests(**kwargs)
+
         unused = {split: None for split in ("training_split", "validation_split") if config.get(split) not in files}
-        task = LocalTask(config=config | unused)
+        with _fitting(name, options):
+            task = LocalTask(config=config | unused)
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return task
+
+
+@contextlib.contextmanager
+def _fitting(name: str, options: Options) -> Iterator[None]:
+    """Records that the definition cannot read fail in many ways: all of them are the data's fault."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(
+            f"{data_folder(options, name)}: the records do not fit the definition of {name} "
+            f"({type(error).__name__}: {why})"
+        ) from error
 
 
 def _require_punkt(options: Options) -> None:

@@ -10,11 +10,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+from lm_eval.models import utils as models_utils  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from jaxlin import generate
 from jaxlin.config import UserError, run_main
@@ -85,7 +85,7 @@ class JaxLM(TemplateLM):
         """Tokens of a text, with the special tokens that the tokenizer adds, unless the text begins with one."""
         if add_special_tokens is None:
             add_special_tokens = self._add_bos_token
-            if has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
+            if models_utils.has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
                 add_special_tokens = False
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.tokenizer(string, verbose=False, **special)["input_ids"]
@@ -147,7 +147,7 @@ class JaxLM(TemplateLM):
         return results
 
     def _generate(self, contexts: list[str], settings: dict[str, Any], progress: Progress) -> list[str]:
-        settings = dict(normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
+        settings = dict(models_utils.normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
         if settings["do_sample"]:
             raise UserError("the task asks for sampling (do_sample): jaxlin's harness model decodes greedily only")
         most = settings["max_gen_toks"]
@@ -166,13 +166,11 @@ class JaxLM(TemplateLM):
             progress=progress,
         )
         texts = [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-        return [postprocess_generated_text(text, stops, None) for text in texts]
+        return [models_utils.postprocess_generated_text(text, stops, None) for text in texts]
 
     def _score(self, pairs, title: str, quiet: bool) -> list[tuple[float, bool]]:
         progress = self._progress(title, len(pairs), quiet)
-        return loglikelihoods(
-            self.model, pairs, batch_tokens=self._budget, mesh=self._mesh, progress=progress
-        )  # fmt: skip
+        return loglikelihoods(self.model, pairs, batch_tokens=self._budget, mesh=self._mesh, progress=progress)
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """The end of the context that leaves room for the continuation."""

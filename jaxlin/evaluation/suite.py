@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -77,33 +77,27 @@ def model_sha256(model: Teacher) -> str:
     return digest.hexdigest()
 
 
-def bars(console: Console):
-    """A function that starts a progress bar on `console`: bar(title, total) gives one to call with what was done."""
+class Bars:
+    """Progress bars on a console, one at a time: `bar(title, total)` gives a function to call with what was done."""
 
-    def start(title: str, total: int):
-        progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._shown: Progress | None = None
+
+    def __call__(self, title: str, total: int) -> Callable[[int], None]:
+        """Replace the bar by a new one."""
+        self.close()
+        counts = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        progress = Progress(TextColumn("{task.description}"), *counts, console=self._console, transient=True)
         bar = progress.add_task(title, total=total)
         progress.start()
-        left = total
+        self._shown = progress
+        return lambda done: progress.advance(bar, done)
 
-        def advance(done: int) -> None:
-            nonlocal left
-            left -= done
-            progress.advance(bar, done)
-            if left <= 0:
-                progress.stop()
-
-        return advance
-
-    return start
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._shown is not None:
+            self._shown.stop()
 
 
 def details(results: Mapping[str, Mapping[str, Result]]) -> dict[str, dict[str, Any]]:
