@@ -85,11 +85,11 @@ def test_sharing_changes_nothing(mixer, monkeypatch):
     (context, long), (other, singles), *rest = random_pairs([(50, 12), (60, 4), (2, 3), (20, 1)])
     pairs = [(context, long[:n]) for n in (1, 5, 12, 3)] + [(other, [token]) for token in singles] + rest
     pairs = pairs[::2] + pairs[1::2]
-    groups, alone = scoring._share(pairs, Budget(1))
+    groups, alone = scoring._share(pairs, 256)
     assert [len(group) for group in groups] == [4, 4] and sorted(pairs[i] for i in alone) == sorted(rest)
-    assert scoring._share(pairs, Budget(64)) == ([], list(range(10)))
+    assert scoring._share(pairs, 257) == ([], list(range(10)))
     expected, seen = loglikelihoods(model, pairs, batch_tokens=128), []
-    monkeypatch.setattr(scoring, "WORTH_SHARING", 0)
+    monkeypatch.setitem(scoring.WORTH_SHARING, "cpu", 0)
     assert_same(loglikelihoods(model, pairs, batch_tokens=128, progress=seen.append), expected)
     assert sum(seen) == 10
 

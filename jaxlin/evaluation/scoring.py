@@ -28,7 +28,8 @@ BATCH_TOKENS = {"cpu": 2048}  # padded tokens in a batch, by platform
 ACCELERATOR_TOKENS = 32_768
 HEAD_TOKENS = 1024  # positions whose logits exist at one time, about 200 MB of float32 for a vocabulary of 50,000
 MOST_ROWS = 256  # of a batch that has states, which are all in memory
-WORTH_SHARING = 8  # batches of tokens saved
+WORTH_SHARING = {"cpu": 2e12}  # floating-point operations that cost what compiling the programs for it does
+ACCELERATOR_SHARING = 1e16
 
 Pair = tuple[Sequence[int], Sequence[int]]
 Progress = Callable[[int], None]
@@ -112,7 +113,8 @@ def loglikelihoods(
         _in_batches(lengths, budget, shards, run, progress, min(MOST_ROWS, 4 * budget.tokens // length))
 
     shards = _shards(mesh)
-    groups, alone = _share(pairs, budget)
+    worth = WORTH_SHARING.get(jax.default_backend(), ACCELERATOR_SHARING)
+    groups, alone = _share(pairs, worth / (2 * sum(a.size for a in jax.tree.leaves(params))))
     with on_mesh(mesh):
         lengths = [len(pairs[i][0]) + len(pairs[i][1]) - 1 for i in alone]
         _in_batches(lengths, budget, shards, functools.partial(score, alone), progress)
@@ -208,10 +210,10 @@ def _in_batches(
         order = order[rows:]
 
 
-def _share(pairs: Sequence[Pair], budget: Budget) -> tuple[list[list[int]], list[int]]:
+def _share(pairs: Sequence[Pair], least: float) -> tuple[list[list[int]], list[int]]:
     """Groups of pairs whose context is read once, and the pairs that stand alone.
 
-    Sharing pays where it saves half of the tokens, and in all more than a few batches: it has programs of its own.
+    A group shares where that saves half of its tokens; none does unless all together save `least`.
     """
     by_context: dict[tuple[int, ...], list[int]] = {}
     for i, (context, _) in enumerate(pairs):
@@ -224,7 +226,7 @@ def _share(pairs: Sequence[Pair], budget: Budget) -> tuple[list[list[int]], list
             if 2 * together <= separate:
                 groups.append(members)
                 saved += separate - together
-    if saved < WORTH_SHARING * budget.tokens:
+    if saved < least:
         return [], list(range(len(pairs)))
     shared = {i for members in groups for i in members}
     return groups, [i for i in range(len(pairs)) if i not in shared]
