@@ -1,11 +1,11 @@
 """Measure a student against its teacher, or a teacher alone: `python3 eval.py --run DIR`. See `--help`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
-from jaxlin.config import UserError, parse, run_main
+from jaxlin.config import MeshConfig, UserError, parse, run_main
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,28 @@ class Settings:
     teacher: str = ""
     """Instead of a run: "demo", a Hugging Face name or folder, or a .gguf file."""
     suite: str = "quick"
-    """What to measure: quick."""
+    """What to measure: quick (minutes, no downloads), one of the benchmarks zero_shot, bear, niah, ifeval, gsm8k, swde
+    and longbench, all of them (all), or needles in longer texts (niah_long)."""
     tasks: tuple[str, ...] = ()
     """Tasks of the suite; empty means all."""
     data: str = ""
-    """Folder with the tasks' data, in it or in its folder eval."""
+    """Folder with the benchmarks' data, in it or in its folder eval; empty takes them from the hub."""
     text: tuple[str, ...] = ()
     """Text to measure perplexity on; empty uses the run's held-out text."""
     limit: int | None = None
     """Samples of each task; by default what the suite chooses."""
+    seed: int = 0
+    """Seed of what a benchmark chooses at random."""
+    chat: tyro.conf.UseCounterAction[int] = 0
+    """Put the benchmarks' prompts into the tokenizer's chat template."""
+    predict_only: tyro.conf.UseCounterAction[int] = 0
+    """Keep what the models answer to the benchmarks, and do not score it."""
+    out: str = ""
+    """Folder where the benchmarks' finished tasks are kept; by default the run folder's evaluation."""
+    batch_tokens: int | None = None
+    """Padded tokens in a batch of the benchmarks; by default what suits the device."""
+    mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
+    """Devices that the benchmarks are spread over; by default one."""
     json: tyro.conf.UseCounterAction[int] = 0
     """End with one line of JSON, without times."""
 
@@ -33,20 +46,60 @@ class Settings:
 def main() -> None:
     """Measure, print, and keep the results in the run folder."""
     settings = parse(Settings)  # before JAX is imported: --help and mistakes answer at once
-    if settings.limit is not None and settings.limit < 1:
-        raise UserError(f"--limit {settings.limit}: must be at least 1")
+    for flag, value in (("--limit", settings.limit), ("--batch-tokens", settings.batch_tokens)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
     if settings.data and not Path(settings.data).is_dir():
         raise UserError(f"--data {settings.data}: no such folder")
 
-    from jaxlin.evaluation.report import as_line, choose_tasks, evaluate, print_results
+    from jaxlin.evaluation.report import as_line, choose_tasks, evaluate, failure, print_results
     from jaxlin.evaluation.subject import open_subject
 
     choose_tasks(settings.suite, settings.tasks)  # refuses unknown names before anything is loaded
-    subject = open_subject(settings.run, settings.teacher, settings.text)
-    found = evaluate(subject, suite=settings.suite, tasks=settings.tasks, limit=settings.limit)
+    if settings.suite == "quick":
+        subject = open_subject(settings.run, settings.teacher, settings.text)
+        found = evaluate(subject, tasks=settings.tasks, limit=settings.limit)
+    else:
+        found = benchmark(settings)
     print_results(found)
     if settings.json:
         print(as_line(found))
+    if found.get("failed"):
+        raise UserError(failure(found["failed"]))
+
+
+def benchmark(settings: Settings) -> dict:
+    """Measure with a suite of benchmarks."""
+    from rich.console import Console
+
+    from jaxlin.evaluation import report
+    from jaxlin.evaluation.scoring import Budget
+    from jaxlin.evaluation.subject import open_subject
+    from jaxlin.evaluation.suite import Bars
+    from jaxlin.evaluation.task import Options
+    from jaxlin.sharding import make_mesh
+
+    bars = Bars(Console(stderr=True))
+    several = (settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor) != (1, 1, 1)
+    options = Options(
+        data=Path(settings.data) if settings.data else None,
+        limit=settings.limit,
+        seed=settings.seed,
+        predict_only=bool(settings.predict_only),
+        chat=bool(settings.chat),
+        budget=Budget(settings.batch_tokens),
+        mesh=make_mesh(settings.mesh) if several else None,
+        bar=bars,
+    )
+    report.check_data(settings.suite, settings.tasks, options)
+    subject = open_subject(settings.run, settings.teacher, mesh=options.mesh)
+    if options.chat and not subject.measured.tokenizer.chat_template:
+        raise UserError(f"--chat: the tokenizer of {subject.config.teacher} has no chat template")
+    folder = Path(settings.out) if settings.out else subject.run and subject.run.folder / "evaluation"
+    try:
+        return report.benchmark(subject, settings.suite, options, tasks=settings.tasks, folder=folder)
+    finally:
+        bars.close()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Command: `python -m jaxlin.generate --run DIR --prompt "..."`; without `--prompt
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,13 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Sequence[int] = (),
+    finished: Callable[[list[int]], bool] | None = None,
+    pad_to: int = PAD_TO,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> list[list[int]]:
     """Continue each prompt (token ids) by up to `max_new_tokens` tokens; a token in `stop_ids` ends it and is left out.
 
+    `finished` is asked now and then whether a continuation, so far, may end too; what it has by then is kept.
     Prompts of different lengths go through together, padded on the left. A prompt's continuation depends on its place
     in the batch only through the random numbers of sampling, and not on the prompts beside it.
     Raises UserError for an empty prompt or an impossible setting, ValueError for ids outside the vocabulary.
@@ -67,14 +70,16 @@ def generate(
     live = set(range(len(prompts)))
     if not prompts:
         return answers
-    blocks = _blocks(config, params, prompts, max_new_tokens, Sampling(temperature, top_k, top_p), seed, prefill_chunk)
-    for block in blocks:
+    sampling, padding = Sampling(temperature, top_k, top_p), (pad_to, prefill_chunk)
+    for block in _blocks(config, params, prompts, max_new_tokens, sampling, seed, padding):
         for row in sorted(live):
             for token in block[row].tolist():
                 if token in stop_ids:
                     live.discard(row)
                     break
                 answers[row].append(token)
+            if finished is not None and row in live and finished(answers[row]):
+                live.discard(row)
         if not live:
             break
     return answers
@@ -95,7 +100,7 @@ def stream(
 ) -> Iterator[str]:
     """The continuation of one prompt, as pieces of text that come as soon as their characters are complete."""
     sampling, text = Sampling(temperature, top_k, top_p), Detokenizer(tokenizer)
-    for block in _blocks(config, params, [prompt], max_new_tokens, sampling, seed, PREFILL_CHUNK, size=1):
+    for block in _blocks(config, params, [prompt], max_new_tokens, sampling, seed, size=1):
         token = int(block[0, 0])
         if token in stop_ids:
             break
@@ -143,17 +148,26 @@ def serving_params(params: Any, config: ModelConfig) -> Any:
 
 
 def _blocks(
-    config: ModelConfig, params, prompts, max_new_tokens: int, sampling: Sampling, seed: int, chunk: int, size=BLOCK
+    config: ModelConfig,
+    params,
+    prompts,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    padding: tuple[int, int] = (PAD_TO, PREFILL_CHUNK),
+    size: int = BLOCK,
 ) -> Iterator[np.ndarray]:
     """New tokens [B, n]: one after the prompts, then `size` at a time, `max_new_tokens` in all.
 
+    `padding`: prompts are padded to a multiple of the first, and longer ones than the second read in such chunks.
     The next block is already being computed when one is given out, so the device never waits for the caller.
     """
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
-    if chunk < 1:
-        raise ValueError(f"prefill_chunk={chunk}: must be at least 1")
-    tokens, segment_ids = _left_pad(prompts, config.vocab_size, chunk)
+    pad_to, chunk = padding
+    if chunk < 1 or pad_to < 1:
+        raise ValueError(f"pad_to={pad_to}, prefill_chunk={chunk}: must be at least 1")
+    tokens, segment_ids = _left_pad(prompts, config.vocab_size, pad_to, chunk)
     params = serving_params(params, config)
     rounds = -(-(max_new_tokens - 1) // size)
     state = init_state(config, len(prompts), tokens.shape[1] + rounds * size)
@@ -175,12 +189,14 @@ def _blocks(
         ready = following
 
 
-def _left_pad(prompts: Sequence[Sequence[int]], vocab_size: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+def _left_pad(
+    prompts: Sequence[Sequence[int]], vocab_size: int, pad_to: int, chunk: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and segment ids [B, T]; 0 before each prompt, so that all of them end together."""
     if short := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
         raise UserError(f"--prompt: prompt {short[0]} is empty; give at least one token")
     longest = max(map(len, prompts))
-    unit = min(PAD_TO, chunk) if longest <= chunk else chunk
+    unit = min(pad_to, chunk) if longest <= chunk else chunk
     length = -(-longest // unit) * unit
     tokens, segment_ids = np.zeros((2, len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
 import types
 import typing
 from dataclasses import asdict, dataclass, fields, replace
@@ -164,6 +165,17 @@ def write_text(path: Path, text: str) -> None:
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def git_commit() -> str | None:
+    """The commit of jaxlin's own checkout, or None where it is not one."""
+    where = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", where, "rev-parse", "--verify", "--quiet", "HEAD"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return out.stdout.strip() or None
 
 
 def to_json(config: Any) -> str:

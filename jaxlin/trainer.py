@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import math
-import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +29,7 @@ from jaxlin.evaluation.language_modeling import compare, put
 from jaxlin.metrics import MetricsLog, progress_bar
 from jaxlin.mixers import MIXERS
 from jaxlin.optimizer import make_optimizer, schedule
-from jaxlin.runs import Run, Teacher, check_folder, load_teacher, new_run
+from jaxlin.runs import Run, Teacher, check_folder, git_commit, load_teacher, new_run
 from jaxlin.student import abstract_params, init_student
 from jaxlin.train_step import make_loss, make_step
 
@@ -279,7 +277,7 @@ class Trainer:
                 "preset": self.run.preset,
                 "mixer": self.run.mixer,
                 "teacher": self.run.teacher,
-                "git_commit": _git_commit(),
+                "git_commit": git_commit(),
                 "python": platform.python_version(),
                 "versions": {n: importlib.metadata.version(n) for n in ("jax", "flax", "optax", "orbax-checkpoint")},
                 "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
@@ -307,14 +305,3 @@ def _numbers(metrics: dict[str, jax.Array]) -> dict[str, Any]:
     if "error" in values:
         values["layer_nmse"] = values.pop("error") / values.pop("power")
     return {k: v.tolist() for k, v in values.items()}
-
-
-def _git_commit() -> str | None:
-    """The commit of jaxlin's own checkout, or None where it is not one."""
-    where = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", where, "rev-parse", "--verify", "--quiet", "HEAD"]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return out.stdout.strip() or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +12,50 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxlin.config import UserError
-from jaxlin.evaluation import quick
+from jaxlin.evaluation import bear, benchmarks, longbench, quick, ruler, suite, swde
 from jaxlin.evaluation.subject import Subject, open_subject, params_sha256
+from jaxlin.evaluation.task import Kept, Options, Task, made_with
+from jaxlin.runs import write_text
 
-SUITES = {"quick": quick.TASKS}
+BENCHMARKS: dict[str, dict[str, Task]] = {
+    "zero_shot": benchmarks.ZERO_SHOT,
+    "ifeval": benchmarks.IFEVAL,
+    "gsm8k": benchmarks.GSM8K,
+    "bear": bear.TASKS,
+    "niah": ruler.TASKS,
+    "swde": swde.TASKS,
+    "longbench": longbench.TASKS,
+}
+SUITES: dict[str, Mapping[str, Any]] = {
+    "quick": quick.TASKS,
+    **BENCHMARKS,
+    "niah_long": ruler.LONG_TASKS,  # longer than what the paper ran
+    "all": {name: task for tasks in BENCHMARKS.values() for name, task in tasks.items()},
+}
 TIMES = ("speed",)  # tasks whose results differ from one time to the next
 
 
-def choose_tasks(suite: str, tasks: Sequence[str]) -> list[str]:
-    """The tasks of `suite`, or those of them that `tasks` names. Raises UserError for names that do not exist."""
-    if suite not in SUITES:
-        raise UserError(f"--suite {suite}: choose one of {', '.join(SUITES)}")
-    if unknown := [task for task in tasks if task not in SUITES[suite]]:
-        raise UserError(f"--tasks {unknown[0]}: the tasks of --suite {suite} are {', '.join(SUITES[suite])}")
-    return [task for task in SUITES[suite] if not tasks or task in tasks]
+def choose_tasks(name: str, tasks: Sequence[str]) -> list[str]:
+    """The tasks of suite `name`, or those of them that `tasks` names. Raises UserError for names that do not exist."""
+    if name not in SUITES:
+        raise UserError(f"--suite {name}: choose one of {', '.join(SUITES)}")
+    if unknown := [task for task in tasks if task not in SUITES[name]]:
+        raise UserError(f"--tasks {unknown[0]}: the tasks of --suite {name} are {', '.join(SUITES[name])}")
+    return [task for task in SUITES[name] if not tasks or task in tasks]
 
 
-def evaluate(
-    subject: Subject, *, suite: str = "quick", tasks: Sequence[str] = (), limit: int | None = None
-) -> dict[str, Any]:
-    """Measure `subject`; a run's results go to its evaluation.json as well.
+def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None = None) -> dict[str, Any]:
+    """Measure `subject` with the quick suite; a run's results go to its evaluation.json as well.
 
     Returns what was measured (suite, teacher, and for a run preset and mixer), params_sha256, for a run stage_losses
     ({stage: {start, end}}) and kl ({initialisation, now}), and results ({task: {model: {metric: value}}}).
     Values that are not finite numbers are None.
     """
-    chosen = choose_tasks(suite, tasks)
+    chosen = choose_tasks("quick", tasks)
     samples = quick.SAMPLES if limit is None else limit
     run = subject.run
-    found: dict[str, Any] = {"suite": suite, "teacher": subject.config.teacher}
-    if run is not None:
-        found |= {"preset": run.config.preset, "mixer": run.config.mixer}
-    found["params_sha256"] = params_sha256(subject.measured.params)
-    results = {task: SUITES[suite][task](subject, samples) for task in chosen}
+    found = _what(subject, "quick")
+    results = {task: quick.TASKS[task](subject, samples) for task in chosen}
     if run is not None:
         held_out = results.get("held_out") or quick.held_out(subject, samples)
         initial = run.read("fidelity.json") or {}
@@ -55,6 +66,53 @@ def evaluate(
     if run is not None:
         run.write("evaluation.json", found)
     return found
+
+
+def check_data(name: str, tasks: Sequence[str], options: Options) -> None:
+    """Raises UserError, before anything is loaded, where none of the benchmarks has what it needs."""
+    chosen = {task: SUITES[name][task] for task in choose_tasks(name, tasks)}
+    missing = suite.missing(chosen, options)
+    if len(missing) == len(chosen):
+        raise UserError(failure(missing))
+
+
+def benchmark(
+    subject: Subject, name: str, options: Options, *, tasks: Sequence[str] = (), folder: Path | None = None
+) -> dict[str, Any]:
+    """Measure `subject` with the suite `name`; finished tasks are kept in `folder`, and taken from there.
+
+    Returns what `evaluate` does, without stage_losses and kl, and with the seeds, hashes and versions of each result
+    (details, {task: {model: {...}}}), the versions and hardware of now (made_with), and what failed ({task: why}).
+    """
+    chosen = {task: SUITES[name][task] for task in choose_tasks(name, tasks)}
+    outcome = suite.run(subject, chosen, options, Kept(folder))
+    found = _what(subject, name)
+    found["results"] = outcome.metrics
+    for model in subject.models:
+        averages = benchmarks.average({t: by.get(model, {}) for t, by in outcome.metrics.items()})
+        if averages:
+            found["results"].setdefault("average", {})[model] = averages
+    found |= {"details": suite.details(outcome.results), "made_with": made_with(), "failed": outcome.failed}
+    found = _finite(found)
+    if folder is not None:
+        write_text(folder / f"{name}.json", json.dumps(found, indent=1))
+    return found
+
+
+def failure(failed: Mapping[str, str]) -> str:
+    """What failed, in one line; tasks that failed for the same reason together."""
+    reasons: dict[str, list[str]] = {}
+    for task, why in failed.items():
+        reasons.setdefault(why, []).append(task)
+    return "; ".join(why if len(reasons) == 1 else f"{', '.join(names)}: {why}" for why, names in reasons.items())
+
+
+def _what(subject: Subject, name: str) -> dict[str, Any]:
+    """What is measured, and with which suite."""
+    found: dict[str, Any] = {"suite": name, "teacher": subject.config.teacher}
+    if subject.run is not None:
+        found |= {"preset": subject.config.preset, "mixer": subject.config.mixer}
+    return found | {"params_sha256": params_sha256(subject.measured.params)}
 
 
 def report_run(folder: str | Path) -> dict[str, Any]:

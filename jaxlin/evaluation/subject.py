@@ -18,6 +18,8 @@ from jaxlin.config import RunConfig, UserError
 from jaxlin.data import heldout_batches
 from jaxlin.distill import Batch
 from jaxlin.runs import Run, Teacher, load_teacher, open_run
+from jaxlin.sharding import param_shardings
+from jaxlin.student import abstract_params
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,10 @@ class Subject:
         return heldout_batches(self.config.text, data, self.models["teacher"].tokenizer, batch_size=size)
 
 
-def open_subject(run: str = "", teacher: str = "", text: Sequence[str] = ()) -> Subject:
-    """Load what `run` (a folder) or `teacher` names; `text` replaces the run's held-out text.
+def open_subject(
+    run: str = "", teacher: str = "", text: Sequence[str] = (), *, mesh: jax.sharding.Mesh | None = None
+) -> Subject:
+    """Load what `run` (a folder) or `teacher` names, over `mesh`; `text` replaces the run's held-out text.
 
     Raises UserError where neither or both are given, or they cannot be loaded.
     """
@@ -52,11 +56,18 @@ def open_subject(run: str = "", teacher: str = "", text: Sequence[str] = ()) -> 
     config = opened.config if opened else RunConfig(teacher=teacher)
     if text:
         config = replace(config, data=replace(config.data, heldout=tuple(text)))
-    params = jax.tree.map(jnp.asarray, opened.params()) if opened else None  # first: a bad checkpoint fails at once
-    models = {"teacher": load_teacher(config)}
+    params = _place(opened, mesh) if opened else None  # first: a bad checkpoint fails at once
+    models = {"teacher": load_teacher(config, mesh)}
     if opened:
         models["student"] = Teacher(opened.student, params, models["teacher"].tokenizer)
     return Subject(models, config, opened)
+
+
+def _place(run: Run, mesh: jax.sharding.Mesh | None) -> Any:
+    """The student's parameters on their devices."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, run.params())
+    return jax.tree.map(jax.device_put, run.params(), param_shardings(abstract_params(run.student), mesh))
 
 
 def answerer(model: Teacher, max_new_tokens: int) -> Any:
