@@ -10,7 +10,9 @@ best the platform has. A named one that cannot run raises NotImplementedError wi
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -279,6 +281,11 @@ def _find(op: str, implementation: str) -> Callable:
             **arrays, **options, initial_state=state, chunk_size=chunk_size
         )
     if implementation == "pallas":
+        if platform() == "tpu" or os.environ.get("JAXLIN_INTERPRET") == "tpu":
+            kernel = importlib.import_module(f"jaxlin.kernels.{op}_tpu_op").pallas
+            return lambda arrays, state, options, chunk_size: kernel(
+                **arrays, **options, initial_state=state, chunk_size=chunk_size
+            )
         raise NotImplementedError(f"{op} has no Pallas kernel for {platform()}")
     raise ValueError(f"implementation is {implementation!r}, expected 'scan', 'chunked', 'pallas' or None")
 

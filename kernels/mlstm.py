@@ -32,20 +32,27 @@ def chunked(
     m [B, HV]; segment_ids [B, T] or None, 0 is padding. Returns h [B, T, HV, V] in the dtype of v, final (C, n, m).
     """
     time, length = q.shape[1], chunk.chunk_length(q.shape[1], chunk_size)
-    c, n, m0 = initial_state
+    g, w, m, (c, n, final_m) = gates(i, f, initial_state, segment_ids)
+    arrays = chunk.mask_padding(segment_ids, q, k, v, g, w)
+    q, k, v, g, w, m_chunks = (chunk.to_chunks(x, length) for x in (*arrays, m))
+    out = attend(scale, q, k, v, Gates(g, w), State(c, n), chunk.segment_masks(segment_ids, length))
+    h = out.n / jnp.maximum(jnp.abs(out.l), jnp.exp(-m_chunks))[..., None]
+    return chunk.from_chunks(h.astype(v.dtype), time), (*out.state, final_m)
+
+
+def gates(
+    i: Array, f: Array, state: tuple[Array, Array, Array], segment_ids: Array | None
+) -> tuple[Array, Array, Array, tuple[Array, Array, Array]]:
+    """Log decay g and log input gate w, both <= 0, m [B, T, HV] each; the state C, n to start from and the final m."""
+    c, n, m0 = state
     i, log_f = i.astype(m0.dtype), jax.nn.log_sigmoid(f.astype(m0.dtype))
     before, m = stabilizer(*lax.stop_gradient((i, log_f, m0)), segment_ids)
-    arrays = chunk.mask_padding(segment_ids, q, k, v, log_f + before - m, i - m)
-    q, k, v, g, w, m_chunks = (chunk.to_chunks(x, length) for x in (*arrays, m))
     final_m = m[:, -1]
     rescale = jnp.exp(m0 - lax.stop_gradient(m0))  # 1: the initial m is no constant, it scales C and n
     if segment_ids is not None:  # but a row of nothing but padding hands all three on
         empty = ~jnp.any(segment_ids != 0, axis=1, keepdims=True)
         final_m, rescale = jnp.where(empty, m0, final_m), jnp.where(empty, 1.0, rescale)
-    state = State(c * rescale[..., None, None], n * rescale[..., None])
-    out = attend(scale, q, k, v, Gates(g, w), state, chunk.segment_masks(segment_ids, length))
-    h = out.n / jnp.maximum(jnp.abs(out.l), jnp.exp(-m_chunks))[..., None]
-    return chunk.from_chunks(h.astype(v.dtype), time), (*out.state, final_m)
+    return log_f + before - m, i - m, m, (c * rescale[..., None, None], n * rescale[..., None], final_m)
 
 
 def stabilizer(i: Array, log_f: Array, m0: Array, segment_ids: Array | None) -> tuple[Array, Array]:

@@ -1,0 +1,101 @@
+"""Family A on the TPU: the differentiable call around the forward and the backward kernel."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlin.kernels import chunk
+from jaxlin.kernels import tile_tpu_layout as tiles
+from jaxlin.kernels.gated_linear_attention_tpu_bwd import backward
+from jaxlin.kernels.gated_linear_attention_tpu_fwd import Inputs, Options, forward
+from jaxlin.kernels.tile_tpu_layout import Layout
+
+
+def pallas(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array | None = None,
+    *,
+    scale: float,
+    normalize: bool = False,
+    initial_state: Any,
+    segment_ids: Array | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Array, Array | tuple[Array, Array]]:
+    """`gated_linear_attention.chunked` as TPU kernels: same arguments, same results.
+
+    The chunk is what fills a tile of 128 rows, so `chunk_size` changes nothing.
+    """
+    del chunk_size
+    if g is not None and g.ndim == 1:
+        g = jnp.broadcast_to(g, v.shape[:3])
+    (g,) = chunk.mask_padding(segment_ids, g)
+    s, z = initial_state if normalize else (initial_state, None)
+    o, s, z = attend(q, k, v, g, None, None, s, z, segment_ids, scale=scale, denominator="sum" if normalize else None)
+    return o, (s, z) if normalize else s
+
+
+def attend(
+    q: Array, k: Array, v: Array, g: Array | None, w: Array | None, m: Array | None, s: Array, z: Array | None,
+    segment_ids: Array | None, *, scale: float, denominator: str | None,
+) -> tuple[Array, Array, Array | None]:  # fmt: skip
+    """(o, final s, final z), differentiable in all but m; see `gated_linear_attention_tpu_fwd`.
+
+    q, k [B, T, H, K]; v [B, T, HV, V]; g, w, m [B, T, HV], zero where padded; s [B, HV, K, V]; z [B, HV, K]. Padding may
+    hold anything in q, k and v.
+    """
+    batch, time, heads, value = v.shape
+    key, dtype = q.shape[-1], tiles.operand_dtype(q, k, v)
+    layout = tiles.make_layout(batch, time, heads, key, value, dtype)
+    q, k = (tiles.flat(tiles.pad_last(x, layout.key)).astype(dtype) for x in (q, k))
+    rows = {n: None if x is None else tiles.to_rows(layout, x) for n, x in dict(g=g, w=w, m=m).items()}
+    inputs = Inputs(
+        q, k, tiles.flat(tiles.pad_last(v, layout.value)).astype(dtype), **rows,
+        segments=tiles.segment_rows(layout, segment_ids),
+    )  # fmt: skip
+    z = None if z is None else tiles.to_packs(layout, tiles.pad_last(z, layout.key))
+    options = Options(scale, denominator, q.shape[-1] // layout.key)
+    o, s, z = _attend((layout, options), inputs, tiles.pad_state(layout, s), z)
+    o = o.reshape(batch, time, heads, layout.value)[..., :value].astype(v.dtype)
+    z = None if z is None else tiles.from_packs(layout, z)[..., :key]
+    return o, s[..., :key, :value], z
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: tuple[Layout, Options], x: Inputs, s: Array, z: Array | None):
+    out = forward(*static, _repeated(*static, x), s, z, save=False)
+    return out["o"], out["s"], out.get("z")
+
+
+def _forward(static, x, s, z):
+    out = forward(*static, _repeated(*static, x), s, z, save=True)
+    received = {n: checkpoint_name(out[n], "chunk_states") for n in ("states", "normalizers") if n in out}
+    return (out["o"], out["s"], out.get("z")), (x, received)
+
+
+def _backward(static, residuals, cotangents):
+    layout, options = static
+    x, received = residuals
+    do, ds, dz = cotangents
+    out = backward(
+        layout, options, _repeated(*static, x), received["states"], received.get("normalizers"), do, ds, dz
+    )
+    dq, dk = (tiles.sum_value_heads(layout, options.heads, out[n]).astype(layout.dtype) for n in ("dq", "dk"))
+    dm, dsegments = jax.tree.map(jnp.zeros_like, (x.m, x.segments))
+    dx = Inputs(dq, dk, out["dv"], out.get("dg"), out.get("dw"), dm, dsegments)
+    return dx, out["ds"], out.get("dz")
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _repeated(layout: Layout, options: Options, x: Inputs) -> Inputs:
+    """With q and k for every value head."""
+    return x._replace(q=tiles.per_value_head(layout, options.heads, x.q), k=tiles.per_value_head(layout, options.heads, x.k))
