@@ -22,21 +22,17 @@ from jax.experimental import pallas as pl
 from jaxlin.kernels import tile_tpu_layout as tiles
 from jaxlin.kernels.gated_linear_attention_tpu_fwd import Inputs, Options, denominator
 from jaxlin.kernels.tile_tpu_algebra import (
-    NN,
     NT,
     TN,
     Masks,
     Segments,
     column_sum,
-    head_decays,
-    head_gate_gradient,
-    head_total,
     make_masks,
     product,
     read_segments,
     row_sum,
-    spread,
 )
+from jaxlin.kernels.tile_tpu_gates import make_gate
 from jaxlin.kernels.tile_tpu_layout import Layout
 
 
@@ -58,7 +54,8 @@ def backward(
         dq=("key", key_dtype), dk=("key", key_dtype), dv=("value", None), ds=("state", None)
     )
     scratch = dict(ds=(n.packs, n.key_lanes, n.value_lanes))
-    outputs |= {f"d{name}": ("rows", None) for name in "gw" if getattr(x, name) is not None}
+    kinds = dict(g="rows", g_channel="key", w="rows")
+    outputs |= {f"d{n}": (kind, jnp.float32) for n, kind in kinds.items() if getattr(x, n) is not None}
     if dz is not None:
         outputs["dz"] = ("normalizer", None)
         scratch["dz"] = (n.packs, 1, n.key_lanes)
@@ -99,45 +96,40 @@ def _pack(
     dtype, scale = layout.dtype, options.scale
     q, k = (tile.stacked(x[name], p, layout.key) for name in "qk")
     v, do = (tile.stacked(x[name], p, layout.value) for name in ("v", "do"))
-    g, w, m = (tiles.read_row(x.get(name), p) for name in "gwm")
     s, ds = tiles.expand(x["states"][0, 0, 0, p], layout), scratch["ds"][p]
-    d = head_decays(g, w, masks, segments, layout)
+    gate = make_gate(layout, masks, segments, tile, x, p)
     q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
+    decayed = gate.scores(q, k)
+    scores = scale * decayed
+    q_enter = scale * gate.enter * q32
 
-    scores = product(q, k, NT, dtype) * (scale * d.pair)
     dp = product(do, v, NT, dtype)
     dq_state = product(do, s, NT, dtype)
     dk_state = product(v, ds, NT, dtype)
-    q_enter, dn, dn_scores = scale * d.enter * q32, do, scores
-    q_enter_dn = q_enter
+    dn = do
     if options.denominator is not None:
-        z, dz = x["normalizers"][0, 0, 0, pl.ds(p, 1), :], scratch["dz"][p]
+        z, dz, m = tiles.read_row(x["normalizers"], p), scratch["dz"][p], tiles.read_row(x.get("m"), p)
         l = row_sum(q_enter * z) + row_sum(scores)  # noqa: E741
-        r, slope = denominator(options, l, m, masks)
-        dp, dq_state, dn_scores, q_enter_dn = r * dp, r * dq_state, r * scores, r * q_enter
+        r, slope = denominator(l, m, masks)
+        dn, dp, dq_state = r * do.astype(jnp.float32), r * dp, r * dq_state
         dl = -r * slope * (row_sum(scores * dp) + row_sum(q_enter * dq_state))
         dp, dq_state, dk_state = dp + dl, dq_state + dl * z, dk_state + dz
-        z_keep = spread(d.enter, layout.key_lanes, layout)
-        scratch["dz"][p] = z_keep * dz + column_sum(dl * q_enter)
-    dq_state, dk_state = scale * d.enter * dq_state, d.leave * dk_state
-    through = head_total(d.keep * s.astype(jnp.float32) * ds, layout)
-    scratch["ds"][p] = d.keep * ds + product(q_enter_dn, dn, TN, dtype)
+        scratch["dz"][p] = gate.keep_row * dz + column_sum(dl * q_enter)
+    dq_state, dk_state = scale * gate.enter * dq_state, gate.leave * dk_state
+    scratch["ds"][p] = gate.keep * ds + scale * gate.read_vjp(q, dn)
 
-    dpd = scale * dp * d.pair
-    dq = product(dpd, k, NN, dtype, exact=True) + dq_state
-    dk = product(dpd, q, TN, dtype, exact=True) + dk_state
-    dv = product(dn_scores, dn, TN, dtype, exact=True) + d.leave * product(k, ds, NN, dtype)
-    tile.store(out["dq"], p, dq, layout.key)
-    tile.store(out["dk"], p, dk, layout.key)
+    dq, dk, e = gate.scores_vjp(scale * dp, decayed, q, k)
+    dv = product(scores, dn, TN, dtype, exact=True) + gate.write_vjp(k, ds)
+    tile.store(out["dq"], p, dq + dq_state, layout.key)
+    tile.store(out["dk"], p, dk + dk_state, layout.key)
     tile.store(out["dv"], p, dv, layout.value)
 
-    e = dp * scores
-    reads, writes = row_sum(q32 * dq_state), row_sum(k32 * dk_state)
-    if "dg" in out:
-        if options.denominator is not None:
-            through += head_total(z_keep * z * dz, layout)
-        out["dg"][0, 0, 0, pl.ds(p, 1), :] = head_gate_gradient(
-            jnp.where(masks.before, e, 0.0), reads, writes, through, masks
-        )
+    reads, writes = gate.sizes(q32 * dq_state), gate.sizes(k32 * dk_state)
+    for name in ("dg", "dg_channel"):
+        if name in out:
+            carried = gate.carried(s.astype(jnp.float32), ds)
+            if options.denominator is not None:
+                carried += gate.carried_row(z, dz)
+            gate.store(out[name], tile, p, gate.gradient(e, reads, writes, carried))
     if "dw" in out:
-        out["dw"][0, 0, 0, pl.ds(p, 1), :] = column_sum(e + jnp.where(masks.eye, writes, 0.0))
+        tiles.write_row(out["dw"], p, column_sum(dp * scores + jnp.where(masks.eye, writes, 0.0)))

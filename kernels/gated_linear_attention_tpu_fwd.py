@@ -1,4 +1,4 @@
-"""Family A on the TPU, forward: linear attention, RetNet, scalar gates, and the mLSTM, one pass over the chunks.
+"""Family A on the TPU, forward: linear attention, RetNet, GLA, and the mLSTM, one pass over the chunks.
 
     P_ij = scale q_i.k_j D_ij ;   n = scale enter (Q S) + P V ;   S' = keep S + (leave K)^T V
     l = scale enter (q.z) + P 1 ;   z' = keep z + (leave K)^T 1 ;   o = n, n / (l + eps) or n / max(|l|, e^-m)
@@ -19,19 +19,16 @@ from jax.experimental import pallas as pl
 from jaxlin.kernels import tile_tpu_layout as tiles
 from jaxlin.kernels.tile_tpu_algebra import (
     NN,
-    NT,
-    TN,
     Masks,
     Segments,
     column_sum,
-    head_decays,
     make_masks,
     product,
     read_segments,
     row_sum,
-    spread,
     to_column,
 )
+from jaxlin.kernels.tile_tpu_gates import make_gate
 from jaxlin.kernels.tile_tpu_layout import Layout
 
 NORMALIZER_EPS = 1e-10
@@ -51,13 +48,14 @@ class Inputs(NamedTuple):
     q: Array  # [B, T, HV * K]
     k: Array
     v: Array  # [B, T, HV * V]
-    g: Array | None  # rows: log decays
+    g: Array | None  # rows: log decays per head
+    g_channel: Array | None  # [B, T, HV * K]: log decays per channel
     w: Array | None  # rows: log input gates
     m: Array | None  # rows: the mLSTM's stabiliser
     segments: Array | None
 
     def blocks(self) -> dict[str, tuple[str, Array | None]]:
-        kinds = dict(q="key", k="key", v="value", g="rows", w="rows", m="rows", segments="segments")
+        kinds = dict(q="key", k="key", v="value", g="rows", g_channel="key", w="rows", m="rows", segments="segments")
         return {name: (kinds[name], x) for name, x in self._asdict().items()}
 
 
@@ -108,29 +106,27 @@ def _pack(
     layout: Layout, options: Options, tile: tiles.Reader, masks: Masks, segments: Segments | None,
     x: dict, out: dict, scratch: dict, p: Any,
 ) -> None:  # fmt: skip
-    dtype = layout.dtype
+    scale = options.scale
     q, k = (tile.stacked(x[name], p, layout.key) for name in "qk")
     v = tile.stacked(x["v"], p, layout.value)
-    g, w, m = (tiles.read_row(x.get(name), p) for name in "gwm")
     s = scratch["s"][p]
-    d = head_decays(g, w, masks, segments, layout)
-    scores = product(q, k, NT, dtype) * (options.scale * d.pair)
-    o = options.scale * d.enter * product(q, s, NN, dtype) + product(scores, v, NN, dtype, exact=True)
-    k_leave = d.leave * k.astype(jnp.float32)
-    scratch["s"][p] = d.keep * s + product(k_leave, v, TN, dtype)
+    gate = make_gate(layout, masks, segments, tile, x, p)
+    scores = scale * gate.scores(q, k)
+    o = scale * gate.read(q, s) + product(scores, v, NN, layout.dtype, exact=True)
+    scratch["s"][p] = gate.keep * s + gate.write(k, v)
     if "states" in out:
-        out["states"][0, 0, 0, p] = tiles.compact(s, layout).astype(dtype)
+        out["states"][0, 0, 0, p] = tiles.compact(s, layout).astype(layout.dtype)
     if options.denominator is not None:
-        z = scratch["z"][p]
-        l = options.scale * d.enter * row_sum(q.astype(jnp.float32) * z) + row_sum(scores)  # noqa: E741
-        o = o * denominator(options, l, m, masks)[0]
-        scratch["z"][p] = spread(d.enter, layout.key_lanes, layout) * z + column_sum(k_leave)
+        z, m = scratch["z"][p], tiles.read_row(x.get("m"), p)
+        l = scale * row_sum(gate.enter * q.astype(jnp.float32) * z) + row_sum(scores)  # noqa: E741
+        o = o * denominator(l, m, masks)[0]
+        scratch["z"][p] = gate.keep_row * z + column_sum(gate.leave * k.astype(jnp.float32))
         if "normalizers" in out:
-            out["normalizers"][0, 0, 0, pl.ds(p, 1), :] = z
+            tiles.write_row(out["normalizers"], p, z)
     tile.store(out["o"], p, o, layout.value)
 
 
-def denominator(options: Options, l: Array, m: Array | None, masks: Masks) -> tuple[Array, Array | float]:  # noqa: E741
+def denominator(l: Array, m: Array | None, masks: Masks) -> tuple[Array, Array | float]:  # noqa: E741
     """1 / d and the derivative of d by l, for columns l [128, 1] and the row m [1, 128]."""
     if m is None:
         return 1.0 / (l + NORMALIZER_EPS), 1.0

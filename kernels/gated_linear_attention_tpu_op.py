@@ -36,7 +36,6 @@ def pallas(
     del chunk_size
     if g is not None and g.ndim == 1:
         g = jnp.broadcast_to(g, v.shape[:3])
-    (g,) = chunk.mask_padding(segment_ids, g)
     s, z = initial_state if normalize else (initial_state, None)
     o, s, z = attend(q, k, v, g, None, None, s, z, segment_ids, scale=scale, denominator="sum" if normalize else None)
     return o, (s, z) if normalize else s
@@ -48,20 +47,20 @@ def attend(
 ) -> tuple[Array, Array, Array | None]:  # fmt: skip
     """(o, final s, final z), differentiable in all but m; see `gated_linear_attention_tpu_fwd`.
 
-    q, k [B, T, H, K]; v [B, T, HV, V]; g, w, m [B, T, HV], zero where padded; s [B, HV, K, V]; z [B, HV, K]. Padding may
-    hold anything in q, k and v.
+    q, k [B, T, H, K]; v [B, T, HV, V]; g [B, T, HV] or [B, T, HV, K]; w, m [B, T, HV]; s [B, HV, K, V]; z [B, HV, K].
+    Padding may hold anything.
     """
     batch, time, heads, value = v.shape
-    key, dtype = q.shape[-1], tiles.operand_dtype(q, k, v)
-    layout = tiles.make_layout(batch, time, heads, key, value, dtype)
-    q, k = (tiles.flat(tiles.pad_last(x, layout.key)).astype(dtype) for x in (q, k))
-    rows = {n: None if x is None else tiles.to_rows(layout, x) for n, x in dict(g=g, w=w, m=m).items()}
+    key = q.shape[-1]
+    layout = tiles.make_layout(batch, time, heads, key, value, tiles.operand_dtype(q, k, v))
     inputs = Inputs(
-        q, k, tiles.flat(tiles.pad_last(v, layout.value)).astype(dtype), **rows,
+        **tiles.token_arrays(layout, q, k, v), **tiles.gate_arrays(layout, segment_ids, g),
+        w=None if w is None else tiles.to_rows(layout, *chunk.mask_padding(segment_ids, w)),
+        m=None if m is None else tiles.to_rows(layout, m),
         segments=tiles.segment_rows(layout, segment_ids),
     )  # fmt: skip
     z = None if z is None else tiles.to_packs(layout, tiles.pad_last(z, layout.key))
-    options = Options(scale, denominator, q.shape[-1] // layout.key)
+    options = Options(scale, denominator, q.shape[2])
     o, s, z = _attend((layout, options), inputs, tiles.pad_state(layout, s), z)
     o = o.reshape(batch, time, heads, layout.value)[..., :value].astype(v.dtype)
     z = None if z is None else tiles.from_packs(layout, z)[..., :key]
@@ -70,12 +69,14 @@ def attend(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: tuple[Layout, Options], x: Inputs, s: Array, z: Array | None):
-    out = forward(*static, _repeated(*static, x), s, z, save=False)
+    layout, options = static
+    out = forward(layout, options, tiles.per_value_head(layout, options.heads, x), s, z, save=False)
     return out["o"], out["s"], out.get("z")
 
 
 def _forward(static, x, s, z):
-    out = forward(*static, _repeated(*static, x), s, z, save=True)
+    layout, options = static
+    out = forward(layout, options, tiles.per_value_head(layout, options.heads, x), s, z, save=True)
     received = {n: checkpoint_name(out[n], "chunk_states") for n in ("states", "normalizers") if n in out}
     return (out["o"], out["s"], out.get("z")), (x, received)
 
@@ -85,17 +86,12 @@ def _backward(static, residuals, cotangents):
     x, received = residuals
     do, ds, dz = cotangents
     out = backward(
-        layout, options, _repeated(*static, x), received["states"], received.get("normalizers"), do, ds, dz
+        layout, options, tiles.per_value_head(layout, options.heads, x), received["states"], received.get("normalizers"), do, ds, dz
     )
     dq, dk = (tiles.sum_value_heads(layout, options.heads, out[n]).astype(layout.dtype) for n in ("dq", "dk"))
     dm, dsegments = jax.tree.map(jnp.zeros_like, (x.m, x.segments))
-    dx = Inputs(dq, dk, out["dv"], out.get("dg"), out.get("dw"), dm, dsegments)
+    dx = Inputs(dq, dk, out["dv"], out.get("dg"), out.get("dg_channel"), out.get("dw"), dm, dsegments)
     return dx, out["ds"], out.get("dz")
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _repeated(layout: Layout, options: Options, x: Inputs) -> Inputs:
-    """With q and k for every value head."""
-    return x._replace(q=tiles.per_value_head(layout, options.heads, x.q), k=tiles.per_value_head(layout, options.heads, x.k))

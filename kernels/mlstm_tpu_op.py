@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax import Array
 
-from jaxlin.kernels import chunk, mlstm
+from jaxlin.kernels import mlstm
 from jaxlin.kernels.gated_linear_attention_tpu_op import attend
 
 
@@ -23,6 +23,5 @@ def pallas(
     """`mlstm.chunked` as a TPU kernel: same arguments, same results; `chunk_size` changes nothing."""
     del chunk_size
     g, w, m, (c, n, final_m) = mlstm.gates(i, f, initial_state, segment_ids)
-    g, w = chunk.mask_padding(segment_ids, g, w)
     h, c, n = attend(q, k, v, g, w, m, c, n, segment_ids, scale=scale, denominator="max")
     return h, (c, n, final_m)

@@ -1,12 +1,8 @@
-"""The algebra of one stacked tile (see tile_tpu_layout.py): products, masks, decays, the triangular inverse.
+"""The algebra of one stacked tile (see tile_tpu_layout.py): products, masks, the triangular inverse.
 
 Precision. float32 tiles are multiplied at `Precision.HIGHEST`. With bfloat16 inputs, an operand that is bfloat16 already is
 exact; a float32 one is split into bfloat16 pieces: one where it meets the state, two (16 bits, as in bf16x3) inside a
 chunk. The split is written out, since Mosaic knows only one pass and six in some releases.
-
-Decays. log D_ij = sum_t [t <= i] g_t [t > j] is one product of triangles around diag(g): the sum of just the gates between
-the two rows, so never positive, never a difference of cumulative sums, and exact to float32 (g in three pieces, 0 and 1 are
-exact). The gate's gradient dg_t = sum_ij [t <= i] E_ij [t > j] is the same product around E.
 """
 
 from __future__ import annotations
@@ -36,11 +32,20 @@ def product(x: Array, y: Array, axes: tuple[int, int], dtype: Any, exact: bool =
     return sum(terms[1:], terms[0])
 
 
-def sums(x: Array, mask: Array) -> Array:
+def sums_after(x: Array, mask: Array) -> Array:
     """x times a bool matrix, float32 throughout: 24 bits in three pieces."""
-    ones = mask.astype(jnp.float32).astype(jnp.bfloat16)
-    terms = [_dot(a, ones, NN, lax.Precision.DEFAULT) for a in pieces(x, 3)]
+    terms = [_dot(a, _ones(mask), NN, lax.Precision.DEFAULT) for a in pieces(x, 3)]
     return terms[0] + terms[1] + terms[2]
+
+
+def sums_before(mask: Array, x: Array) -> Array:
+    """A bool matrix times x, float32 throughout."""
+    terms = [_dot(_ones(mask), a, NN, lax.Precision.DEFAULT) for a in pieces(x, 3)]
+    return terms[0] + terms[1] + terms[2]
+
+
+def _ones(mask: Array) -> Array:
+    return mask.astype(jnp.float32).astype(jnp.bfloat16)
 
 
 def pieces(x: Array, count: int) -> list[Array]:
@@ -109,66 +114,22 @@ def column_sum(x: Array) -> Array:
     return jnp.sum(x, axis=0, keepdims=True)
 
 
-def per_head(columns: Array, rows: int, layout: Layout) -> Array:
-    """The last row of each head [128, 1], repeated over `rows` rows a head: [pack * rows, 1]."""
-    last = [columns[(h + 1) * layout.chunk - 1 : (h + 1) * layout.chunk] for h in range(layout.pack)]
-    if layout.pack == 1:
-        return jnp.broadcast_to(last[0], (rows, 1))
-    return jnp.where(lax.broadcasted_iota(jnp.int32, (2 * rows, 1), 0) < rows, last[0], last[1])
+# ---- (I + L)^-1 ----
 
 
-# ---- decays of a gate per head ----
+def unit_lower_inverse(lower: Array, layout: Layout) -> Array:
+    """(I + L)^-1 of strictly lower, block diagonal L [128, 128]: X <- X - X M X, M the corners of blocks of 2s rows.
 
-
-class Decays(NamedTuple):
-    """Decays of a tile, segment masks included; the input gate, where there is one, is in `pair` and `leave`."""
-
-    pair: Array  # [128, 128] from row j to row i, 0 for j > i
-    enter: Array  # [128, 1] from the chunk's start to row i, inclusive
-    leave: Array  # [128, 1] from row j to the chunk's end
-    keep: Array  # [pack * K, 1] from the chunk's start to its end
-
-
-def head_decays(g: Array | None, w: Array | None, masks: Masks, segments: Segments | None, layout: Layout) -> Decays:
-    """From the log decays and the log input gates [1, 128] of a pack."""
-    zero = jnp.zeros((ROWS, 1), jnp.float32)
-    log_pair, log_enter, log_leave = jnp.zeros((ROWS, ROWS), jnp.float32), zero, zero
-    if g is not None:
-        upto = jnp.where(masks.upto, g, 0.0)
-        log_pair, log_enter = sums(upto, masks.before), row_sum(upto)
-        log_leave = row_sum(jnp.where(masks.after, g, 0.0))
-    if w is not None:
-        log_pair, log_leave = log_pair + w, log_leave + to_column(w, masks)
-    pair = jnp.where(masks.upto, jnp.exp(log_pair), 0.0)
-    enter, leave = jnp.exp(log_enter), jnp.exp(log_leave)
-    if segments is not None:
-        pair = jnp.where(segments.same, pair, 0.0)
-        enter, leave = jnp.where(segments.enter, enter, 0.0), jnp.where(segments.leave, leave, 0.0)
-    return Decays(pair, enter, leave, per_head(enter, layout.key, layout))
-
-
-def head_gate_gradient(e: Array, reads: Array, writes: Array, through: Array, masks: Masks) -> Array:
-    """dg [1, 128]: g_t is on every path from a row before t, or the state, to row t or later, or the end.
-
-    e [128, 128] strictly lower; reads, writes [128, 1]; through [1, 128], what the state carries past the chunk.
+    No power of L is formed. Blocks up to 16 rows are merged in float32; above, 16 bits do for bfloat16 inputs.
     """
-    into = sums(e, masks.after) + reads
-    return column_sum(jnp.where(masks.upto, into, 0.0) + jnp.where(masks.after, writes, 0.0)) + through
-
-
-def spread(row: Array, lanes: int, layout: Layout) -> Array:
-    """The last row of each head of a column [128, 1], over that head's lanes: [1, lanes]."""
-    last = [row[(h + 1) * layout.chunk - 1 : (h + 1) * layout.chunk] for h in range(layout.pack)]
-    if layout.pack == 1:
-        return jnp.broadcast_to(last[0], (1, lanes))
-    return jnp.where(lax.broadcasted_iota(jnp.int32, (1, lanes), 1) < lanes // 2, last[0], last[1])
-
-
-def head_total(x: Array, layout: Layout) -> Array:
-    """Sum of each head's block of a block diagonal x [1 or pack * K, pack * D], on that head's lanes: [1, 128]."""
-    x = column_sum(x)
-    if layout.pack == 1:
-        return jnp.broadcast_to(row_sum(x), (1, ROWS))
-    left = lax.broadcasted_iota(jnp.int32, x.shape, 1) < x.shape[1] // 2
-    first, second = row_sum(jnp.where(left, x, 0.0)), row_sum(jnp.where(left, 0.0, x))
-    return jnp.where(lax.broadcasted_iota(jnp.int32, (1, ROWS), 1) < layout.chunk, first, second)
+    i, j = (lax.broadcasted_iota(jnp.int32, lower.shape, axis) for axis in (0, 1))
+    differ = i ^ j
+    inverse = jnp.where(i == j, 1.0, jnp.where(differ == 1, -lower, 0.0))
+    s = 2
+    while s < layout.chunk:
+        corners = jnp.where((differ >= s) & (differ < 2 * s), lower, 0.0)
+        dtype = layout.dtype if s >= 16 else jnp.float32
+        left = product(inverse, corners, NN, dtype, exact=True)
+        inverse -= product(left, inverse, NN, dtype, exact=True)
+        s *= 2
+    return inverse

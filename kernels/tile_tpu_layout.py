@@ -34,6 +34,7 @@ SEGMENT_ROWS = 8
 """Sublanes of the per-token masks, of which three are used: run, carry, valid."""
 BLOCK_BYTES = 6 << 20
 """What the blocks and the states of one grid step may take of VMEM, before double buffering."""
+MAX_PACKS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ def make_layout(batch: int, time: int, heads: int, key: int, value: int, dtype: 
     tokens = ROWS // pack
     lanes = pack * max(key, value)
     per_pack = 7 * tokens * lanes * item + 4 * pack * key * pack * value * 4
-    limit = max(1, min(8, BLOCK_BYTES // per_pack))
+    limit = max(1, min(MAX_PACKS, BLOCK_BYTES // per_pack))
     wanted = -(-heads // pack)
     packs = min(range(limit, 0, -1), key=lambda p: (-(-wanted // p) * p, -p))
     return Layout(batch, time, heads, key, value, jnp.dtype(dtype), packs, -(-wanted // packs))
@@ -129,12 +130,27 @@ def pad_state(layout: Layout, s: Array) -> Array:
     return jnp.pad(s, ((0, 0), (0, 0), (0, layout.key - key), (0, layout.value - value)))
 
 
-def per_value_head(layout: Layout, heads: int, x: Array) -> Array:
-    """[B, T, H * K] -> [B, T, HV * K]: value head j uses key head j // (HV // H)."""
+def token_arrays(layout: Layout, q: Array, k: Array, v: Array) -> dict[str, Array]:
+    """q, k [B, T, H, K] and v [B, T, HV, V], padded and flat."""
+    sizes = dict(q=(q, layout.key), k=(k, layout.key), v=(v, layout.value))
+    return {n: flat(pad_last(x, size)).astype(layout.dtype) for n, (x, size) in sizes.items()}
+
+
+def gate_arrays(layout: Layout, segment_ids: Array | None, g: Array | None) -> dict[str, Array | None]:
+    """g as rows [B, T, HV], zero where padded, or as tokens "g_channel" [B, T, HV, K], there holding anything."""
+    if g is None:
+        return dict(g=None, g_channel=None)
+    if g.ndim == 3:
+        return dict(g=to_rows(layout, *chunk.mask_padding(segment_ids, g)), g_channel=None)
+    return dict(g=None, g_channel=flat(pad_last(g, layout.key)).astype(jnp.float32))
+
+
+def per_value_head(layout: Layout, heads: int, x: Any) -> Any:
+    """A tuple with q and k [B, T, H * K], for every value head instead: value head j has key head j // (HV // H)."""
     if heads == layout.heads:
         return x
-    x = jnp.repeat(x.reshape(layout.batch, layout.time, heads, -1), layout.heads // heads, axis=2)
-    return flat(x)
+    shape, group = (layout.batch, layout.time, heads, layout.key), layout.heads // heads
+    return x._replace(**{n: flat(jnp.repeat(getattr(x, n).reshape(shape), group, axis=2)) for n in ("q", "k")})
 
 
 def sum_value_heads(layout: Layout, heads: int, x: Array) -> Array:
@@ -282,6 +298,10 @@ def read_row(ref: Any, pack: Any) -> Array | None:
     return None if ref is None else ref[0, 0, 0, pl.ds(pack, 1), :]
 
 
+def write_row(ref: Any, pack: Any, row: Array) -> None:
+    ref[0, 0, 0, pl.ds(pack, 1), :] = row
+
+
 class Reader:
     """Reads and writes packs of the current block, zeroing what is no token or no head."""
 
@@ -303,10 +323,17 @@ class Reader:
             mask = real if mask is None else mask & real
         return x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
 
+    def tokens_only(self, x: Array) -> Array:
+        """Zero the rows of [C, ...] that are padding."""
+        return x if self.valid is None else jnp.where(self.valid[: self.layout.chunk], x, jnp.zeros_like(x))
+
     def store(self, ref: Any, pack: Any, x: Array, size: int) -> None:
         """Unstack [128, pack * size] and write it as tokens."""
+        self.store_tokens(ref, pack, unstack(x, self.layout), size)
+
+    def store_tokens(self, ref: Any, pack: Any, x: Array, size: int) -> None:
         width = self.layout.pack * size
-        ref[0, :, pl.ds(pack * width, width)] = unstack(x, self.layout).astype(ref.dtype)
+        ref[0, :, pl.ds(pack * width, width)] = x.astype(ref.dtype)
 
     def state(self, ref: Any, pack: Any) -> Array:
         """The states of one pack, block diagonal [pack * K, pack * V]."""
@@ -321,6 +348,9 @@ class Reader:
         return jnp.concatenate(
             [jnp.concatenate([parts[0], zero], axis=1), jnp.concatenate([zero, parts[1]], axis=1)], axis=0
         )
+
+    def load_state(self, scratch: Any, ref: Any, pack: Any) -> None:
+        scratch[pack] = self.state(ref, pack)
 
     def store_state(self, ref: Any, pack: Any, s: Array) -> None:
         n = self.layout
