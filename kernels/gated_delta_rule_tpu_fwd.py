@@ -3,7 +3,7 @@
     A_ij = k_i.k_j D_ij, i > j ;   P_ij = q_i.k_j D_ij, i >= j ;   T = (I + B A)^-1
     U = T B (V - (enter K) S) ;   o = scale ((enter Q) S + P U) ;   S' = keep S + (leave K)^T U
 
-Everything of a chunk, T included, stays in VMEM; S is carried there from chunk to chunk. kernels/README.md has the rest.
+Everything of a chunk, T included, stays in VMEM; S is carried there from chunk to chunk. kernels/README.md has more.
 """
 
 from __future__ import annotations

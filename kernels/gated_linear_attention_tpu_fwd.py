@@ -3,8 +3,8 @@
     P_ij = scale q_i.k_j D_ij ;   n = scale enter (Q S) + P V ;   S' = keep S + (leave K)^T V
     l = scale enter (q.z) + P 1 ;   z' = keep z + (leave K)^T 1 ;   o = n, n / (l + eps) or n / max(|l|, e^-m)
 
-`leave` and D hold the input gate where there is one. Everything of a chunk stays in VMEM; S and z are carried there from
-chunk to chunk. kernels/README.md has the derivation.
+`leave` and D hold the input gate where there is one. Everything of a chunk stays in VMEM; S and z are carried there
+from chunk to chunk. kernels/README.md has the derivation.
 """
 
 from __future__ import annotations

@@ -85,9 +85,8 @@ def _backward(static, residuals, cotangents):
     layout, options = static
     x, received = residuals
     do, ds, dz = cotangents
-    out = backward(
-        layout, options, tiles.per_value_head(layout, options.heads, x), received["states"], received.get("normalizers"), do, ds, dz
-    )
+    repeated = tiles.per_value_head(layout, options.heads, x)
+    out = backward(layout, options, repeated, received["states"], received.get("normalizers"), do, ds, dz)
     dq, dk = (tiles.sum_value_heads(layout, options.heads, out[n]).astype(layout.dtype) for n in ("dq", "dk"))
     dm, dsegments = jax.tree.map(jnp.zeros_like, (x.m, x.segments))
     dx = Inputs(dq, dk, out["dv"], out.get("dg"), out.get("dg_channel"), out.get("dw"), dm, dsegments)

@@ -1,12 +1,12 @@
 """Decays of one stacked tile, by a gate per head or per channel: the same operations on both.
 
-A gate per head. log D_ij = sum_t [t <= i] g_t [t > j] is one product of triangles around diag(g): the sum of just the gates
-between the two rows, so never positive, never a difference of cumulative sums, and exact to float32. The gate's gradient
-dg_t = sum_ij [t <= i] E_ij [t > j] is the same product around E. The decay is applied to products, never to q or k.
+A gate per head. log D_ij = sum_t [t <= i] g_t [t > j] is one product of triangles around diag(g): the sum of just the
+gates between the two rows, so never positive, never a difference of cumulative sums, and exact to float32. The gate's
+gradient dg_t = sum_ij [t <= i] E_ij [t > j] is the same product around E. Decays multiply products, never q or k.
 
-A gate per channel goes by halves, as in chunk.py: for i > j there is one s = 1, 2, 4 ... with i in the second and j in the
-first half of an aligned block of 2s rows, and the decay between them is e_s[i] e_s[j], each an exponential of a sum of
-gates. Level s is the product of q e_s and k e_s, masked to its corners.
+A gate per channel goes by halves, as in chunk.py: for i > j there is one s = 1, 2, 4 ... with i in the second and j in
+the first half of an aligned block of 2s rows, and the decay between them is e_s[i] e_s[j], each an exponential of a sum
+of gates. Level s is the product of q e_s and k e_s, masked to its corners.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """How arrays meet the TPU kernels: heads packed into lanes, chunks stacked into tiles of 128 rows, blocks, the grid.
 
-A tile is what one head would be with 128 rows a chunk. Heads of 64 go in pairs: q is read as [B, T, H * 64], in which two
-neighbouring heads are the 128 lanes of one vector register, and a chunk of 64 tokens of such a pair [64, 128] is stacked
-to 128 rows, head 0 on lanes 0-63 of rows 0-63, head 1 on lanes 64-127 of rows 64-127, zeros elsewhere:
+A tile is what one head would be with 128 rows a chunk. Heads of 64 go in pairs: q is read as [B, T, H * 64], in which
+two neighbouring heads are the 128 lanes of a vector register, and a chunk of 64 tokens of such a pair [64, 128] is
+stacked to 128 rows, head 0 on lanes 0-63 of rows 0-63, head 1 on lanes 64-127 of rows 64-127, zeros elsewhere:
 
     [q_0 q_1]  ->  [[q_0, 0], [0, q_1]]
 
 Products of stacked tiles are block diagonal, so two heads of 64 and one of 128 run through the same code, on full MXU
 tiles, and nothing is ever transposed in HBM. A grid step handles several packs; the last grid axis walks the chunks.
-Per-token numbers (gates, masks) are rows of 128 lanes in the order of the stacked rows. Rows past the end of the sequence
-and lanes past the last head hold anything in a block: they are zeroed when read, and never written.
+Per-token numbers (gates, masks) are rows of 128 lanes in the order of the stacked rows. Rows past the end of the
+sequence and lanes past the last head hold anything in a block: they are zeroed when read, and never written.
 """
 
 from __future__ import annotations
@@ -288,9 +288,8 @@ def call(
 
 
 def each_pack(layout: Layout, body: Callable[[Any], None]) -> None:
-    """`body` for every pack of the grid step."""
-    for p in range(layout.packs):
-        body(p)
+    """`body` for every pack of the grid step: a loop, so that neither code nor temporaries grow with the packs."""
+    lax.fori_loop(0, layout.packs, lambda p, _: body(p), None)
 
 
 def read_row(ref: Any, pack: Any) -> Array | None:
