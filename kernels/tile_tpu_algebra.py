@@ -1,8 +1,8 @@
 """The algebra of one stacked tile (see tile_tpu_layout.py): products, masks, the triangular inverse.
 
-Precision. float32 tiles are multiplied at `Precision.HIGHEST`. With bfloat16 inputs, an operand that is bfloat16 already
-is exact; a float32 one is split into bfloat16 pieces: one where it meets the state, two (16 bits, as in bf16x3) inside a
-chunk. The split is written out, since some releases of Mosaic know only one pass and six.
+Precision. float32 tiles are multiplied at `Precision.HIGHEST`. With bfloat16 inputs, an operand that is bfloat16
+already is exact; a float32 one is split into bfloat16 pieces: one where it meets the state, two (16 bits, as in bf16x3) inside
+a chunk. The split is written out, since some releases of Mosaic know only one pass and six.
 """
 
 from __future__ import annotations
@@ -29,19 +29,27 @@ def product(x: Array, y: Array, axes: tuple[int, int], dtype: Any, exact: bool =
         for j, b in enumerate(pieces(y, count))
         if i + j < count
     ]
+    return _total(terms)
+
+
+def sums_after(x: Array, mask: Array, dtype: Any) -> Array:
+    """x times a bool matrix: 24 bits of x, or 16 of a bfloat16 problem's."""
+    ones = _ones(mask)
+    return _total([_dot(a, ones, NN, lax.Precision.DEFAULT) for a in pieces(x, _sum_pieces(dtype))])
+
+
+def sums_before(mask: Array, x: Array, dtype: Any) -> Array:
+    """A bool matrix times x, as precisely."""
+    ones = _ones(mask)
+    return _total([_dot(ones, a, NN, lax.Precision.DEFAULT) for a in pieces(x, _sum_pieces(dtype))])
+
+
+def _sum_pieces(dtype: Any) -> int:
+    return 3 if dtype == jnp.float32 else 2
+
+
+def _total(terms: list[Array]) -> Array:
     return sum(terms[1:], terms[0])
-
-
-def sums_after(x: Array, mask: Array) -> Array:
-    """x times a bool matrix, float32 throughout: 24 bits in three pieces."""
-    terms = [_dot(a, _ones(mask), NN, lax.Precision.DEFAULT) for a in pieces(x, 3)]
-    return terms[0] + terms[1] + terms[2]
-
-
-def sums_before(mask: Array, x: Array) -> Array:
-    """A bool matrix times x, float32 throughout."""
-    terms = [_dot(_ones(mask), a, NN, lax.Precision.DEFAULT) for a in pieces(x, 3)]
-    return terms[0] + terms[1] + terms[2]
 
 
 def _ones(mask: Array) -> Array:
@@ -118,7 +126,7 @@ def column_sum(x: Array) -> Array:
 def unit_lower_inverse(lower: Array, layout: Layout) -> Array:
     """(I + L)^-1 of strictly lower, block diagonal L [128, 128]: X <- X - X M X, M the corners of blocks of 2s rows.
 
-    No power of L is formed. Blocks up to 16 rows are merged in float32; above, 16 bits do for bfloat16 inputs.
+    No power of L is formed, so 16 bits do for bfloat16 inputs.
     """
     i, j = (lax.broadcasted_iota(jnp.int32, lower.shape, axis) for axis in (0, 1))
     differ = i ^ j
@@ -126,8 +134,7 @@ def unit_lower_inverse(lower: Array, layout: Layout) -> Array:
     s = 2
     while s < layout.chunk:
         corners = jnp.where((differ >= s) & (differ < 2 * s), lower, 0.0)
-        dtype = layout.dtype if s >= 16 else jnp.float32
-        left = product(inverse, corners, NN, dtype, exact=True)
-        inverse -= product(left, inverse, NN, dtype, exact=True)
+        left = product(inverse, corners, NN, layout.dtype, exact=True)
+        inverse -= product(left, inverse, NN, layout.dtype, exact=True)
         s *= 2
     return inverse

@@ -1,7 +1,7 @@
 """Decays of one stacked tile, by a gate per head or per channel: the same operations on both.
 
 A gate per head. log D_ij = sum_t [t <= i] g_t [t > j] is one product of triangles around diag(g): the sum of just the
-gates between the two rows, so never positive, never a difference of cumulative sums, and exact to float32. The gate's
+gates between the two rows, so never positive, never a difference of cumulative sums, and nothing is lost. The gate's
 gradient dg_t = sum_ij [t <= i] E_ij [t > j] is the same product around E. Decays multiply products, never q or k.
 
 A gate per channel goes by halves, as in chunk.py: for i > j there is one s = 1, 2, 4 ... with i in the second and j in
@@ -51,7 +51,7 @@ class HeadGate:
         log_pair, log_enter, log_leave = jnp.zeros((ROWS, ROWS), jnp.float32), zero, zero
         if g is not None:
             upto = jnp.where(masks.upto, g, 0.0)
-            log_pair, log_enter = sums_after(upto, masks.before), row_sum(upto)
+            log_pair, log_enter = sums_after(upto, masks.before, layout.dtype), row_sum(upto)
             log_leave = row_sum(jnp.where(masks.after, g, 0.0))
         if w is not None:
             log_pair, log_leave = log_pair + w, log_leave + to_column(w, masks)
@@ -99,7 +99,7 @@ class HeadGate:
 
         e as `scores_vjp` gives it; reads, writes [128, 1]; carried [1, 128].
         """
-        into = sums_after(e, self.masks.after) + reads
+        into = sums_after(e, self.masks.after, self.layout.dtype) + reads
         between = jnp.where(self.masks.upto, into, 0.0) + jnp.where(self.masks.after, writes, 0.0)
         return column_sum(between) + carried
 
@@ -134,13 +134,14 @@ class ChannelGate:
         i, t = (lax.broadcasted_iota(jnp.int32, (c, c), axis) for axis in (0, 1))
         rows, lanes = (lax.broadcasted_iota(jnp.int32, (ROWS, ROWS), axis) for axis in (0, 1))
         differ = rows ^ lanes
-        enter = jnp.exp(sums_before(t <= i, g))
-        self.enter, self.leave = self._twice(enter), self._twice(jnp.exp(sums_before(t > i, g)))
+        sums = functools.partial(sums_before, dtype=layout.dtype)
+        enter = jnp.exp(sums(t <= i, g))
+        self.enter, self.leave = self._twice(enter), self._twice(jnp.exp(sums(t > i, g)))
         self.levels, s = [], 1
         while s < c:
             block, second = (i ^ t) < s, (i & s) != 0
             between = block & ((second & (t <= i)) | (~second & (t > i)))
-            e = jnp.exp(sums_before(between, g))
+            e = jnp.exp(sums(between, g))
             self.levels.append(((differ >= s) & (differ < 2 * s) & (rows > lanes), self._twice(e)))
             s *= 2
         self.keep_row = enter[c - 1 : c]
@@ -190,7 +191,8 @@ class ChannelGate:
         e, writes = (unstack(x, self.layout) for x in (e + reads, writes))
         c = self.layout.chunk
         t, i = (lax.broadcasted_iota(jnp.int32, (c, c), axis) for axis in (0, 1))
-        return sums_before(i >= t, e) + sums_before(i < t, writes) + carried
+        sums = functools.partial(sums_before, dtype=self.layout.dtype)
+        return sums(i >= t, e) + sums(i < t, writes) + carried
 
     def carried(self, s: Array, ds: Array) -> Array:
         return column_sum(jnp.where(_eye(self.layout.key_lanes), self.keep * row_sum(s * ds), 0.0))
