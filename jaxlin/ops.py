@@ -260,8 +260,8 @@ def _run(op: str, arrays: dict, state: Any, options: dict, chunk_size: int | Non
 
 
 def _preference(time: int) -> tuple[str, ...]:
-    if time == 1:
-        return ("scan",)  # one step; chunks have nothing to gain
+    if time == 1:  # one step; chunks have nothing to gain
+        return ("pallas", "scan") if platform() == "tpu" else ("scan",)
     return ("chunked", "scan") if platform() == "cpu" else ("pallas", "chunked", "scan")
 
 

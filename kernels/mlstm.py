@@ -64,7 +64,9 @@ def stabilizer(i: Array, log_f: Array, m0: Array, segment_ids: Array | None) -> 
         decay = jnp.where(starts, -jnp.inf, jnp.where(valid, log_f, 0.0))
         least = jnp.where(starts, jnp.maximum(log_f, i), jnp.where(valid, i, -jnp.inf))
 
-    shift = 1  # m -> max(decay + m, least) over 1, 2, 4 ... tokens: shifts compile ten times faster than slices of pairs
+    shift = (
+        1  # m -> max(decay + m, least) over 1, 2, 4 ... tokens: shifts compile ten times faster than slices of pairs
+    )
     while shift < decay.shape[1]:
         pads = (0, 0), (shift, 0), (0, 0)
         earlier = jnp.pad(least[:, :-shift], pads, constant_values=-jnp.inf)

@@ -1,4 +1,4 @@
-"""What the tests of both families of TPU kernels share, and the kernels through the seam: choice, sharding, strictness."""
+"""What the tests of both families of TPU kernels share; the kernels through the seam; strict interpretation."""
 
 from __future__ import annotations
 
@@ -54,6 +54,13 @@ def test_a_tpu_gets_the_kernel(op, monkeypatch):
     arrays = (x, x, x, *([jax.ShapeDtypeStruct((1, 64, 2), jnp.float32)] if op == "gated_delta_rule" else []))
     with jax.sharding.use_abstract_mesh(mesh):
         assert "pallas_call" in str(jax.make_jaxpr(getattr(ops, op))(*arrays))
+
+
+@pytest.mark.parametrize("op", ("gated_linear_attention", "gated_delta_rule", "mlstm"))
+def test_one_token(op):
+    """The decode step: the state in place, padding does nothing."""
+    case = Case(T=1, H=3, HV=3, K=64, V=24, gate="scalar" if op == "gated_delta_rule" else "channel", segments="gaps")
+    run(op, case, jnp.float32, normalize=op == "gated_linear_attention")
 
 
 def test_sharded_is_single():
