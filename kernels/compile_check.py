@@ -2,9 +2,9 @@
 
     python -m jaxlin.kernels.compile_check --target v5e:2x2 v5p:2x2x1 v6e:2x2
 
-prints for each kernel its VMEM, the HBM bytes around and inside it, its flops and the time that the chip's bandwidth and
-matmul rate allow, and fails where VMEM is short, HBM traffic is far above the floor, a Pallas call is missing, or XLA
-copies or transposes an array as large as q (or the state) around one. Needs `pip install jaxlin[tpu]`; arrays are never made.
+prints for each program its VMEM, the HBM bytes inside and around the kernels, its flops and the time that the chip's
+bandwidth and matmul rate allow, and fails where VMEM is short, HBM traffic is far above the floor, a Pallas call is
+missing, or XLA copies or transposes an array as large as q or the state. Needs `pip install jaxlin[tpu]`, and no TPU.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ def line(target: str, shape: str, mixer: str, name: str, r: Report) -> str:
     chip = CHIPS[target.split(":")[0]]
     memory, matmul = r.hbm / chip.hbm_gb_per_s / 1e3, r.passes / chip.bf16_tflops / 1e6
     row = (
-        f"{target:12} {shape:5} {mixer:17} {name:17} {r.vmem / 2**20:5.1f} MiB {r.hbm / 1e6:6.0f} MB {r.hbm / r.floor:7.2f}"
-        f" {r.flops / 1e9:7.1f} {memory:6.0f} us {matmul:6.0f} us {r.seconds:6.1f} s"
+        f"{target:12} {shape:5} {mixer:17} {name:17} {r.vmem / 2**20:5.1f} MiB {r.hbm / 1e6:6.0f} MB"
+        f" {r.hbm / r.floor:7.2f} {r.flops / 1e9:7.1f} {memory:6.0f} us {matmul:6.0f} us {r.seconds:6.1f} s"
     )
     return "\n".join([row, *(f"    FAILED: {problem}" for problem in r.problems)])
 
@@ -168,16 +168,13 @@ def program(mixer: Mixer, shape: tuple[int, int, int, int], shards: int, segment
         arrays["g"] = gates[mixer.gate]
     if segments:
         arrays["ids"] = ((batch, time_), jnp.int32)
-    options = dict(normalize=True) if mixer.normalize else {}
+    options: dict[str, Any] = dict(normalize=True) if mixer.normalize else {}
 
     def forward(x):
-        x = {
-            n: a.reshape(batch, time_, heads, size) if n != "state" and a.shape == tokens[0] else a
-            for n, a in x.items()
-        }
-        ids = x.pop("ids", None)
-        state = x.pop("state", None)
-        o, state = getattr(ops, mixer.op)(**x, initial_state=state, segment_ids=ids, implementation="pallas", **options)
+        x = dict(x)
+        options["segment_ids"], options["initial_state"] = x.pop("ids", None), x.pop("state", None)
+        x = {n: a.reshape(batch, time_, heads, size) if a.shape == tokens[0] else a for n, a in x.items()}
+        o, state = getattr(ops, mixer.op)(**x, **options, implementation="pallas")
         return o.reshape(tokens[0]), state
 
     return {n: jax.ShapeDtypeStruct(*x) for n, x in arrays.items()}, forward

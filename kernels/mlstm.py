@@ -48,11 +48,25 @@ def gates(
     i, log_f = i.astype(m0.dtype), jax.nn.log_sigmoid(f.astype(m0.dtype))
     before, m = stabilizer(*lax.stop_gradient((i, log_f, m0)), segment_ids)
     final_m = m[:, -1]
-    rescale = jnp.exp(m0 - lax.stop_gradient(m0))  # 1: the initial m is no constant, it scales C and n
-    if segment_ids is not None:  # but a row of nothing but padding hands all three on
+    if segment_ids is not None:  # a row of nothing but padding hands all three on
         empty = ~jnp.any(segment_ids != 0, axis=1, keepdims=True)
-        final_m, rescale = jnp.where(empty, m0, final_m), jnp.where(empty, 1.0, rescale)
-    return log_f + before - m, i - m, m, (c * rescale[..., None, None], n * rescale[..., None], final_m)
+        final_m, m0 = jnp.where(empty, m0, final_m), jnp.where(empty, lax.stop_gradient(m0), m0)
+    return log_f + before - m, i - m, m, (*_in_units_of(c, n, m0), final_m)
+
+
+@jax.custom_vjp
+def _in_units_of(c: Array, n: Array, m: Array) -> tuple[Array, Array]:
+    """C and n, as they are: they stand for e^m C and e^m n, so the initial m, no constant, gets a gradient."""
+    del m
+    return c, n
+
+
+def _in_units_of_bwd(residuals, cotangents):
+    (c, n), (dc, dn) = residuals, cotangents
+    return dc, dn, jnp.sum(c * dc, axis=(-2, -1)) + jnp.sum(n * dn, axis=-1)
+
+
+_in_units_of.defvjp(lambda c, n, m: ((c, n), (c, n)), _in_units_of_bwd)
 
 
 def stabilizer(i: Array, log_f: Array, m0: Array, segment_ids: Array | None) -> tuple[Array, Array]:
@@ -64,9 +78,7 @@ def stabilizer(i: Array, log_f: Array, m0: Array, segment_ids: Array | None) -> 
         decay = jnp.where(starts, -jnp.inf, jnp.where(valid, log_f, 0.0))
         least = jnp.where(starts, jnp.maximum(log_f, i), jnp.where(valid, i, -jnp.inf))
 
-    shift = (
-        1  # m -> max(decay + m, least) over 1, 2, 4 ... tokens: shifts compile ten times faster than slices of pairs
-    )
+    shift = 1  # m -> max(decay + m, least) over 1, 2, 4 ... tokens: on a TPU, shifts compile faster than strides
     while shift < decay.shape[1]:
         pads = (0, 0), (shift, 0), (0, 0)
         earlier = jnp.pad(least[:, :-shift], pads, constant_values=-jnp.inf)

@@ -25,8 +25,8 @@ def pallas(
     del chunk_size
     g, w, m, (c, n, final_m) = mlstm.gates(i, f, initial_state, segment_ids)
     if q.shape[1] == 1:
-        o, (c, n, l) = step(q, k, v, g, w, c, n, segment_ids, scale=scale)
-        h = o / jnp.maximum(jnp.abs(l), jnp.exp(-m[:, 0]))[..., None]
+        o, (c, n, denominator) = step(q, k, v, g, w, c, n, segment_ids, scale=scale)
+        h = o / jnp.maximum(jnp.abs(denominator), jnp.exp(-m[:, 0]))[..., None]
         return h[:, None].astype(v.dtype), (c, n, final_m)
     h, c, n = attend(q, k, v, g, w, m, c, n, segment_ids, scale=scale, denominator="max")
     return h, (c, n, final_m)

@@ -24,7 +24,10 @@ STATE_BYTES = 1 << 20
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def step(scale: float, q: Array, k: Array, v: Array, decay: Array, erase: Array | None, s: Array):
-    """(o [B, HV, V], s) in float32; q, k, erase [B, H or HV, K]; v [B, HV, V]; decay [B, HV, 1 or K]; s [B, HV, K, V]."""
+    """(o [B, HV, V], s) in float32.
+
+    q, k, erase [B, H or HV, K]; v [B, HV, V]; decay [B, HV, 1 or K]; s [B, HV, K, V].
+    """
     return _call(scale, q, k, v, decay, erase, s)
 
 

@@ -1,8 +1,8 @@
 """The algebra of one stacked tile (see tile_tpu_layout.py): products, masks, the triangular inverse.
 
 Precision. float32 tiles are multiplied at `Precision.HIGHEST`. With bfloat16 inputs, an operand that is bfloat16
-already is exact; a float32 one is split into bfloat16 pieces: one where it meets the state, two (16 bits, as in bf16x3) inside
-a chunk. The split is written out, since some releases of Mosaic know only one pass and six.
+already is exact; a float32 one is split into bfloat16 pieces: one where it meets the state, two (16 bits, as in bf16x3)
+inside a chunk. The split is written out, since some releases of Mosaic know only one pass and six.
 """
 
 from __future__ import annotations
