@@ -10,7 +10,9 @@ best the platform has. A named one that cannot run raises NotImplementedError wi
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -258,8 +260,8 @@ def _run(op: str, arrays: dict, state: Any, options: dict, chunk_size: int | Non
 
 
 def _preference(time: int) -> tuple[str, ...]:
-    if time == 1:
-        return ("scan",)  # one step; chunks have nothing to gain
+    if time == 1:  # one step; chunks have nothing to gain
+        return ("pallas", "scan") if platform() == "tpu" else ("scan",)
     return ("chunked", "scan") if platform() == "cpu" else ("pallas", "chunked", "scan")
 
 
@@ -279,6 +281,11 @@ def _find(op: str, implementation: str) -> Callable:
             **arrays, **options, initial_state=state, chunk_size=chunk_size
         )
     if implementation == "pallas":
+        if platform() == "tpu" or os.environ.get("JAXLIN_INTERPRET") == "tpu":
+            kernel = importlib.import_module(f"jaxlin.kernels.{op}_tpu_op").pallas
+            return lambda arrays, state, options, chunk_size: kernel(
+                **arrays, **options, initial_state=state, chunk_size=chunk_size
+            )
         raise NotImplementedError(f"{op} has no Pallas kernel for {platform()}")
     raise ValueError(f"implementation is {implementation!r}, expected 'scan', 'chunked', 'pallas' or None")
 

@@ -32,20 +32,41 @@ def chunked(
     m [B, HV]; segment_ids [B, T] or None, 0 is padding. Returns h [B, T, HV, V] in the dtype of v, final (C, n, m).
     """
     time, length = q.shape[1], chunk.chunk_length(q.shape[1], chunk_size)
-    c, n, m0 = initial_state
-    i, log_f = i.astype(m0.dtype), jax.nn.log_sigmoid(f.astype(m0.dtype))
-    before, m = stabilizer(*lax.stop_gradient((i, log_f, m0)), segment_ids)
-    arrays = chunk.mask_padding(segment_ids, q, k, v, log_f + before - m, i - m)
+    g, w, m, (c, n, final_m) = gates(i, f, initial_state, segment_ids)
+    arrays = chunk.mask_padding(segment_ids, q, k, v, g, w)
     q, k, v, g, w, m_chunks = (chunk.to_chunks(x, length) for x in (*arrays, m))
-    final_m = m[:, -1]
-    rescale = jnp.exp(m0 - lax.stop_gradient(m0))  # 1: the initial m is no constant, it scales C and n
-    if segment_ids is not None:  # but a row of nothing but padding hands all three on
-        empty = ~jnp.any(segment_ids != 0, axis=1, keepdims=True)
-        final_m, rescale = jnp.where(empty, m0, final_m), jnp.where(empty, 1.0, rescale)
-    state = State(c * rescale[..., None, None], n * rescale[..., None])
-    out = attend(scale, q, k, v, Gates(g, w), state, chunk.segment_masks(segment_ids, length))
+    out = attend(scale, q, k, v, Gates(g, w), State(c, n), chunk.segment_masks(segment_ids, length))
     h = out.n / jnp.maximum(jnp.abs(out.l), jnp.exp(-m_chunks))[..., None]
     return chunk.from_chunks(h.astype(v.dtype), time), (*out.state, final_m)
+
+
+def gates(
+    i: Array, f: Array, state: tuple[Array, Array, Array], segment_ids: Array | None
+) -> tuple[Array, Array, Array, tuple[Array, Array, Array]]:
+    """Log decay g and log input gate w, both <= 0, m [B, T, HV] each; the state C, n to start from and the final m."""
+    c, n, m0 = state
+    i, log_f = i.astype(m0.dtype), jax.nn.log_sigmoid(f.astype(m0.dtype))
+    before, m = stabilizer(*lax.stop_gradient((i, log_f, m0)), segment_ids)
+    final_m = m[:, -1]
+    if segment_ids is not None:  # a row of nothing but padding hands all three on
+        empty = ~jnp.any(segment_ids != 0, axis=1, keepdims=True)
+        final_m, m0 = jnp.where(empty, m0, final_m), jnp.where(empty, lax.stop_gradient(m0), m0)
+    return log_f + before - m, i - m, m, (*_in_units_of(c, n, m0), final_m)
+
+
+@jax.custom_vjp
+def _in_units_of(c: Array, n: Array, m: Array) -> tuple[Array, Array]:
+    """C and n, as they are: they stand for e^m C and e^m n, so the initial m, no constant, gets a gradient."""
+    del m
+    return c, n
+
+
+def _in_units_of_bwd(residuals, cotangents):
+    (c, n), (dc, dn) = residuals, cotangents
+    return dc, dn, jnp.sum(c * dc, axis=(-2, -1)) + jnp.sum(n * dn, axis=-1)
+
+
+_in_units_of.defvjp(lambda c, n, m: ((c, n), (c, n)), _in_units_of_bwd)
 
 
 def stabilizer(i: Array, log_f: Array, m0: Array, segment_ids: Array | None) -> tuple[Array, Array]:
@@ -57,10 +78,13 @@ def stabilizer(i: Array, log_f: Array, m0: Array, segment_ids: Array | None) -> 
         decay = jnp.where(starts, -jnp.inf, jnp.where(valid, log_f, 0.0))
         least = jnp.where(starts, jnp.maximum(log_f, i), jnp.where(valid, i, -jnp.inf))
 
-    def compose(x, y):  # m -> max(a + m, c), first x then y
-        return x[0] + y[0], jnp.maximum(x[1] + y[0], y[1])
-
-    decay, least = lax.associative_scan(compose, (decay, least), axis=1)
+    shift = 1  # m -> max(decay + m, least) over 1, 2, 4 ... tokens: on a TPU, shifts compile faster than strides
+    while shift < decay.shape[1]:
+        pads = (0, 0), (shift, 0), (0, 0)
+        earlier = jnp.pad(least[:, :-shift], pads, constant_values=-jnp.inf)
+        least = jnp.maximum(earlier + decay, least)
+        decay = decay + jnp.pad(decay[:, :-shift], pads)
+        shift *= 2
     m = jnp.maximum(decay + m0[:, None], least)
     before = jnp.concatenate([m0[:, None], m[:, :-1]], axis=1)
     return before if segment_ids is None else jnp.where(starts, start, before), m

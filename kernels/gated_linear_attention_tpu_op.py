@@ -1,0 +1,120 @@
+"""Family A on the TPU: the differentiable call around the forward and the backward kernel."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlin.kernels import chunk, recurrent_tpu_step
+from jaxlin.kernels import tile_tpu_layout as tiles
+from jaxlin.kernels.gated_linear_attention_tpu_bwd import backward
+from jaxlin.kernels.gated_linear_attention_tpu_fwd import NORMALIZER_EPS, Inputs, Options, forward
+from jaxlin.kernels.tile_tpu_layout import Layout
+
+
+def pallas(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array | None = None,
+    *,
+    scale: float,
+    normalize: bool = False,
+    initial_state: Any,
+    segment_ids: Array | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Array, Array | tuple[Array, Array]]:
+    """`gated_linear_attention.chunked` as TPU kernels: same arguments, same results.
+
+    The chunk is what fills a tile of 128 rows, so `chunk_size` changes nothing.
+    """
+    del chunk_size
+    if g is not None and g.ndim == 1:
+        g = jnp.broadcast_to(g, v.shape[:3])
+    s, z = initial_state if normalize else (initial_state, None)
+    if q.shape[1] == 1:
+        o, state = step(q, k, v, g, None, s, z, segment_ids, scale=scale)
+        if z is not None:
+            o = o / (state[2] + NORMALIZER_EPS)[..., None]
+        return o[:, None].astype(v.dtype), state[:2] if normalize else state[0]
+    o, s, z = attend(q, k, v, g, None, None, s, z, segment_ids, scale=scale, denominator="sum" if normalize else None)
+    return o, (s, z) if normalize else s
+
+
+def step(
+    q: Array, k: Array, v: Array, g: Array | None, w: Array | None, s: Array, z: Array | None,
+    segment_ids: Array | None, *, scale: float,
+) -> tuple[Array, tuple[Array, Array | None, Array | None]]:  # fmt: skip
+    """One token, T = 1: n [B, HV, V] in float32, then S, z and l = scale z.q [B, HV] (None without z)."""
+    arrays = chunk.mask_padding(segment_ids, q, k, v, g, w)
+    q, k, v, g, w = (None if x is None else x[:, 0].astype(jnp.float32) for x in arrays)
+    if w is not None or z is not None:
+        q, k = (jnp.repeat(x, v.shape[1] // x.shape[1], axis=1) for x in (q, k))
+    if w is not None:
+        k = jnp.exp(w)[..., None] * k
+    decay = jnp.ones((*v.shape[:2], 1)) if g is None else jnp.exp(g if g.ndim == 3 else g[..., None])
+    n, s = recurrent_tpu_step.step(scale, q, k, v, decay, None, s)
+    if z is None:
+        return n, (s, None, None)
+    z = decay * z + k
+    return n, (s, z, scale * jnp.sum(q * z, axis=-1))
+
+
+def attend(
+    q: Array, k: Array, v: Array, g: Array | None, w: Array | None, m: Array | None, s: Array, z: Array | None,
+    segment_ids: Array | None, *, scale: float, denominator: str | None,
+) -> tuple[Array, Array, Array | None]:  # fmt: skip
+    """(o, final s, final z), differentiable in all but m; see `gated_linear_attention_tpu_fwd`.
+
+    q, k [B, T, H, K]; v [B, T, HV, V]; g [B, T, HV] or [B, T, HV, K]; w, m [B, T, HV]; s [B, HV, K, V]; z [B, HV, K].
+    Padding may hold anything.
+    """
+    batch, time, heads, value = v.shape
+    key = q.shape[-1]
+    layout = tiles.make_layout(batch, time, heads, key, value, tiles.operand_dtype(q, k, v))
+    inputs = Inputs(
+        **tiles.token_arrays(layout, q, k, v), **tiles.gate_arrays(layout, segment_ids, g),
+        w=None if w is None else tiles.to_rows(layout, *chunk.mask_padding(segment_ids, w)),
+        m=None if m is None else tiles.to_rows(layout, m),
+        segments=tiles.segment_rows(layout, segment_ids),
+    )  # fmt: skip
+    z = None if z is None else tiles.to_packs(layout, tiles.pad_last(z, layout.key))
+    options = Options(scale, denominator, q.shape[2])
+    o, s, z = _attend((layout, options), inputs, tiles.pad_state(layout, s), z)
+    o = o.reshape(batch, time, heads, layout.value)[..., :value].astype(v.dtype)
+    z = None if z is None else tiles.from_packs(layout, z)[..., :key]
+    return o, s[..., :key, :value], z
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: tuple[Layout, Options], x: Inputs, s: Array, z: Array | None):
+    layout, options = static
+    out = forward(layout, options, tiles.per_value_head(layout, options.heads, x), s, z, save=False)
+    return out["o"], out["s"], out.get("z")
+
+
+def _forward(static, x, s, z):
+    layout, options = static
+    out = forward(layout, options, tiles.per_value_head(layout, options.heads, x), s, z, save=True)
+    received = {n: checkpoint_name(out[n], "chunk_states") for n in ("states", "normalizers") if n in out}
+    return (out["o"], out["s"], out.get("z")), (x, received)
+
+
+def _backward(static, residuals, cotangents):
+    layout, options = static
+    x, received = residuals
+    do, ds, dz = cotangents
+    repeated = tiles.per_value_head(layout, options.heads, x)
+    out = backward(layout, options, repeated, received["states"], received.get("normalizers"), do, ds, dz)
+    dq, dk = (tiles.sum_value_heads(layout, options.heads, out[n]).astype(layout.dtype) for n in ("dq", "dk"))
+    dm, dsegments = jax.tree.map(jnp.zeros_like, (x.m, x.segments))
+    dx = Inputs(dq, dk, out["dv"], out.get("dg"), out.get("dg_channel"), out.get("dw"), dm, dsegments)
+    return dx, out["ds"], out.get("dz")
+
+
+_attend.defvjp(_forward, _backward)

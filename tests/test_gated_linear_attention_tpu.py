@@ -1,0 +1,115 @@
+"""The TPU kernels of family A and the mLSTM, interpreted: outputs and all gradients against the definition.
+
+The last of the three heads of 64 has no partner in its pair, and the last chunk has rows past the end.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlin import ops
+from tests import grid
+from tests.grid import Case
+from tests.test_kernels_tpu import CASE, SEGMENTS, interpret, run  # noqa: F401
+
+OP = "gated_linear_attention"
+
+
+@pytest.mark.parametrize("gate", (pytest.param("none", marks=pytest.mark.slow), "scalar", "channel"))
+def test_float32(gate):
+    for segments, strength, corr in (("gaps", "mixed", 0.0), ("packed", "strong", 1.0)):
+        case = grid.replace(CASE, gate=gate, segments=segments, strength=strength, corr=corr)
+        run(OP, case, jnp.float32)
+
+
+@pytest.mark.parametrize("gate", ("scalar", pytest.param("channel", marks=pytest.mark.slow)))
+def test_bfloat16(gate):
+    for corr in (0.0, 0.9):
+        run(OP, grid.replace(CASE, gate=gate, strength="mild", corr=corr), jnp.bfloat16)
+
+
+def test_normalized():
+    run(OP, grid.replace(CASE, gate="none", segments="gaps"), jnp.float32, normalize=True)
+
+
+def test_mlstm():
+    for strength, segments in (("mixed", "packed"), ("strong", "gaps")):
+        run("mlstm", grid.replace(CASE, strength=strength, segments=segments), jnp.float32)
+
+
+@pytest.mark.slow
+def test_mlstm_bfloat16():
+    """Where |n.q| does not pass through 0; the gradient of the initial m is a difference of nearly equal sums."""
+    args = grid.inputs("mlstm", grid.replace(CASE, strength="weak"))
+    args["q"], args["k"] = np.abs(args["q"]), np.abs(args["k"])
+    grid.check(ops.mlstm, args, jnp.bfloat16, implementation="pallas", skip=("dinitial_state2",))
+
+
+def test_more_value_heads_and_a_constant_gate():
+    case = Case(T=33, H=2, HV=4, K=24, V=128, gate="constant", segments="none", state=False)
+    run(OP, case, jnp.float32)
+
+
+@pytest.mark.parametrize("op", ("gated_linear_attention", "mlstm"))
+@pytest.mark.slow
+def test_padding_may_hold_anything(op):
+    args = grid.inputs(op, grid.replace(CASE, gate="channel", segments="gaps"))
+    clean = grid.outputs_and_gradients(getattr(ops, op), args, jnp.float32, implementation="pallas")
+    padding = args["segment_ids"] == 0
+    floats = [n for n in ("q", "k", "v", "g", "i", "f") if n in args]
+    for name in floats:
+        args[name][padding] = np.nan
+    dirty = grid.outputs_and_gradients(getattr(ops, op), args, jnp.float32, implementation="pallas")
+    for name in clean:
+        np.testing.assert_array_equal(clean[name], dirty[name])
+        if name == "o" or name[1:] in floats:
+            assert not clean[name][padding].any(), name
+
+
+@pytest.mark.slow
+def test_strong_and_weak_gates_in_one_chunk():
+    """A cumulative sum would be -3000 and more, and differences of it off by 1e-4."""
+    args = grid.inputs(OP, Case(T=128, K=64, V=64, gate="scalar"))
+    args["g"] = np.broadcast_to(np.where(np.arange(128)[:, None] % 2, -50.0, -0.1), args["g"].shape)
+    grid.check(ops.gated_linear_attention, args, jnp.float32, implementation="pallas")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    grid.variations(
+        Case(T=130, H=2, HV=2, K=64, V=64, segments="packed"),
+        T=[1, 7, 63, 64, 65, 257, 1024],
+        K=[16, 96, 128, 256],
+        V=[32, 96, 128, 256],
+        H=[1],
+        HV=[4, 8],
+        segments=["none", *SEGMENTS],
+        strength=["strong", "weak", "zero"],
+        corr=[0.9, 1.0],
+        state=[False],
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("gate", ("none", "constant", "scalar", "channel", "mlstm", "normalized"))
+def test_grid(case, gate):
+    op, normalize = "mlstm" if gate == "mlstm" else OP, gate == "normalized"
+    case = grid.replace(case, gate="none" if normalize else gate)
+    run(op, case, jnp.float32, normalize)
+    if gate not in ("mlstm", "normalized") and case.strength != "strong":
+        run(op, case, jnp.bfloat16)
+
+
+def test_chunk_states_can_be_saved_by_name():
+    """Only the states that chunks receive are residuals beyond the inputs."""
+    x = jnp.ones((1, 128, 2, 64), jnp.bfloat16)
+
+    def loss(x):
+        return ops.gated_linear_attention(x, x, x, implementation="pallas")[0].astype(jnp.float32).sum()
+
+    policy = jax.checkpoint_policies.save_only_these_names("chunk_states")
+    text = str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(x))
+    assert text.count("name=chunk_states") == 1 and "bf16[1,1,2,1,64,128]" in text
