@@ -158,7 +158,7 @@ def program(mixer: Mixer, shape: tuple[int, int, int, int], shards: int, segment
     batch, time_, heads, size = shape
     batch *= shards
     tokens, per_head = ((batch, time_, heads * size), jnp.bfloat16), ((batch, time_, heads), jnp.float32)
-    arrays = dict(q=tokens, k=tokens, v=tokens)
+    arrays: dict[str, Any] = dict(q=tokens, k=tokens, v=tokens)
     if mixer.op == "gated_delta_rule":
         arrays["beta"] = per_head
     if mixer.op == "mlstm":
@@ -205,7 +205,7 @@ def _compile(function: Any, arguments: Any, mesh: jax.sharding.Mesh, donate: int
     outputs = jax.tree.map(placed, jax.eval_shape(function, *arguments))
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed(x)), arguments)
     traced = jax.jit(function, out_shardings=outputs, donate_argnums=donate).trace(*arguments)
-    text = traced.lower().compile().as_text()
+    text = traced.lower().compile().as_text() or ""
     return Program(arguments, traced, text, time.perf_counter() - started)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def pallas(
     return o, s[..., : q.shape[-1], :value]
 
 
-def _step(q, k, v, beta, g, s, segment_ids, scale):
+def _step(q: Any, k: Any, v: Any, beta: Any, g: Any, s: Array, segment_ids: Array | None, scale: float):
     """One token, T = 1."""
     dtype, heads = v.dtype, v.shape[2]
     arrays = chunk.mask_padding(segment_ids, q, k, v, beta, g)
@@ -71,12 +72,13 @@ def _forward(static, x, s):
 
 def _backward(static, residuals, cotangents):
     layout, scale, heads = static
-    x, states = residuals
+    (x, states), (do, ds) = residuals, cotangents
     key_dtype = layout.dtype if heads == layout.heads else jnp.float32  # summed over value heads before it is rounded
-    out = backward(layout, scale, tiles.per_value_head(layout, heads, x), states, *cotangents, key_dtype)
+    out = backward(layout, scale, tiles.per_value_head(layout, heads, x), states, do, ds, key_dtype)
     dq, dk = (tiles.sum_value_heads(layout, heads, out[n]).astype(layout.dtype) for n in ("dq", "dk"))
     dsegments = jax.tree.map(jnp.zeros_like, x.segments)
-    return Inputs(dq, dk, out["dv"], out["dbeta"], out.get("dg"), out.get("dg_channel"), dsegments), out["ds"]
+    dg, dg_channel = out.get("dg"), out.get("dg_channel")
+    return Inputs(dq, dk, out["dv"], out["dbeta"], dg, dg_channel, dsegments), out["ds"]
 
 
 _delta_rule.defvjp(_forward, _backward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def pallas(
     initial_state: Any,
     segment_ids: Array | None = None,
     chunk_size: int | None = None,
-) -> tuple[Array, Array | tuple[Array, Array]]:
+) -> tuple[Array, Any]:
     """`gated_linear_attention.chunked` as TPU kernels: same arguments, same results.
 
     The chunk is what fills a tile of 128 rows, so `chunk_size` changes nothing.
@@ -47,9 +47,8 @@ def pallas(
 
 
 def step(
-    q: Array, k: Array, v: Array, g: Array | None, w: Array | None, s: Array, z: Array | None,
-    segment_ids: Array | None, *, scale: float,
-) -> tuple[Array, tuple[Array, Array | None, Array | None]]:  # fmt: skip
+    q: Any, k: Any, v: Any, g: Any, w: Any, s: Array, z: Array | None, segment_ids: Array | None, *, scale: float
+) -> tuple[Array, tuple[Array, Any, Any]]:  # fmt: skip
     """One token, T = 1: n [B, HV, V] in float32, then S, z and l = scale z.q [B, HV] (None without z)."""
     arrays = chunk.mask_padding(segment_ids, q, k, v, g, w)
     q, k, v, g, w = (None if x is None else x[:, 0].astype(jnp.float32) for x in arrays)
@@ -67,8 +66,8 @@ def step(
 
 def attend(
     q: Array, k: Array, v: Array, g: Array | None, w: Array | None, m: Array | None, s: Array, z: Array | None,
-    segment_ids: Array | None, *, scale: float, denominator: str | None,
-) -> tuple[Array, Array, Array | None]:  # fmt: skip
+    segment_ids: Array | None, *, scale: float, denominator: Literal["sum", "max"] | None,
+) -> tuple[Array, Array, Any]:  # fmt: skip
     """(o, final s, final z), differentiable in all but m; see `gated_linear_attention_tpu_fwd`.
 
     q, k [B, T, H, K]; v [B, T, HV, V]; g [B, T, HV] or [B, T, HV, K]; w, m [B, T, HV]; s [B, HV, K, V]; z [B, HV, K].

@@ -31,7 +31,7 @@ def step(scale: float, q: Array, k: Array, v: Array, decay: Array, erase: Array 
     return _call(scale, q, k, v, decay, erase, s)
 
 
-def definition(scale: float, q: Array, k: Array, v: Array, decay: Array, erase: Array | None, s: Array):
+def definition(scale: float, q: Any, k: Any, v: Array, decay: Array, erase: Any, s: Array):
     """`step` in XLA, whose derivative serves both."""
     q, k, erase = (None if x is None else _per_value_head(x, s.shape[1]) for x in (q, k, erase))
     s = decay[..., None] * s

@@ -130,13 +130,13 @@ def pad_state(layout: Layout, s: Array) -> Array:
     return jnp.pad(s, ((0, 0), (0, 0), (0, layout.key - key), (0, layout.value - value)))
 
 
-def token_arrays(layout: Layout, q: Array, k: Array, v: Array) -> dict[str, Array]:
+def token_arrays(layout: Layout, q: Array, k: Array, v: Array) -> dict[str, Any]:
     """q, k [B, T, H, K] and v [B, T, HV, V], padded and flat."""
     sizes = dict(q=(q, layout.key), k=(k, layout.key), v=(v, layout.value))
     return {n: flat(pad_last(x, size)).astype(layout.dtype) for n, (x, size) in sizes.items()}
 
 
-def gate_arrays(layout: Layout, segment_ids: Array | None, g: Array | None) -> dict[str, Array | None]:
+def gate_arrays(layout: Layout, segment_ids: Array | None, g: Array | None) -> dict[str, Any]:
     """g as rows [B, T, HV], zero where padded, or as tokens "g_channel" [B, T, HV, K], there holding anything."""
     if g is None:
         return dict(g=None, g_channel=None)
@@ -292,7 +292,7 @@ def each_pack(layout: Layout, body: Callable[[Any], None]) -> None:
     lax.fori_loop(0, layout.packs, lambda p, _: body(p), None)
 
 
-def read_row(ref: Any, pack: Any) -> Array | None:
+def read_row(ref: Any, pack: Any) -> Any:
     """The row [1, 128] of a pack from a "rows" block, None where there is no such block."""
     return None if ref is None else ref[0, 0, 0, pl.ds(pack, 1), :]
 

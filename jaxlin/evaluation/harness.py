@@ -185,12 +185,17 @@ class JaxLM(TemplateLM):
             return self._bar(title, total)
         from tqdm import tqdm
 
-        return tqdm(total=total, desc=title, disable=quiet).update
+        bar = tqdm(total=total, desc=title, disable=quiet)
+
+        def advance(done: int) -> None:
+            bar.update(done)
+
+        return advance
 
 
 def main() -> None:
     """The harness's own command line, with `--model jaxlin`."""
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports] -- of the extra eval
 
     cli_evaluate()
 

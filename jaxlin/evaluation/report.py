@@ -91,7 +91,7 @@ def benchmark(
     for model in subject.models:
         averages = benchmarks.average({t: by.get(model, {}) for t, by in outcome.metrics.items()})
         if averages:
-            found["results"].setdefault("average", {})[model] = averages
+            found["results"].setdefault("average", {})[model] = dict(averages)
     found |= {"details": suite.details(outcome.results), "made_with": made_with(), "failed": outcome.failed}
     found = _finite(found)
     if folder is not None:
