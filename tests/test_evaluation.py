@@ -152,11 +152,11 @@ def test_niah_prompt(length):
     assert questions[:3] == niah.samples(tokenizer, length, 3)
     for question in questions:
         assert question.prompt.count("One of the special magic numbers for") == 1
-        assert question.prompt.count(question.number) == 1 and len(question.number) == 7
+        assert question.prompt.count(question.value) == 1 and len(question.value) == 7
         assert question.prompt.endswith("mentioned in the provided text is")
         assert tokenizer(question.prompt)["input_ids"] == question.tokens
         assert length - len(max(niah.NOISE, key=len)) - 1 <= len(question.tokens) <= length
-    depths = {round(q.prompt.index(q.number) / len(q.prompt), 1) for q in niah.samples(tokenizer, length, 30)}
+    depths = {round(q.prompt.index(q.value) / len(q.prompt), 1) for q in niah.samples(tokenizer, length, 30)}
     assert len(depths) > 2
 
 
