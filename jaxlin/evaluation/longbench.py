@@ -6,11 +6,13 @@ No chat template. lm-eval's tasks differ in three things: they cut prompts on th
 TriviaQA's prompt, and end TREC's and TriviaQA's answers at a line break that comes first.
 
 Data: `longbench/SUBSET.jsonl` under `--data`, or Xnhyacinth/LongBench from the hub; rows with `input` (or `question`),
-`context`, `answers` and, for TREC, `all_classes`.
+`context`, `answers` and, for TREC, `all_classes`. Where `--data` has only a `longbench_mini`, that is measured, and the
+result says that it is a sample.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 from collections import Counter
@@ -20,11 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from jaxlin.config import UserError
-from jaxlin.evaluation.records import Row, check_rows, from_hub, read_rows
+from jaxlin.evaluation.records import rows
+from jaxlin.evaluation.scoring import continuations
+from jaxlin.evaluation.task import Options, Result, Task, data_folder, files_sha256, sha256_of
+from jaxlin.runs import Teacher
 
 HUB = "Xnhyacinth/LongBench"
-SPLIT = "test"
+MINI = "longbench_mini"
+VERSION = "LongBench 1"
 FIELDS = {"context": str, "answers": list}
+
 
 @dataclass(frozen=True)
 class Question:
@@ -95,8 +102,8 @@ SUBSETS = {
     ),
     "multifieldqa_en": Subset(
         "Read the following text and answer briefly.\n\n{context}\n\n"
-        "Now, answer the following question based on the above text, only give me the answer and do not output any other "
-        "words.\n\nQuestion: {question}\nAnswer:",
+        "Now, answer the following question based on the above text, only give me the answer and do not output any "
+        "other words.\n\nQuestion: {question}\nAnswer:",
         64,
         f1,
     ),
@@ -110,7 +117,8 @@ SUBSETS = {
         f1,
     ),
     "trec": Subset(
-        "Please determine the type of the question below. Here are some examples of questions.\n\n{context}\n{question}",
+        "Please determine the type of the question below. Here are some examples of questions."
+        "\n\n{context}\n{question}",
         64,
         classification,
         first_line=True,
@@ -131,11 +139,11 @@ def load(name: str, path: Path | None, limit: int | None = None) -> list[Questio
     Raises UserError where they cannot be read, or a row lacks a field.
     """
     fields = FIELDS | ({"all_classes": list} if SUBSETS[name].metric is classification else {})
-    rows = check_rows(from_hub(HUB, SPLIT, name), fields) if path is None else read_rows(path, fields)
-    return [_question(row, f"{path or HUB} ({name}) row {i}") for i, row in enumerate(rows[:limit], 1)]
+    found = rows(path, (HUB, name, "test"), fields)[:limit]
+    return [_question(row, f"{path or HUB} ({name}), row {number}") for number, row in enumerate(found, 1)]
 
 
-def _question(row: Row, where: str) -> Question:
+def _question(row: dict[str, Any], where: str) -> Question:
     question = row.get("input", row.get("question"))
     if not isinstance(question, str):
         raise UserError(f"{where}: no field 'input' or 'question' with the question")
@@ -149,3 +157,59 @@ def encode(tokenizer: Any, prompt: str, most: int) -> list[int]:
     tokens = tokenizer(prompt, verbose=False)["input_ids"]
     half = most // 2
     return tokens if len(tokens) <= most else tokens[:half] + tokens[-half:]
+
+
+def measure(name: str, model: Teacher, options: Options) -> Result:
+    """The subset's mean score. Prompts are cut to the model's context."""
+    subset, path = SUBSETS[name], _file(name, options)
+    questions = load(name, path, options.limit)
+    most = model.config.max_position_embeddings - subset.answer_tokens
+    prompts = [encode(model.tokenizer, subset.prompt(question), most) for question in questions]
+    task = f"longbench_{name}"
+    answers = continuations(
+        model,
+        prompts,
+        subset.answer_tokens,
+        batch_tokens=options.budget,
+        mesh=options.mesh,
+        progress=options.bar(task, len(questions)),
+    )
+    texts = [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+    found = [subset.score(text, question) for text, question in zip(texts, questions, strict=True)]
+    sample = f"{MINI}: a sample of {len(questions)}, not LongBench; " if path and path.parent.name == MINI else ""
+    return Result(
+        task=task,
+        metrics={} if options.predict_only else {"score": sum(found) / len(found)},
+        per_example={} if options.predict_only else {"score": found},
+        n=len(questions),
+        note=f"{sample}prompts of {most} tokens at most, cut in the middle",
+        version=VERSION,
+        data_sha256=files_sha256([path]) if path else "",
+        prompts_sha256=sha256_of(prompts),
+        predictions=[{"answer": text, "right": q.answers} for text, q in zip(texts, questions, strict=True)],
+    )
+
+
+def _file(name: str, options: Options) -> Path | None:
+    if options.data is None:
+        return None
+    try:
+        folder = data_folder(options, "longbench")
+    except UserError:
+        folder = data_folder(options, MINI)
+    return folder / f"{name}.jsonl"
+
+
+def fingerprint(name: str, options: Options) -> str:
+    """Data and definition. Raises UserError where the data is missing."""
+    path = _file(name, options)
+    load(name, path, 1)
+    return sha256_of([VERSION, name, str(path and path.parent.name), files_sha256([path]) if path else HUB])
+
+
+TASKS = {
+    f"longbench_{name}": Task(
+        f"longbench_{name}", functools.partial(measure, name), functools.partial(fingerprint, name)
+    )
+    for name in SUBSETS
+}

@@ -7,17 +7,16 @@ that order is part of the definition. Two things to know about it:
 - The haystack grows by 500 words (S-NIAH-2, 3). Where not even 500 fit, as at 512 tokens, it is a single word, and the
   task hardly more than copying the needle.
 - `length` counts the prompt without the first words of the answer, which it ends with, and 128 tokens for the answer.
+
+The haystack is `ruler/haystack.txt` under `--data` (any long text), or RULER's own essays, as `PaulGrahamEssays.json`
+there, or baber/paul_graham_essays from the hub. A task is one variant at one length: `niah_single_2_4096`.
 """
 
 from __future__ import annotations
 
-import bisect
 import functools
-import importlib.resources
-import itertools
-import json
+import importlib.metadata
 import random
-import re
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,15 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from jaxlin.config import UserError
+from jaxlin.evaluation.haystack import ESSAYS, read_haystack, split_sentences, word_pairs
 from jaxlin.evaluation.niah import NOISE, Needle, Sample, magic_number
-from jaxlin.evaluation.records import from_hub
+from jaxlin.evaluation.scoring import continuations
+from jaxlin.evaluation.task import Options, Result, Task, files_sha256, sha256_of
+from jaxlin.runs import Teacher
 
 ANSWER_TOKENS = 128
 COUNT = 500  # questions of each length
 LENGTHS = (512, 1024, 2048, 4096)
+LONG_LENGTHS = (8192, 16384, 32768)
 DEPTHS = [round(100 * i / 39) for i in range(40)]  # percent of the essay's sentences
-ESSAYS = "baber/paul_graham_essays"  # on the hub
-INSTALL = "pip install wonderwords nltk"
+HAYSTACKS = ("haystack.txt", "PaulGrahamEssays.json")  # under `--data`, in its folder `ruler`
+VERSION = "lm-eval 0.4.13"
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def _haystack_size(draw: Callable, tokenizer: Any, length: int, step: int, most:
             size -= step
             break
         if size > most:
-            raise UserError(f"--haystack: {most} words are too few for prompts of {length} tokens")
+            raise UserError(f"the haystack: {most} words are too few for prompts of {length} tokens")
         size += step
     return max(size, 1)
 
@@ -115,7 +118,7 @@ def _draw(
     value = magic_number(rng) if variant.kind == "number" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
     needle = Needle(variant.kind, key, value)
     if variant.essay:
-        sentences = _sentences(" ".join(essay[:size]).strip())
+        sentences = split_sentences(" ".join(essay[:size]).strip())
         at = int(len(sentences) * (rng.sample(DEPTHS, 1)[0] / 100))
         context = " ".join([" ".join(sentences[:at]), needle.sentence, " ".join(sentences[at:])])
     else:
@@ -130,85 +133,70 @@ def _count(tokenizer: Any, text: str) -> int:
     return len(tokenizer(text, verbose=False)["input_ids"])
 
 
-@functools.lru_cache(maxsize=64)
-def _sentences(text: str) -> tuple[str, ...]:
-    """Split by NLTK's Punkt, as RULER does."""
-    try:
-        import nltk
-    except ImportError:
-        raise UserError(f"the needle tasks with essays need nltk: {INSTALL}") from None
-    try:
-        return tuple(nltk.sent_tokenize(text))
-    except LookupError:
-        raise UserError(
-            "the needle tasks with essays need NLTK's punkt_tab: run `python -m nltk.downloader punkt_tab`, "
-            "or set NLTK_DATA to a folder that holds it"
-        ) from None
-
-
-class Pairs(Sequence[str]):
-    """Every "first-second", sorted and without repetition, as list(pairs) would be: made only when looked at.
-
-    RULER's six million keys would take 800 MB.
-    """
-
-    def __init__(self, first: Sequence[str], second: Sequence[str]) -> None:
-        self._second = sorted(set(second))
-        self._groups: list[list[str]] = []  # words whose pairs sort among each other's: old, old-fashioned
-        for word in sorted(set(first), key=lambda word: word + "-"):
-            if self._groups and word.startswith(self._groups[-1][0] + "-"):
-                self._groups[-1].append(word)
-            else:
-                self._groups.append([word])
-        sizes = (len(self._pairs(i)) if len(group) > 1 else len(self._second) for i, group in enumerate(self._groups))
-        self._ends = list(itertools.accumulate(sizes))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: Any) -> Any:
-        at = range(len(self))[index]
-        group = bisect.bisect_right(self._ends, at)
-        start = self._ends[group - 1] if group else 0
-        if len(self._groups[group]) == 1:
-            return f"{self._groups[group][0]}-{self._second[at - start]}"
-        return self._pairs(group)[at - start]
-
-    def _pairs(self, group: int) -> list[str]:
-        return sorted({f"{first}-{second}" for first in self._groups[group] for second in self._second})
-
-
-@functools.cache
-def word_pairs() -> Pairs:
-    """RULER's keys: every adjective-noun of wonderwords' lists. Raises UserError where it is not installed."""
-    try:
-        lists = importlib.resources.files("wonderwords.assets")
-    except ModuleNotFoundError:
-        raise UserError(f"the needle tasks need wonderwords: {INSTALL}") from None
-    adjectives, nouns = (
-        [line.rstrip() for line in lists.joinpath(f"{name}list.txt").read_text("utf-8").splitlines()]
-        for name in ("adjective", "noun")
+def measure(name: str, length: int, model: Teacher, options: Options) -> Result:
+    """The share of questions whose magic value is in the answer."""
+    variant, haystack = VARIANTS[name], _haystack(VARIANTS[name], options)
+    count = COUNT if options.limit is None else options.limit
+    essay = read_haystack(haystack) if variant.essay else []
+    questions = samples(variant, model.tokenizer, length, count, seed=options.seed, keys=word_pairs(), essay=essay)
+    task = f"{name}_{length}"
+    answers = continuations(
+        model,
+        [question.tokens for question in questions],
+        ANSWER_TOKENS,
+        batch_tokens=options.budget,
+        mesh=options.mesh,
+        progress=options.bar(task, count),
     )
-    return Pairs(adjectives, nouns)
+    texts = [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
+    found = [float(question.answered(text)) for question, text in zip(questions, texts, strict=True)]
+    mean_length = sum(len(question.tokens) for question in questions) / count
+    where = f", haystack {haystack.name if haystack else ESSAYS}" if variant.essay else ""
+    return Result(
+        task=task,
+        metrics={} if options.predict_only else {"acc": sum(found) / count},
+        per_example={} if options.predict_only else {"acc": found},
+        n=count,
+        note=f"prompts of {mean_length:.0f} tokens on average{where}",
+        version=VERSION,
+        data_sha256=files_sha256([haystack]) if haystack else "",
+        prompts_sha256=sha256_of([question.prompt for question in questions]),
+        seed=options.seed,
+        predictions=[{"answer": text, "right": q.value} for text, q in zip(texts, questions, strict=True)],
+    )
 
 
-def essay_words(path: str) -> list[str]:
-    """The haystack in `path` (text, or RULER's JSON with a field `text`) as words; without a path RULER's, from the hub.
-
-    Raises UserError where it cannot be read.
-    """
-    if not path:
-        return _words(" ".join(row["text"] for _, row in from_hub(ESSAYS, "train")))
-    try:
-        text = Path(path).read_text("utf-8")
-        return _words(json.loads(text)["text"] if path.endswith(".json") else text)
-    except UnicodeDecodeError as error:
-        raise UserError(f"--haystack {path}: not UTF-8 text (byte {error.start}); convert it first") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--haystack {path}: not a JSON object with a field 'text'") from error
-    except OSError as error:
-        raise UserError(f"--haystack {path}: cannot be read ({error.strerror or error})") from error
+def _haystack(variant: Variant, options: Options) -> Path | None:
+    """The file that the haystack is in; None where it is the hub's, or not needed."""
+    if options.data is None or not variant.essay:
+        return None
+    for folder in (options.data / "ruler", options.data / "eval" / "ruler"):
+        for name in HAYSTACKS:
+            if (folder / name).is_file():
+                return folder / name
+    raise UserError(
+        f"--data {options.data}: the needle tasks want a haystack, ruler/{HAYSTACKS[0]}: any long text will do"
+    )
 
 
-def _words(text: str) -> list[str]:
-    return re.sub(r"\s+", " ", text).split(" ")
+def fingerprint(name: str, length: int, options: Options) -> str:
+    """Data and definition. Raises UserError where something is missing."""
+    variant, haystack = VARIANTS[name], _haystack(VARIANTS[name], options)
+    word_pairs()
+    if variant.essay:
+        split_sentences("One. Two.")
+        read_haystack(haystack)
+    words = importlib.metadata.version("wonderwords")
+    return sha256_of([VERSION, name, length, words, files_sha256([haystack]) if haystack else ESSAYS])
+
+
+def _tasks(lengths: Sequence[int]) -> dict[str, Task]:
+    return {
+        f"{name}_{n}": Task(f"{name}_{n}", functools.partial(measure, name, n), functools.partial(fingerprint, name, n))
+        for name in VARIANTS
+        for n in lengths
+    }
+
+
+TASKS = _tasks(LENGTHS)
+LONG_TASKS = _tasks(LONG_LENGTHS)
