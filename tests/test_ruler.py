@@ -57,7 +57,7 @@ def test_prompts_with_real_words_and_text():
     assert len(keys) == len(prepare.WORDS)
     assert all(keys[i] == prepare.WORDS[i] for i in random.Random(0).sample(range(len(keys)), 2000))
     template = pytest.importorskip("lm_eval.tasks.ruler.niah_utils").TEMPLATE
-    for name, variant in ruler.VARIANTS.items():
+    for variant in ruler.VARIANTS.values():
         for length in ruler.LENGTHS:
             random.seed(0)
             text = essay if variant.essay else prepare.get_haystack(type_haystack="repeat")

@@ -2,8 +2,10 @@
 
 The question-answering subsets and TriviaQA are scored by F1 over normalized words, TREC by the class that the answer
 names. Of TREC's and TriviaQA's answers the first line counts. A prompt that is too long loses its middle.
-No chat template. lm-eval's tasks differ in three things: they cut prompts on the left, have one line break less in
-TriviaQA's prompt, and end TREC's and TriviaQA's answers at a line break that comes first.
+With --chat, the prompts without examples are put into the chat template, as LongBench does.
+
+lm-eval's tasks differ in three things: they cut prompts on the left, put one line break less into TriviaQA's prompt,
+and end TREC's and TriviaQA's answers at a line break that comes first.
 
 Data: `longbench/SUBSET.jsonl` under `--data`, or Xnhyacinth/LongBench from the hub; rows with `input` (or `question`),
 `context`, `answers` and, for TREC, `all_classes`. Where `--data` has only a `longbench_mini`, that is measured, and the
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlin.config import UserError
+from jaxlin.evaluation.prompts import encode
 from jaxlin.evaluation.records import rows
 from jaxlin.evaluation.scoring import continuations
 from jaxlin.evaluation.task import Options, Result, Task, data_folder, files_sha256, sha256_of
@@ -45,12 +48,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Subset:
-    """How a subset is asked (a template of context and question), for how many tokens, and scored."""
+    """How a subset is asked (a template of context and question), for how many tokens, and scored.
+
+    Where the prompt holds examples (`few_shot`), the first line of the answer counts.
+    """
 
     template: str
     answer_tokens: int
     metric: Callable[[str, str, Sequence[str]], float]
-    first_line: bool = False
+    few_shot: bool = False
 
     def prompt(self, row: Question) -> str:
         """The whole prompt; braces in the row's texts mean nothing."""
@@ -58,7 +64,7 @@ class Subset:
 
     def score(self, answer: str, row: Question) -> float:
         """The best over the right answers."""
-        if self.first_line:
+        if self.few_shot:
             answer = answer.lstrip("\n").split("\n")[0]
         return max(self.metric(answer, right, row.classes) for right in row.answers)
 
@@ -121,14 +127,14 @@ SUBSETS = {
         "\n\n{context}\n{question}",
         64,
         classification,
-        first_line=True,
+        few_shot=True,
     ),
     "triviaqa": Subset(
         "Answer the question based on the given passage. Only give me the answer and do not output any other words. "
         "The following are some examples.\n\n{context}\n\n{question}",
         32,
         f1,
-        first_line=True,
+        few_shot=True,
     ),
 }
 
@@ -152,9 +158,8 @@ def _question(row: dict[str, Any], where: str) -> Question:
     return Question(row["context"], question, tuple(row["answers"]), tuple(row.get("all_classes") or ()))
 
 
-def encode(tokenizer: Any, prompt: str, most: int) -> list[int]:
-    """The prompt's tokens; where they are more than `most`, as many of its beginning as of its end."""
-    tokens = tokenizer(prompt, verbose=False)["input_ids"]
+def shorten(tokens: list[int], most: int) -> list[int]:
+    """Of more than `most` tokens, as many of the beginning as of the end."""
     half = most // 2
     return tokens if len(tokens) <= most else tokens[:half] + tokens[-half:]
 
@@ -164,12 +169,14 @@ def measure(name: str, model: Teacher, options: Options) -> Result:
     subset, path = SUBSETS[name], _file(name, options)
     questions = load(name, path, options.limit)
     most = model.config.max_position_embeddings - subset.answer_tokens
-    prompts = [encode(model.tokenizer, subset.prompt(question), most) for question in questions]
+    chat = options.chat and not subset.few_shot
+    prompts = [shorten(encode(model.tokenizer, subset.prompt(q), chat=chat), most) for q in questions]
     task = f"longbench_{name}"
     answers = continuations(
         model,
         prompts,
         subset.answer_tokens,
+        stop_ids=(model.tokenizer.eos_token_id,),
         batch_tokens=options.budget,
         mesh=options.mesh,
         progress=options.bar(task, len(questions)),
@@ -182,7 +189,7 @@ def measure(name: str, model: Teacher, options: Options) -> Result:
         metrics={} if options.predict_only else {"score": sum(found) / len(found)},
         per_example={} if options.predict_only else {"score": found},
         n=len(questions),
-        note=f"{sample}prompts of {most} tokens at most, cut in the middle",
+        note=f"{sample}prompts of {most} tokens at most, cut in the middle" + ", chat template" * chat,
         version=VERSION,
         data_sha256=files_sha256([path]) if path else "",
         prompts_sha256=sha256_of(prompts),

@@ -21,7 +21,7 @@ BEFORE = (
     "I will quiz you about the {kind} afterwards.\n"
 )
 AFTER = "\nWhat is the special magic {kind} for {key} mentioned in the provided text?"
-PREFIX = " The special magic {kind} for {key} mentioned in the provided text is"  # how the answer begins
+PREFIX = "The special magic {kind} for {key} mentioned in the provided text is"  # how the answer begins
 _WORDS = """
 anchor basket beacon canyon castle cellar cherry circus cobalt copper cricket dagger desert dragon engine falcon
 feather forest garden guitar hammer harbor helmet island jacket jungle kettle ladder lantern lemon magnet maple marble
@@ -93,7 +93,7 @@ def _sample(tokenizer: Any, length: int, rng: random.Random) -> Sample:
     def prompt(sentences: int) -> str:
         haystack = [NOISE[i % len(NOISE)] for i in range(sentences)]
         haystack.insert(round(depth * sentences), needle.sentence)
-        return needle.question(" ".join(haystack)) + needle.prefix
+        return f"{needle.question(' '.join(haystack))} {needle.prefix}"
 
     def encode(sentences: int) -> list[int]:
         return tokenizer(prompt(sentences), add_special_tokens=False, verbose=False)["input_ids"]
@@ -108,7 +108,7 @@ def _sample(tokenizer: Any, length: int, rng: random.Random) -> Sample:
 def shortest(tokenizer: Any) -> int:
     """A length that has room for any question."""
     needle = Needle("number", max(WORDS, key=len), "9999999")
-    texts = (needle.sentence, needle.question(""), needle.prefix)
+    texts = (needle.sentence, needle.question(""), " " + needle.prefix)
     return sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts) + 8
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from jaxlin.config import UserError
 from jaxlin.evaluation.haystack import ESSAYS, read_haystack, split_sentences, word_pairs
 from jaxlin.evaluation.niah import NOISE, Needle, Sample, magic_number
+from jaxlin.evaluation.prompts import encode
 from jaxlin.evaluation.scoring import continuations
 from jaxlin.evaluation.task import Options, Result, Task, files_sha256, sha256_of
 from jaxlin.runs import Teacher
@@ -63,6 +64,7 @@ def samples(
     seed: int = 0,
     keys: Sequence[str],
     essay: Sequence[str] = (),
+    chat: bool = False,
 ) -> list[Sample]:
     """`count` questions of at most `length` tokens; the first ones are the same for every `count`.
 
@@ -72,6 +74,7 @@ def samples(
         length: tokens of prompt and answer.
         keys: words to choose the needle's from, `word_pairs()` for RULER's.
         essay: the haystack's words, for variants that need them.
+        chat: put the questions into the tokenizer's chat template, which does not count as a part of their length.
 
     Raises:
         UserError: `length` has no room for a question, or `essay` too few words for it.
@@ -81,7 +84,7 @@ def samples(
     repeats = 5 if length < 4096 else 25
     step = 500 if variant.essay else repeats
     size = _haystack_size(draw, tokenizer, length, step, len(essay) if variant.essay else length)
-    return [_fitting(draw, tokenizer, length, size, step) for _ in range(count)]
+    return [_fitting(draw, tokenizer, length, size, step, chat) for _ in range(count)]
 
 
 def _haystack_size(draw: Callable, tokenizer: Any, length: int, step: int, most: int) -> int:
@@ -99,13 +102,13 @@ def _haystack_size(draw: Callable, tokenizer: Any, length: int, step: int, most:
     return max(size, 1)
 
 
-def _fitting(draw: Callable, tokenizer: Any, length: int, size: int, step: int) -> Sample:
+def _fitting(draw: Callable, tokenizer: Any, length: int, size: int, step: int, chat: bool) -> Sample:
     """A question with `size` units of haystack, or fewer where its needle is longer than that leaves room for."""
     while size > 0:
         needle, text = draw(size)
         if _count(tokenizer, text) + ANSWER_TOKENS <= length:
-            prompt = text + needle.prefix
-            return Sample(prompt, tokenizer(prompt, verbose=False)["input_ids"], needle.value)
+            tokens = encode(tokenizer, text, chat=chat, prefix=needle.prefix)
+            return Sample(f"{text} {needle.prefix}", tokens, needle.value)
         size -= step
     raise UserError(f"a needle-in-a-haystack prompt of {length} tokens: no room for the question and its answer")
 
@@ -138,12 +141,22 @@ def measure(name: str, length: int, model: Teacher, options: Options) -> Result:
     variant, haystack = VARIANTS[name], _haystack(VARIANTS[name], options)
     count = COUNT if options.limit is None else options.limit
     essay = read_haystack(haystack) if variant.essay else []
-    questions = samples(variant, model.tokenizer, length, count, seed=options.seed, keys=word_pairs(), essay=essay)
+    questions = samples(
+        variant,
+        model.tokenizer,
+        length,
+        count,
+        seed=options.seed,
+        keys=word_pairs(),
+        essay=essay,
+        chat=options.chat,
+    )
     task = f"{name}_{length}"
     answers = continuations(
         model,
         [question.tokens for question in questions],
         ANSWER_TOKENS,
+        stop_ids=(model.tokenizer.eos_token_id,),
         batch_tokens=options.budget,
         mesh=options.mesh,
         progress=options.bar(task, count),
@@ -157,10 +170,10 @@ def measure(name: str, length: int, model: Teacher, options: Options) -> Result:
         metrics={} if options.predict_only else {"acc": sum(found) / count},
         per_example={} if options.predict_only else {"acc": found},
         n=count,
-        note=f"prompts of {mean_length:.0f} tokens on average{where}",
+        note=f"prompts of {mean_length:.0f} tokens on average{where}" + ", chat template" * options.chat,
         version=VERSION,
         data_sha256=files_sha256([haystack]) if haystack else "",
-        prompts_sha256=sha256_of([question.prompt for question in questions]),
+        prompts_sha256=sha256_of([question.tokens for question in questions]),
         seed=options.seed,
         predictions=[{"answer": text, "right": q.value} for text, q in zip(texts, questions, strict=True)],
     )

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxlin.evaluation.prompts import encode
 from jaxlin.evaluation.records import rows
 from jaxlin.evaluation.scoring import continuations
 from jaxlin.evaluation.task import Options, Result, Task, data_folder, files_sha256, sha256_of
@@ -49,10 +50,13 @@ def measure(model: Teacher, options: Options) -> Result:
     """The share of questions whose answer holds the value."""
     path = _file(options)
     questions = load(path, options.limit)
+    most = model.config.max_position_embeddings - ANSWER_TOKENS
+    prompts = [encode(model.tokenizer, question.prompt, chat=options.chat)[-most:] for question in questions]
     answers = continuations(
         model,
-        [model.tokenizer(question.prompt, verbose=False)["input_ids"] for question in questions],
+        prompts,
         ANSWER_TOKENS,
+        stop_ids=(model.tokenizer.eos_token_id,),
         stop_strings=(STOP,),
         batch_tokens=options.budget,
         mesh=options.mesh,
@@ -65,9 +69,10 @@ def measure(model: Teacher, options: Options) -> Result:
         metrics={} if options.predict_only else {"contains": sum(found) / len(found)},
         per_example={} if options.predict_only else {"contains": found},
         n=len(questions),
+        note=f"prompts of {most} tokens at most, cut on the left" + ", chat template" * options.chat,
         version=VERSION,
         data_sha256=files_sha256([path]) if path else "",
-        prompts_sha256=sha256_of([question.prompt for question in questions]),
+        prompts_sha256=sha256_of(prompts),
         predictions=[{"answer": text, "value": q.value} for text, q in zip(texts, questions, strict=True)],
     )
 
