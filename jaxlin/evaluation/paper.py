@@ -33,6 +33,7 @@ TASKS = tuple(METRICS)
 SCALES = {"140M": 135e6, "360M": 360e6, "1.7B": 1.7e9}  # parameters of each scale's teacher
 NIAH_TASKS = ("niah_single_1", "niah_single_2", "niah_single_3")
 NIAH_LENGTHS = (512, 1024, 2048, 4096)
+NIAH_COLUMNS = tuple(f"{task}_{length}" for task in NIAH_TASKS for length in NIAH_LENGTHS)
 INSTRUCTION_TASKS = ("average", "niah", "ifeval", "gsm8k", "swde", "longbench")
 
 Rows = dict[str, tuple[float, ...]]  # model ("teacher" or a mixer) to its row
@@ -71,7 +72,7 @@ ZERO_SHOT: dict[str, Rows] = {
     },
 }
 
-# Table 3: base students of 1.7B after 10B tokens. Columns: NIAH_TASKS x NIAH_LENGTHS.
+# Table 3: base students of 1.7B after 10B tokens. Columns: NIAH_COLUMNS.
 NIAH: Rows = {
     "gated_deltanet": (99.4, 97.8, 81.8, 29.8, 99.0, 93.4, 55.0, 15.6, 16.4, 3.2, 1.2, 0.4),
     "mlstm": (95.8, 78.0, 25.2, 8.4, 98.6, 82.2, 32.0, 8.6, 6.2, 0.4, 0.0, 0.0),
@@ -130,7 +131,7 @@ TUNED_ZERO_SHOT: dict[str, Rows] = {
     },
 }
 
-# Table 7: needles after instruction tuning, 1.7B. Columns: NIAH_TASKS x NIAH_LENGTHS.
+# Table 7: needles after instruction tuning, 1.7B. Columns: NIAH_COLUMNS.
 TUNED_NIAH: dict[str, Rows] = {
     "post": {
         "teacher": (100, 100, 100, 100, 100, 100, 99.8, 99.8, 100, 99.8, 97.4, 95.0),
@@ -168,23 +169,23 @@ def scale_of(parameters: float) -> str:
     return min(SCALES, key=lambda name: max(parameters / SCALES[name], SCALES[name] / parameters))
 
 
-def reference(task: str, model: str, parameters: float, *, length: int | None = None) -> Reference | None:
-    """The paper's number for `task`, or None where it gives none.
+def reference(column: str, model: str, parameters: float) -> Reference | None:
+    """The paper's number for a column of `compare`, or None where it gives none.
 
-    `model` is "teacher" or a mixer; `parameters` the teacher's size, for the zero-shot tasks; `length` the prompt's,
-    for needles. Of the tasks that the paper ran on base and on tuned models the base model's number is given; of those
-    that it ran on tuned models alone, the one of the post-trained model.
+    `model` is "teacher" or a mixer; `parameters` the teacher's size, for the zero-shot tasks. Of what the paper ran on
+    base and on tuned models the base model's number is given; of the rest, the post-trained model's.
     """
-    if task in (*TASKS, "average"):
+    if column in (*TASKS, "average"):
         scale = scale_of(parameters)
-        row, what = ZERO_SHOT[scale].get(model), f"SmolLM2 {scale}, 3B tokens"
-        return row and Reference(row[(*TASKS, "average").index(task)], 5, what)
-    if task in NIAH_TASKS and length in NIAH_LENGTHS:
-        column = NIAH_TASKS.index(task) * len(NIAH_LENGTHS) + NIAH_LENGTHS.index(length)
+        row = ZERO_SHOT[scale].get(model)
+        what = f"SmolLM2 {scale}" if model == "teacher" else f"SmolLM2 {scale}, 3B tokens"
+        return row and Reference(row[(*TASKS, "average").index(column)], 5, what)
+    if column in NIAH_COLUMNS:
+        at = NIAH_COLUMNS.index(column)
         if model == "teacher":
-            return Reference(TUNED_NIAH["post"][model][column], 7, "SmolLM2 1.7B, tuned")
-        return Reference(NIAH[model][column], 3, "SmolLM2 1.7B, 10B tokens") if model in NIAH else None
-    if task in INSTRUCTION_TASKS:
+            return Reference(TUNED_NIAH["post"][model][at], 7, "SmolLM2 1.7B, tuned")
+        return Reference(NIAH[model][at], 3, "SmolLM2 1.7B, 10B tokens") if model in NIAH else None
+    if column in INSTRUCTION_TASKS:
         row = INSTRUCTION["post"].get(model)
-        return row and Reference(row[INSTRUCTION_TASKS.index(task)], 4, "SmolLM2 1.7B, post-trained")
+        return row and Reference(row[INSTRUCTION_TASKS.index(column)], 4, "SmolLM2 1.7B, post-trained")
     return None
