@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from jaxlin import convert
 from jaxlin.config import UserError
@@ -17,7 +20,8 @@ from jaxlin.evaluation.bear import Relation, hits, scores, statement
 from jaxlin.evaluation.scoring import loglikelihoods
 from jaxlin.evaluation.task import Options
 from jaxlin.runs import Teacher
-from tests.models import TEACHER, logits, random_params
+from jaxlin.student import abstract_params
+from tests.models import TEACHER, logits
 
 TOKENIZER = convert.byte_tokenizer()
 METADATA = {
@@ -48,8 +52,9 @@ def write(folder, metadata=METADATA, rows=ROWS):
 
 @pytest.fixture
 def model():
-    config = replace(TEACHER, vocab_size=257)
-    return Teacher(config, random_params(config), TOKENIZER)
+    config, rng = replace(TEACHER, vocab_size=257), np.random.default_rng(0)
+    shapes = nn.unbox(abstract_params(config))
+    return Teacher(config, jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape).astype(a.dtype), shapes), TOKENIZER)
 
 
 def test_statement():
@@ -127,13 +132,31 @@ def test_malformed_data(tmp_path, metadata, rows, words):
 
 
 def test_no_data(tmp_path):
-    with pytest.raises(UserError, match="its data is not on the hub"):
-        bear.TASKS["bear"].fingerprint(Options())
     with pytest.raises(UserError, match="no folder bear/BEAR"):
         bear.TASKS["bear"].fingerprint(Options(data=tmp_path))
     (tmp_path / "bear" / "BEAR").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no metadata_relations\.json"):
         bear.TASKS["bear"].fingerprint(Options(data=tmp_path))
+
+
+def test_fetched_once(tmp_path, monkeypatch):
+    """From an archive as GitHub makes them; kept whole, and nothing where it is damaged."""
+    folder = write(tmp_path).data / "bear" / "BEAR"
+    archive = tmp_path / "archive.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr(f"BEAR-{bear.COMMIT}/README.md", "")
+        file.writestr(f"BEAR-{bear.COMMIT}/BEAR-big/P3.jsonl", "")
+        for path in folder.iterdir():
+            file.write(path, f"BEAR-{bear.COMMIT}/BEAR/{path.name}")
+    monkeypatch.setenv("JAXLIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bear, "ARCHIVE", (tmp_path / "absent.zip").as_uri())
+    with pytest.raises(UserError, match=r"absent\.zip cannot be fetched .* give --data DIR"):
+        bear.TASKS["bear"].fingerprint(Options())
+    assert not list((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(bear, "ARCHIVE", archive.as_uri())
+    assert bear.load(bear.fetched()) == bear.load(folder)
+    archive.unlink()
+    assert bear.load(bear.fetched()) == bear.load(folder)
 
 
 @pytest.mark.slow

@@ -4,13 +4,19 @@ Every subject is put into every template with every answer of the relation's ans
 the log-likelihood of all its tokens after a beginning-of-sequence token: lm-pub-quiz 0.3.3 with its defaults for causal
 models (`reduction="sum"`). The score is the share of (subject, template) pairs whose right answer comes first.
 
-Data: the folder BEAR of https://github.com/lm-pub-quiz/BEAR: metadata_relations.json and a .jsonl file a relation.
+Data: `bear/BEAR` under `--data`: metadata_relations.json and a .jsonl file a relation; else that folder of
+github.com/lm-pub-quiz/BEAR, at the commit that lm-pub-quiz takes.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import tempfile
+import urllib.request
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +35,8 @@ SUBJECT, ANSWER = "[X]", "[Y]"
 METADATA = "metadata_relations.json"
 FIELDS = {"sub_label": (str, int, float), "answer_idx": int}
 VERSION = "lm-pub-quiz 0.3.3"
-SOURCE = "the folder BEAR of github.com/lm-pub-quiz/BEAR"
+COMMIT = "725b4e3139d0a5fdf914b0419ba744273dddc689"
+ARCHIVE = f"https://github.com/lm-pub-quiz/BEAR/archive/{COMMIT}.zip"
 
 Score = Callable[[list[Pair]], list[tuple[float, bool]]]  # as `loglikelihoods`
 
@@ -53,7 +60,7 @@ def load(folder: Path, limit: int | None = None) -> list[Relation]:
     try:
         metadata = json.loads((folder / METADATA).read_text("utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder}: no {METADATA}; it should be {SOURCE}") from None
+        raise UserError(f"{folder}: no {METADATA}; it should be the folder BEAR of that dataset") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / METADATA}: cannot be read ({error})") from error
     files = sorted(folder.glob("*.jsonl"), key=lambda path: (len(path.stem), path.stem))
@@ -137,7 +144,9 @@ def measure(model: Teacher, options: Options) -> Result:
                 {"relation": relation.code, "subject": subject, "answers": answers, "right": relation.answers[answer]}
             )
     by_subject = [float(value) for found in right.values() for value in found.mean(-1)]
-    metrics = {"acc": float(np.concatenate([found.ravel() for found in right.values()]).mean())}
+    metrics: dict[str, float | None] = {
+        "acc": float(np.concatenate([found.ravel() for found in right.values()]).mean())
+    }
     metrics |= {f"acc_{code}": float(found.mean()) for code, found in right.items()}
     return Result(
         task="bear",
@@ -153,9 +162,34 @@ def measure(model: Teacher, options: Options) -> Result:
 
 
 def _folder(options: Options) -> Path:
-    if options.data is None:
-        raise UserError(f"--tasks bear: its data is not on the hub; give --data DIR where DIR/bear has {SOURCE}")
-    return data_folder(options, "bear/BEAR")
+    return fetched() if options.data is None else data_folder(options, "bear/BEAR")
+
+
+def fetched() -> Path:
+    """The dataset's folder in $JAXLIN_CACHE (default ~/.cache/jaxlin), from GitHub where it is not there yet.
+
+    Raises UserError where it cannot be had.
+    """
+    cache = Path(os.environ.get("JAXLIN_CACHE") or "~/.cache/jaxlin").expanduser()
+    target = cache / f"BEAR-{COMMIT[:7]}"
+    if target.is_dir():
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".bear-", dir=cache) as temporary:
+            part = Path(temporary) / target.name
+            part.mkdir()
+            with urllib.request.urlopen(ARCHIVE, timeout=60) as answer:
+                archive = zipfile.ZipFile(io.BytesIO(answer.read()))
+            for name in archive.namelist():
+                *_, folder, file = name.split("/")
+                if folder == "BEAR" and file.endswith((".jsonl", ".json")):
+                    (part / file).write_bytes(archive.read(name))
+            load(part, 1)
+            part.rename(target)  # whole or not at all
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"bear: {ARCHIVE} cannot be fetched ({error}); give --data DIR with DIR/bear/BEAR") from error
+    return target
 
 
 def _files(folder: Path) -> list[Path]:
