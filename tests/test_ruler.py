@@ -13,6 +13,7 @@ import pytest
 from jaxlin import convert
 from jaxlin.config import UserError
 from jaxlin.evaluation import haystack, ruler
+from jaxlin.evaluation.punkt import require_punkt
 from jaxlin.evaluation.task import Options, read_jsonl
 from tests.goldens import make_ruler_goldens as goldens
 
@@ -42,11 +43,11 @@ def test_prompts_with_real_words_and_text():
     """The generator itself beside ours: wonderwords' lists, Punkt's sentences, SmolLM2's tokenizer."""
     pytest.importorskip("wonderwords", reason="wonderwords is not installed")
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    nltk = pytest.importorskip("nltk", reason="nltk is not installed")
+    pytest.importorskip("nltk", reason="nltk is not installed")
     data = os.environ.get("JAXLIN_DATA")
     if not data:
         pytest.skip("JAXLIN_DATA: no tokenizer and no text")
-    nltk.data.path.append(f"{data}/nltk_data")
+    require_punkt(Path(data))
     from transformers import PreTrainedTokenizerFast
 
     prepare = pytest.importorskip("lm_eval.tasks.ruler.prepare_niah", reason="RULER's requirements are not installed")
@@ -100,6 +101,7 @@ def data(tmp_path, monkeypatch):
     (tmp_path / "ruler" / "haystack.txt").write_text(" ".join(goldens.ESSAY), "utf-8")
     monkeypatch.setattr(ruler, "word_pairs", lambda: goldens.KEYS)
     monkeypatch.setattr(ruler, "split_sentences", goldens.sentences)
+    monkeypatch.setattr(ruler, "require_punkt", lambda data: None)
     return tmp_path
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 from jaxlin.config import UserError
+from jaxlin.evaluation.punkt import require_punkt
 from jaxlin.evaluation.task import Options, Result, Task, data_folder, files_sha256, read_jsonl, sha256_of
 from jaxlin.runs import Teacher
 
@@ -106,7 +107,8 @@ def fingerprint(name: str, options: Options) -> str:
     """The definition's version, and the local files' contents or the hub's name for them."""
     version, config = _import("lm_eval").__version__, _definition(name, functions=False)
     if name == "ifeval":
-        _require_punkt(options)
+        _import("langdetect")
+        require_punkt(options.data)
     where = f"{config['dataset_path']} {config.get('dataset_name')}"
     if options.data is not None:
         where = files_sha256(_files(name, config, options).values())
@@ -153,7 +155,8 @@ def _load(name: str, options: Options) -> Any:
     """The harness's task, with its data."""
     base, datasets = _import("lm_eval.api.task").ConfigurableTask, _import("datasets")
     if name == "ifeval":
-        _require_punkt(options)
+        _import("langdetect")
+        require_punkt(options.data)
     config = _definition(name, functions=True)
     for key in ("tag", "group", "task_list"):  # of the harness's index
         config.pop(key, None)
@@ -204,24 +207,6 @@ def _fitting(name: str, options: Options) -> Iterator[None]:
             f"{data_folder(options, name)}: the records do not fit the definition of {name} "
             f"({type(error).__name__}: {why})"
         ) from error
-
-
-def _require_punkt(options: Options) -> None:
-    """IFEval splits sentences with nltk's punkt_tab, which is data: in --data, where nltk looks, or downloaded."""
-    nltk = _import("nltk")
-    _import("langdetect")
-    if options.data is not None:
-        for folder in (options.data / "nltk_data", options.data / "eval" / "nltk_data"):
-            if folder.is_dir() and str(folder) not in nltk.data.path:
-                nltk.data.path.append(str(folder))
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        if not nltk.download("punkt_tab", quiet=True):
-            raise UserError(
-                "ifeval: nltk's punkt_tab is missing: put it in DIR/nltk_data of --data DIR, "
-                "or run python -m nltk.downloader punkt_tab"
-            ) from None
 
 
 @contextlib.contextmanager

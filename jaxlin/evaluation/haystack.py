@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxlin.config import UserError
+from jaxlin.evaluation.punkt import INSTALL
 from jaxlin.evaluation.records import from_hub
 
 ESSAYS = "baber/paul_graham_essays"  # on the hub
-INSTALL = "pip install wonderwords nltk"
 
 
 class Pairs(Sequence[str]):
@@ -57,7 +57,7 @@ def word_pairs() -> Pairs:
     try:
         lists = importlib.resources.files("wonderwords.assets")
     except ModuleNotFoundError:
-        raise UserError(f"the needle tasks need wonderwords: {INSTALL}") from None
+        raise UserError(f"this suite needs the package wonderwords: {INSTALL}") from None
     adjectives, nouns = (
         [line.rstrip() for line in lists.joinpath(f"{name}list.txt").read_text("utf-8").splitlines()]
         for name in ("adjective", "noun")
@@ -90,15 +90,7 @@ def split_words(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=64)
 def split_sentences(text: str) -> tuple[str, ...]:
-    """Split by NLTK's Punkt, as RULER does."""
-    try:
-        import nltk
-    except ImportError:
-        raise UserError(f"the needle tasks with essays need nltk: {INSTALL}") from None
-    try:
-        return tuple(nltk.sent_tokenize(text))
-    except LookupError:
-        raise UserError(
-            "the needle tasks with essays need NLTK's punkt_tab: run `python -m nltk.downloader punkt_tab`, "
-            "or set NLTK_DATA to a folder that holds it"
-        ) from None
+    """Split by NLTK's Punkt, as RULER does, once `require_punkt` has found it."""
+    import nltk
+
+    return tuple(nltk.sent_tokenize(text))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxlin.config import UserError
-from jaxlin.evaluation import benchmarks, quick, suite
+from jaxlin.evaluation import bear, benchmarks, longbench, quick, ruler, suite, swde
 from jaxlin.evaluation.subject import Subject, open_subject, params_sha256
 from jaxlin.evaluation.task import Kept, Options, Task, made_with
 from jaxlin.runs import write_text
@@ -21,10 +21,15 @@ BENCHMARKS: dict[str, dict[str, Task]] = {
     "zero_shot": benchmarks.ZERO_SHOT,
     "ifeval": benchmarks.IFEVAL,
     "gsm8k": benchmarks.GSM8K,
+    "bear": bear.TASKS,
+    "niah": ruler.TASKS,
+    "swde": swde.TASKS,
+    "longbench": longbench.TASKS,
 }
 SUITES: dict[str, Mapping[str, Any]] = {
     "quick": quick.TASKS,
     **BENCHMARKS,
+    "niah_long": ruler.LONG_TASKS,  # longer than what the paper ran
     "all": {name: task for tasks in BENCHMARKS.values() for name, task in tasks.items()},
 }
 TIMES = ("speed",)  # tasks whose results differ from one time to the next

@@ -27,6 +27,7 @@ from jaxlin.config import UserError
 from jaxlin.evaluation.haystack import ESSAYS, read_haystack, split_sentences, word_pairs
 from jaxlin.evaluation.niah import NOISE, Needle, Sample, magic_number
 from jaxlin.evaluation.prompts import encode
+from jaxlin.evaluation.punkt import require_punkt
 from jaxlin.evaluation.scoring import continuations
 from jaxlin.evaluation.task import Options, Result, Task, files_sha256, sha256_of
 from jaxlin.runs import Teacher
@@ -197,7 +198,7 @@ def fingerprint(name: str, length: int, options: Options) -> str:
     variant, haystack = VARIANTS[name], _haystack(VARIANTS[name], options)
     word_pairs()
     if variant.essay:
-        split_sentences("One. Two.")
+        require_punkt(options.data)
         read_haystack(haystack)
     words = importlib.metadata.version("wonderwords")
     return sha256_of([VERSION, name, length, words, files_sha256([haystack]) if haystack else ESSAYS])
