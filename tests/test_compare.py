@@ -168,6 +168,16 @@ def test_without_scores_of_examples():
     assert lines["piqa", "a"].rank is None and lines["piqa", "a"].interval
 
 
+def test_no_interval_where_it_would_mislead():
+    """Of few examples, and of examples that all score alike."""
+    few = {"swde": result("swde", "contains", 0.5, n=10)}
+    alike = {"gsm8k": result("gsm8k", "exact_match_strict_match", 0.0)}
+    pair = [Model(label, "kda", few | alike) for label in ("a", "b")]
+    lines = {(line.column, line.label): line for line in compare(pair)}
+    assert lines["swde", "a"].interval is None is lines["swde", "a"].rank
+    assert lines["gsm8k", "a"].interval is None and lines["gsm8k", "a"].rank == (1, 2)
+
+
 # ---- the command
 
 

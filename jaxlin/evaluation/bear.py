@@ -123,11 +123,11 @@ def hits(relation: Relation, likelihoods: np.ndarray) -> np.ndarray:
 
 
 def measure(model: Teacher, options: Options) -> Result:
-    """BEAR's accuracy: over all (subject, template) pairs alike, and by relation. An example is a subject."""
+    """BEAR's accuracy, over all (subject, template) pairs alike. An example is a subject."""
     folder = _folder(options)
     relations = load(folder, options.limit)
     progress = options.bar("bear", sum(len(r.subjects) * len(r.templates) * len(r.answers) for r in relations))
-    right: dict[str, np.ndarray] = {}
+    right = []
     predictions = []
     for relation in relations:
         likelihoods = scores(
@@ -137,17 +137,14 @@ def measure(model: Teacher, options: Options) -> Result:
                 model, pairs, batch_tokens=options.budget, mesh=options.mesh, progress=progress
             ),
         )
-        right[relation.code] = hits(relation, likelihoods)
+        right.append(hits(relation, likelihoods))
         for subject, chosen, answer in zip(relation.subjects, likelihoods.argmax(-1), relation.right, strict=True):
             answers = [relation.answers[i] for i in chosen]
             predictions.append(
                 {"relation": relation.code, "subject": subject, "answers": answers, "right": relation.answers[answer]}
             )
-    by_subject = [float(value) for found in right.values() for value in found.mean(-1)]
-    metrics: dict[str, float | None] = {
-        "acc": float(np.concatenate([found.ravel() for found in right.values()]).mean())
-    }
-    metrics |= {f"acc_{code}": float(found.mean()) for code, found in right.items()}
+    by_subject = [float(value) for found in right for value in found.mean(-1)]
+    metrics: dict[str, float | None] = {"acc": float(np.concatenate([found.ravel() for found in right]).mean())}
     return Result(
         task="bear",
         metrics={} if options.predict_only else metrics,

@@ -11,6 +11,8 @@ from jaxlin.evaluation import benchmarks, longbench, ruler
 from jaxlin.evaluation.bootstrap import Series
 from jaxlin.evaluation.task import Result
 
+FEWEST = 20  # examples for an interval: of fewer, a bootstrap is far too sure
+
 Results = Mapping[str, Result]  # of one model, by task
 
 
@@ -67,12 +69,12 @@ COLUMNS = _columns()
 
 
 def series(results: Results) -> dict[tuple[str, str], Series]:
-    """The scores of examples of every metric that a column needs, paired by what the model was given."""
+    """The scores of examples, where there are enough, of every metric that a column needs; paired by their prompts."""
     wanted = {(task, metric) for column in COLUMNS for task, metric, _ in column.parts}
     found = {}
     for task, metric in sorted(wanted):
         values = results[task].per_example.get(metric) if task in results else None
-        if values:
+        if values and len(values) >= FEWEST:
             pairing = (task, metric, len(values), results[task].prompts_sha256)
             found[task, metric] = Series(values, pairing)
     return found

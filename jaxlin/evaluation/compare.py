@@ -16,6 +16,7 @@ from rich.table import Table
 from jaxlin.config import UserError, parse, run_main
 from jaxlin.evaluation import plots
 from jaxlin.evaluation.bootstrap import DRAWS
+from jaxlin.evaluation.columns import FEWEST
 from jaxlin.evaluation.comparison import Interval, Line, Model, compare, read, split
 from jaxlin.runs import write_text
 
@@ -58,7 +59,8 @@ def notes(lines: Sequence[Line], models: Sequence[Model]) -> list[str]:
     """What a reader must know of the numbers."""
     found = [
         "Scores and recoveries in percent; intervals by bootstrap over examples, paired where the prompts were the "
-        "same. A rank is a range unless every difference that decides it has an interval above or below 0."
+        f"same; none of fewer than {FEWEST} examples, nor where all score alike. A rank is a range unless every "
+        "difference that decides it has an interval above or below 0."
     ]
     cited = {(line.paper.table, line.paper.what) for line in lines if line.paper}
     if cited:

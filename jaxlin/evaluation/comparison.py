@@ -38,7 +38,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Line:
-    """One model in one column. Scores are shares, recoveries ratios; intervals are None without scores of examples."""
+    """One model in one column. Scores are shares, recoveries ratios; intervals are None without scores of examples,
+    with too few of them, and where all are alike."""
 
     column: str
     label: str
@@ -139,7 +140,7 @@ def _line(column: Column, model: Model, drawn: Drawn, rank: tuple[int, int] | No
         model.label,
         sum(model.results[task].n for task, _, _ in column.parts),
         score,
-        None if own is None else interval(own, confidence),
+        None if own is None or np.ptp(own) == 0 else interval(own, confidence),
         recovery,
         recovery_interval,
         rank,
