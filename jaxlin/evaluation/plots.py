@@ -111,9 +111,8 @@ def needles(figure: Any, teachers: Sequence[Model], students: Sequence[Model]) -
         image = axes.imshow(np.array(found), vmin=0, vmax=100, cmap="viridis", aspect="auto")
         for row, values in enumerate(found):
             for column, value in enumerate(values):
-                axes.text(
-                    column, row, "" if np.isnan(value) else f"{value:.0f}", ha="center", va="center", color="gray"
-                )
+                text, color = "" if np.isnan(value) else f"{value:.0f}", "white" if value < 60 else "black"
+                axes.text(column, row, text, ha="center", va="center", color=color)
         axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
         axes.set_yticks(range(len(models)), [model.label for model in models] if axes is maps[0] else [])
         axes.set_title(name)
