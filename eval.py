@@ -61,7 +61,8 @@ def main() -> None:
         found = evaluate(subject, tasks=settings.tasks, limit=settings.limit)
     else:
         found = benchmark(settings)
-    print_results(found)
+    if found["results"]:
+        print_results(found)
     if settings.json:
         print(as_line(found))
     if found.get("failed"):

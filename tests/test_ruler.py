@@ -14,7 +14,9 @@ from jaxlin import convert
 from jaxlin.config import UserError
 from jaxlin.evaluation import haystack, ruler
 from jaxlin.evaluation.punkt import require_punkt
+from jaxlin.evaluation.scoring import continuations
 from jaxlin.evaluation.task import Options, read_jsonl
+from jaxlin.runs import Teacher
 from tests.goldens import make_ruler_goldens as goldens
 
 TOKENIZER = convert.byte_tokenizer()
@@ -92,6 +94,21 @@ def test_no_room_and_too_few_words(monkeypatch):
         samples("niah_single_2", 200_000, 1)
 
 
+def test_chat_prompts():
+    """The question is the user's, and the answer is begun; lengths count as without the template."""
+    tokenizer = convert.byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last %}</>{% endif %}{% endfor %}"
+    )
+    plain = samples("niah_single_1", 700, 2)
+    chat = ruler.samples(ruler.VARIANTS["niah_single_1"], tokenizer, 700, 2, seed=1, keys=goldens.KEYS, chat=True)
+    for one, other in zip(plain, chat, strict=True):
+        text = tokenizer.decode(other.tokens)
+        question, _, begun = text.partition("</>")
+        assert question.startswith("<user>A special magic number") and begun.startswith("<assistant>The special magic")
+        assert one.value == other.value and text.replace("</><assistant>", " ") == "<user>" + one.prompt
+
+
 # ---- the task
 
 
@@ -147,3 +164,28 @@ def test_reading_haystacks(tmp_path):
         haystack.read_haystack(path)
     with pytest.raises(UserError, match="cannot be read"):
         haystack.read_haystack(tmp_path / "missing.txt")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_needles_are_found_as_transformers_does(tmp_path):
+    """The demo teacher's greedy answers beside `generate` of transformers, token by token."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not os.environ.get("JAXLIN_DATA"):
+        pytest.skip("JAXLIN_DATA: the demo teacher is only compared where there is data")
+    from transformers import AutoModelForCausalLM
+
+    config, params, tokenizer = convert.load_teacher("demo", dtype="float32")
+    convert.export_hf(params, config, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    questions = ruler.samples(ruler.VARIANTS["niah_single_1"], tokenizer, 512, 4, keys=goldens.KEYS)
+    prompts, stop = [question.tokens for question in questions], tokenizer.eos_token_id
+    found = continuations(Teacher(config, params, tokenizer), prompts, 24, stop_ids=(stop,))
+    for question, prompt, answer in zip(questions, prompts, found, strict=True):
+        whole = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=24, do_sample=False, eos_token_id=stop, pad_token_id=stop,
+        )[0].tolist()  # fmt: skip
+        expected = whole[len(prompt) :]
+        assert answer == (expected[:-1] if expected[-1] == stop else expected)
+        assert question.answered(tokenizer.decode(answer))

@@ -14,6 +14,7 @@ from jaxlin.evaluation.columns import COLUMNS
 from jaxlin.evaluation.comparison import Model, split
 
 AVERAGE = next(column for column in COLUMNS if column.name == "average")
+NEEDLES = {**ruler.TASKS, **ruler.LONG_TASKS}
 WITHOUT_BEAR = next(column for column in COLUMNS if column.name == "average without bear")
 
 
@@ -63,8 +64,10 @@ def by_size(figure: Any, teachers: Sequence[Model], students: Sequence[Model]) -
     for model, value in found.items():
         number = list(titles).index(model.name) if model.name in titles else len(titles)
         axes.plot(model.parameters, value, "*", color=f"C{number}", markersize=12)
-        axes.annotate(model.label, (model.parameters, value), fontsize="x-small")
+        axes.annotate("  " + model.label, (model.parameters, value), fontsize="x-small", va="center")
     axes.set(xscale="log", xlabel="parameters", ylabel=f"average of {tasks} zero-shot tasks, %")
+    axes.set_xticks(list(paper.SCALES.values()), list(paper.SCALES), minor=False)
+    axes.minorticks_off()
     axes.set_title("Lines: the paper. Stars: these runs")
     axes.legend(fontsize="small")
     return True
@@ -92,7 +95,7 @@ def by_tokens(figure: Any, teachers: Sequence[Model], students: Sequence[Model])
 
 def needles(figure: Any, teachers: Sequence[Model], students: Sequence[Model]) -> bool:
     """Share of needles found, by model and prompt length, a map for each variant. False without anything to show."""
-    models = [*teachers, *students]
+    models = [model for model in (*teachers, *students) if any(task in model.results for task in NEEDLES)]
     measured = {
         name: [n for n in (*ruler.LENGTHS, *ruler.LONG_LENGTHS) if any(f"{name}_{n}" in m.results for m in models)]
         for name in ruler.VARIANTS
@@ -108,9 +111,8 @@ def needles(figure: Any, teachers: Sequence[Model], students: Sequence[Model]) -
         image = axes.imshow(np.array(found), vmin=0, vmax=100, cmap="viridis", aspect="auto")
         for row, values in enumerate(found):
             for column, value in enumerate(values):
-                axes.text(
-                    column, row, "" if np.isnan(value) else f"{value:.0f}", ha="center", va="center", color="gray"
-                )
+                text, color = "" if np.isnan(value) else f"{value:.0f}", "white" if value < 60 else "black"
+                axes.text(column, row, text, ha="center", va="center", color=color)
         axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
         axes.set_yticks(range(len(models)), [model.label for model in models] if axes is maps[0] else [])
         axes.set_title(name)
