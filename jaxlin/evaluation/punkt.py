@@ -12,7 +12,7 @@ INSTALL = "pip install 'jaxlin[eval]'"
 def require_punkt(data: Path | None) -> None:
     """Make NLTK find punkt_tab: in nltk_data of `data`, where NLTK looks, or downloaded. Raises UserError else."""
     try:
-        import nltk
+        import nltk  # pyright: ignore[reportMissingImports] -- of the extra eval
     except ImportError:
         raise UserError(f"this suite needs the package nltk: {INSTALL}") from None
     if data is not None:
