@@ -48,7 +48,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
     convert.export_hf(params, config, folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    theirs = hflm.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu", max_length=2048)
+    theirs = hflm.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=32, device="cpu", max_length=2048)
     ours = JaxLM(model=Teacher(replace(config, dtype="float32"), params, tokenizer), max_length=2048)
     return theirs, ours
 
