@@ -10,7 +10,9 @@ best the platform has. A named one that cannot run raises NotImplementedError wi
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -35,6 +37,8 @@ _CHUNKED = {
     "gated_delta_rule": _delta_rule_kernel.chunked,
     "mlstm": _mlstm_kernel.chunked,
 }
+# Imported when they are to run: Mosaic GPU is not to be had on every platform.
+_GPU = {"gated_linear_attention": "gated_linear_attention_gpu_op", "mlstm": "mlstm_gpu_op"}
 _log = logging.getLogger(__name__)
 
 
@@ -63,7 +67,7 @@ def gated_linear_attention(
     state = _state(initial_state, shapes, q, k, v)
     options = dict(scale=_scale(scale, dims), normalize=normalize)
     arrays = dict(q=q, k=k, v=v, g=g, segment_ids=_check_segments(segment_ids, dims))
-    return _run("gated_linear_attention", arrays, state, options, chunk_size, implementation)
+    return _run("gated_linear_attention", arrays, state, options, chunk_size, implementation, initial_state is None)
 
 
 def gated_delta_rule(
@@ -89,7 +93,8 @@ def gated_delta_rule(
     _check_gate(g, dims, allow_constant=False)
     state = _state(initial_state, _state_shapes(dims, "S"), q, k, v)
     arrays = dict(q=q, k=k, v=v, beta=beta, g=g, segment_ids=_check_segments(segment_ids, dims))
-    return _run("gated_delta_rule", arrays, state, dict(scale=_scale(scale, dims)), chunk_size, implementation)
+    options = dict(scale=_scale(scale, dims))
+    return _run("gated_delta_rule", arrays, state, options, chunk_size, implementation, initial_state is None)
 
 
 def mlstm(
@@ -114,7 +119,8 @@ def mlstm(
     _check_shape("f", f, dims, "B T HV")
     state = _state(initial_state, _state_shapes(dims, "C", "n", "m"), q, k, v)
     arrays = dict(q=q, k=k, v=v, i=i, f=f, segment_ids=_check_segments(segment_ids, dims))
-    return _run("mlstm", arrays, state, dict(scale=_scale(scale, dims)), chunk_size, implementation)
+    options = dict(scale=_scale(scale, dims))
+    return _run("mlstm", arrays, state, options, chunk_size, implementation, initial_state is None)
 
 
 def gated_linear_attention_step(
@@ -244,14 +250,17 @@ def _state(state: Any, shapes: dict[str, tuple[int, ...]], *inputs: Array, name:
 # ---- choice of implementation ----
 
 
-def _run(op: str, arrays: dict, state: Any, options: dict, chunk_size: int | None, implementation: str | None):
+def _run(
+    op: str, arrays: dict, state: Any, options: dict, chunk_size: int | None, implementation: str | None, fresh: bool
+):
+    """The op by the named implementation or the best one; `fresh` says that the state is zeros nobody gave."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
     if implementation is not None:
-        return _sharded(_find(op, implementation), arrays, state, options, chunk_size)
+        return _sharded(_find(op, implementation, fresh), arrays, state, options, chunk_size)
     for name in _preference(arrays["q"].shape[1]):
         try:
-            return _sharded(_find(op, name), arrays, state, options, chunk_size)
+            return _sharded(_find(op, name, fresh), arrays, state, options, chunk_size)
         except NotImplementedError as error:
             _log_once(f"{op}: no {name} implementation here ({error})")
     raise AssertionError("the scan always runs")
@@ -269,7 +278,7 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def _find(op: str, implementation: str) -> Callable:
+def _find(op: str, implementation: str, fresh: bool) -> Callable:
     """The function (arrays, state, options, chunk_size) -> (o, final_state) of a named implementation."""
     if implementation == "scan":
         definition = getattr(recurrence, op)
@@ -279,8 +288,27 @@ def _find(op: str, implementation: str) -> Callable:
             **arrays, **options, initial_state=state, chunk_size=chunk_size
         )
     if implementation == "pallas":
-        raise NotImplementedError(f"{op} has no Pallas kernel for {platform()}")
+        kernel = _pallas(op)
+        return lambda arrays, state, options, _: kernel(**arrays, **options, initial_state=None if fresh else state)
     raise ValueError(f"implementation is {implementation!r}, expected 'scan', 'chunked', 'pallas' or None")
+
+
+def _pallas(op: str) -> Callable:
+    """The Pallas kernel of the platform compiled for, or of JAXLIN_INTERPRET (tpu or gpu), which interprets it."""
+    interpreted = os.environ.get("JAXLIN_INTERPRET")
+    target = interpreted or platform()
+    if target == "gpu" and op in _GPU and (interpreted or _compute_capability().startswith("9.")):
+        return importlib.import_module(f"jaxlin.kernels.{_GPU[op]}").pallas
+    capability = f" of compute capability {_compute_capability()}" if target == "gpu" and _compute_capability() else ""
+    raise NotImplementedError(f"{op} has no Pallas kernel for {target}{capability}")
+
+
+def _compute_capability() -> str:
+    """Of the GPU compiled for, "9.0" for Hopper; empty where that is unknown."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return "9.0" if any(name in device.device_kind for name in ("H100", "H200", "H800", "H20")) else ""
+    return getattr(jax.devices()[0], "compute_capability", "")
 
 
 @functools.cache
