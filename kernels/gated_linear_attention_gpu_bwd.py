@@ -1,6 +1,6 @@
 """Family A backward on Hopper: one warpgroup a (batch, value head) walks the chunks in reverse, dS in registers.
 
-With r = 1 / (what n was divided by), dn = r do, dl its denominator's cotangent, P and the decays as in the forward pass:
+With r = 1 / (what n was divided by), dn = r do, dl the cotangent of l, P and the decays as in the forward pass:
 
     A = tril(dn V^T + dl 1^T) ;  E = A . P ;  A~ = A . decays                        (C x C, in registers)
     dl_i = -r_i (dn_i.n_i) sign,  dn_i.n_i = sum_j (dn V^T)_ij P_ij + q_i.(scale enter_i S dn_i)
@@ -67,7 +67,12 @@ class Gradients(NamedTuple):
 
 
 def backward(
-    form: Form, x: Inputs, l: Array | None, states: States, d: Cotangents, gate: bool  # noqa: E741
+    form: Form,
+    x: Inputs,
+    l: Array | None,  # noqa: E741
+    states: States,
+    d: Cotangents,
+    gate: bool,
 ) -> Gradients:
     """The gradients of `forward`, whose l and chunk states come in; with `gate` those of b and c too."""
     batch, time, _, key_dim = x.q.shape

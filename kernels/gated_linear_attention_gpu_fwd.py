@@ -241,4 +241,3 @@ def sources(given: dict, buffer: dict, index: tuple[Array, Array], extra: tuple 
     if "codes" in given:
         found.append((lambda n: given["codes"].at[b, n], buffer["codes"]))
     return [*found, *extra]
-

@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlin.kernels import chunk
+from jaxlin.kernels import gated_linear_attention_gpu_split as split
 from jaxlin.kernels.gated_linear_attention_gpu_bwd import COLUMNS, ENDS, OWN, ROWS, ZDZ, Cotangents, backward
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     ENTER,
@@ -52,7 +53,9 @@ def pallas(
     time = q.shape[1]
     gates = None
     if g is not None and g.ndim == 1 and segment_ids is None and time % CHUNK == 0:
-        gates = Gates(jnp.broadcast_to(g.astype(jnp.float32)[None, :, None, None], (1, g.shape[0], 1, CHUNK)), None, None)
+        gates = Gates(
+            jnp.broadcast_to(g.astype(jnp.float32)[None, :, None, None], (1, g.shape[0], 1, CHUNK)), None, None
+        )
     elif g is not None:
         g = jnp.broadcast_to(g, v.shape[:3]) if g.ndim == 1 else g
         gates = Gates(by_chunk(g, segment_ids), None, None)
@@ -126,30 +129,51 @@ def _fill(x: Array, amounts: tuple[int, ...]) -> Array:
 
 @chunk.custom_vjp
 def _attend(form: Form, q, k, v, gates, s0, z0, codes):
-    o, _, (s, z), _ = forward(form, Inputs(q, k, v, _vectors(gates), codes), s0, z0, save=False)
-    return o, s, z
+    o, _, final, _ = _forward(form, Inputs(q, k, v, _vectors(gates), codes), s0, z0, save=False)
+    return o, *final
 
 
 def _attend_fwd(form: Form, *primals):
     wanted = jax.tree.map(lambda x: x.perturbed, primals[3], is_leaf=_is_primal)
     q, k, v, gates, s0, z0, codes = jax.tree.map(lambda x: x.value, primals, is_leaf=_is_primal)
-    x = Inputs(q, k, v, _vectors(gates), codes)
-    o, l, (s, z), states = forward(form, x, s0, z0, save=True)  # noqa: E741
+    o, l, final, states = _forward(form, Inputs(q, k, v, _vectors(gates), codes), s0, z0, save=True)  # noqa: E741
     states = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), states)
     gate = gates is not None and any(jax.tree.leaves(wanted))
-    return (o, s, z), (q, k, v, gates, codes, l, states, s0, z0, gate)
+    kept = None if form.denominator is None or _parts(v) == 1 else o
+    return (o, *final), (q, k, v, gates, codes, kept, l, states, s0, z0, gate)
 
 
 def _attend_bwd(form: Form, residuals, cotangents):
-    q, k, v, gates, codes, l, states, s0, z0, gate = residuals  # noqa: E741
+    q, k, v, gates, codes, o, l, states, s0, z0, gate = residuals  # noqa: E741
     do, ds, dz = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
     do = jnp.zeros(v.shape, v.dtype) if do is None else do
-    x = Inputs(q, k, v, _vectors(gates), codes)
-    d = backward(form, x, l, states, Cotangents(do, ds, dz), bool(gate))
+    x, d, parts = Inputs(q, k, v, _vectors(gates), codes), Cotangents(do, ds, dz), _parts(v)
+    if parts > 1:
+        d = split.ends(form, x, o, l, d, parts)
+        x = split.cut_inputs(x, parts)
+    d = backward(form, x, l, states, d, bool(gate))
+    if parts > 1:
+        d = split.join_gradients(d, parts)
     group = v.shape[2] // q.shape[2]
     dq, dk = (_sum_group(x, group) for x in (d.q, d.k))
     d_gates = None if gates is None else _gate_gradients(gates, d.gates, form.denominator is not None)
     return dq, dk, d.v, d_gates, None if s0 is None else d.s, None if z0 is None else d.z, None
+
+
+def _parts(v: Array) -> int:
+    batch, time, heads, _ = v.shape
+    return split.parts_of(batch * heads, time // CHUNK)
+
+
+def _forward(form: Form, x: Inputs, s0: Array | None, z0: Array | None, save: bool):
+    """`forward`, over parts of the sequence where there are too few sequences; l and the states stay in parts."""
+    parts = _parts(x.v)
+    if parts == 1:
+        return forward(form, x, s0, z0, save)
+    s0, z0 = split.starts(form, x, s0, z0, parts)
+    o, l, (s, z), states = forward(form, split.cut_inputs(x, parts), s0, z0, save)  # noqa: E741
+    last = slice(parts - 1, None, parts)
+    return split.join(o, parts, 1), l, (s[last], None if z is None else z[last]), states
 
 
 def _is_primal(x: Any) -> bool:

@@ -1,0 +1,216 @@
+"""Family A's GPU kernels: interpreted on the CPU, lowered for CUDA, and (pytest -m gpu) run on a Hopper GPU.
+
+The interpreter runs the kernels' own bodies, copies, barriers and all, but for wgmma, which is `jnp.dot` there.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlin import ops
+from jaxlin.kernels import gated_linear_attention_gpu_split
+from tests import grid
+from tests.grid import Case
+
+BASE = Case(T=257, K=64, V=64, B=1, strength="mild")
+"""Five chunks: more than any kernel has in flight."""
+SEGMENTS = ("packed", "single", "left", "right", "middle", "gaps")
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setenv("JAXLIN_INTERPRET", "gpu")
+
+
+def run(op: str, case: Case, normalize: bool = False, **options):
+    args = grid.inputs(op, case, normalize)
+    if op == "mlstm":  # rows whose n.q passes through 0 are ill-conditioned, see test_mlstm.py
+        args["q"], args["k"] = np.abs(args["q"]), np.abs(args["k"])
+        options |= dict(skip=("dinitial_state2",))
+    grid.check(
+        getattr(ops, op), args, jnp.bfloat16, correlated=case.corr > 0, **dict(implementation="pallas") | options
+    )
+
+
+# ---- on the CPU, interpreted ----
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        grid.replace(BASE, gate="none", H=2, HV=4, B=2, T=65),
+        grid.replace(BASE, gate="constant", HV=4),  # one head alone: a sum of 257 terms near zero
+        grid.replace(BASE, gate="scalar", strength="mixed", segments="gaps", B=2),
+        grid.replace(BASE, gate="scalar", strength="strong", corr=0.9, state=False),
+        grid.replace(BASE, T=7, K=16, V=24, segments="packed"),
+    ],
+    ids=str,
+)
+def test_interpreted(case, interpreted):
+    run("gated_linear_attention", case)
+
+
+@pytest.mark.parametrize("segments", ("none", "gaps"))
+def test_interpreted_normalized(segments, interpreted):
+    run("gated_linear_attention", grid.replace(BASE, gate="none", segments=segments), normalize=True)
+
+
+@pytest.mark.parametrize("segments", ("none", "packed"))
+def test_interpreted_mlstm(segments, interpreted):
+    run("mlstm", grid.replace(BASE, strength="weak", segments=segments))
+
+
+@pytest.mark.parametrize("form", ("constant", "normalize", "mlstm"))
+def test_interpreted_in_parts(form, interpreted, monkeypatch):
+    """Long sequences are cut into parts where there are few of them."""
+    monkeypatch.setattr(gated_linear_attention_gpu_split, "LEAST_CHUNKS", 1)
+    case = grid.replace(BASE, T=256, segments="none" if form == "constant" else "packed")
+    if form == "mlstm":
+        run("mlstm", grid.replace(case, strength="weak"))
+    else:
+        gate = "none" if form == "normalize" else form
+        run("gated_linear_attention", grid.replace(case, gate=gate, HV=2), normalize=form == "normalize")
+
+
+def test_padding_may_hold_anything(interpreted):
+    check_padding()
+
+
+# ---- on the CPU, lowered for CUDA ----
+
+B, T, H, HV = 2, 256, 2, 4
+
+
+def arrays(op: str, gate: str = "none", **shapes) -> dict:
+    """Abstract arguments of an op."""
+    bf16, f32 = (functools.partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.bfloat16, jnp.float32))
+    found = dict(q=bf16((B, T, H, 64)), k=bf16((B, T, H, 64)), v=bf16((B, T, HV, 64)))
+    if op == "mlstm":
+        found |= dict(i=f32((B, T, HV)), f=f32((B, T, HV)))
+    elif gate != "none":
+        found["g"] = f32({"constant": (HV,), "scalar": (B, T, HV)}[gate])
+    return found | shapes
+
+
+def kernels_of(function, *args) -> int:
+    """How many Mosaic GPU kernels a function holds, after lowering for CUDA."""
+    text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return text.count("custom_call @mosaic_gpu")
+
+
+@pytest.mark.parametrize("segments", (False, True))
+@pytest.mark.parametrize("state", (False, True))
+@pytest.mark.parametrize("form", ("none", "constant", "scalar", "normalize", "mlstm"))
+def test_lowers_for_cuda(form, state, segments, monkeypatch):
+    monkeypatch.setattr(ops, "platform", lambda: "gpu")
+    monkeypatch.setattr(ops, "_compute_capability", lambda: "9.0")
+    op = "mlstm" if form == "mlstm" else "gated_linear_attention"
+    args = arrays(op, form if form in ("constant", "scalar") else "none")
+    options = dict(normalize=True) if form == "normalize" else {}
+    if state:
+        parts = [(B, HV, 64, 64), (B, HV, 64), (B, HV)][: {"mlstm": 3, "normalize": 2}.get(form, 1)]
+        parts = tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in parts)
+        args["initial_state"] = parts if len(parts) > 1 else parts[0]
+    ids = jax.ShapeDtypeStruct((B, T), jnp.int32) if segments else None
+
+    def loss(args, ids):
+        o, final = getattr(ops, op)(**args, segment_ids=ids, implementation="pallas", **options)
+        return o.astype(jnp.float32).sum() + (sum(x.sum() for x in jax.tree.leaves(final)) if state else 0)
+
+    assert kernels_of(loss, args, ids) == 1
+    assert kernels_of(jax.grad(loss), args, ids) == 2
+
+
+@pytest.mark.parametrize("form", ("none", "scalar", "normalize"))
+def test_parts_lower_for_cuda(form, monkeypatch):
+    monkeypatch.setattr(ops, "platform", lambda: "gpu")
+    monkeypatch.setattr(ops, "_compute_capability", lambda: "9.0")
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    g = jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32) if form == "scalar" else None
+
+    def loss(x, g):
+        return ops.gated_linear_attention(
+            x, x, x, g, normalize=form == "normalize", implementation="pallas"
+        )[0].astype(jnp.float32).sum()  # fmt: skip
+
+    assert kernels_of(jax.grad(loss), x, g) == 4
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (dict(q=jnp.ones((1, 64, 1, 64))), "float32"),
+        (dict(v=jnp.ones((1, 64, 1, 65), jnp.bfloat16)), "up to 64"),
+        (dict(g=jnp.ones((1, 64, 1, 64))), "per channel"),
+    ],
+)
+def test_what_is_not_served_is_named(change, reason, interpreted):
+    x = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=reason):
+        ops.gated_linear_attention(**dict(q=x, k=x, v=x) | change, implementation="pallas")
+
+
+# ---- on a Hopper GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    grid.variations(
+        grid.replace(BASE, B=2, H=3, HV=3, segments="packed"),
+        T=[1, 7, 63, 64, 65, 1024],
+        K=[16, 32],
+        V=[16, 32],
+        HV=[6, 12],
+        segments=["none", *SEGMENTS],
+        strength=["weak", "mixed", "strong", "zero"],
+        corr=[0.9, 1.0],
+        state=[False],
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("form", ("none", "constant", "scalar", "normalize", "mlstm"))
+def test_grid(case, form):
+    if form == "mlstm":
+        run("mlstm", grid.replace(case, strength="weak" if case.strength == "mild" else case.strength))
+    else:
+        gate = "none" if form == "normalize" else form
+        run("gated_linear_attention", grid.replace(case, gate=gate), normalize=form == "normalize")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ("scalar", "normalize", "mlstm"))
+def test_reruns_are_bit_equal(form):
+    op = "mlstm" if form == "mlstm" else "gated_linear_attention"
+    case = grid.replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate="scalar" if form == "scalar" else "none")
+    args = grid.inputs(op, case, normalize=form == "normalize")
+    first, *others = (
+        grid.outputs_and_gradients(getattr(ops, op), args, jnp.bfloat16, implementation="pallas") for _ in range(4)
+    )
+    for other in others:
+        for name in first:
+            np.testing.assert_array_equal(first[name], other[name], err_msg=name)
+
+
+@pytest.mark.gpu
+def test_padding_may_hold_anything_on_the_gpu():
+    check_padding()
+
+
+def check_padding():
+    args = grid.inputs("gated_linear_attention", grid.replace(BASE, segments="gaps", B=2))
+    op = functools.partial(grid.outputs_and_gradients, ops.gated_linear_attention, dtype=jnp.bfloat16)
+    clean = op(args, implementation="pallas")
+    padding = args["segment_ids"] == 0
+    for name in "qkvg":
+        args[name][padding] = np.nan
+    dirty = op(args, implementation="pallas")
+    for name in clean:
+        np.testing.assert_array_equal(clean[name], dirty[name], err_msg=name)
+        if name in ("o", "dq", "dk", "dv", "dg"):
+            assert not clean[name][padding].any()
