@@ -97,15 +97,17 @@ def starts(form: Form, x: Inputs, s0: Array | None, z0: Array | None, parts: int
     """The states at the start of each part, [B * P, HV, K, V] and [B * P, HV, K]."""
     _, leave, keep = _weights(x)
     summed = form.denominator is not None
-    weights = None if leave is None else leave[..., None, :]
-    s, z = accumulate(*_cut(x.k, x.v, weights, keep, x.codes, parts), summed=summed, reverse=False)
+    weights = None if leave is None else _stack(keep, leave)
+    s, z = accumulate(*_cut(x.k, x.v, weights, x.codes, parts), summed=summed, reverse=False)
     return _at_parts(_keep_of_parts(x, keep, parts), s, z, s0, z0, reverse=False)
 
 
 def ends(form: Form, x: Inputs, o: Array | None, l: Array | None, d: Cotangents, parts: int) -> Cotangents:  # noqa: E741
     """The cotangents with those of the final state at the end of each part; o and l come with a denominator."""
     enter, _, keep = _weights(x)
-    weights = jnp.float32(form.scale) * (jnp.float32(1) if enter is None else enter)
+    ones = jnp.ones((1, x.v.shape[2], 1, CHUNK))
+    read = form.scale * (ones if enter is None else enter)
+    keep = ones[..., 0] if keep is None else keep
     summed = form.denominator is not None
     if summed:
         l = join(l, parts, 2)  # noqa: E741
@@ -115,10 +117,8 @@ def ends(form: Form, x: Inputs, o: Array | None, l: Array | None, d: Cotangents,
         dl = -r * along.reshape(along.shape[0], -1, CHUNK, along.shape[2]).transpose(0, 3, 1, 2)
         if form.denominator == "max":
             dl = jnp.where(jnp.abs(l) >= floor, jnp.sign(l) * dl, 0.0)
-        weights = jnp.stack([weights * r, weights * dl], axis=3)
-    else:
-        weights = jnp.broadcast_to(weights, (1, x.v.shape[2], 1, 1, CHUNK)) if enter is None else weights[..., None, :]
-    s, z = accumulate(*_cut(x.q, d.o, weights, keep, x.codes, parts), summed=summed, reverse=True)
+    weights = _stack(keep, read * r, read * dl) if summed else _stack(keep, read)
+    s, z = accumulate(*_cut(x.q, d.o, weights, x.codes, parts), summed=summed, reverse=True)
     s, z = _at_parts(_keep_of_parts(x, keep, parts), s, z, d.s, d.z, reverse=True)
     return Cotangents(cut(d.o, parts, 1), s, z)
 
@@ -143,9 +143,14 @@ def _weights(x: Inputs) -> tuple[Array | None, Array | None, Array | None]:
     return enter, leave, keep
 
 
-def _cut(x: Array, y: Array, weights: Array | None, keep: Array | None, codes: Array | None, parts: int) -> tuple:
-    keep = None if keep is None else jnp.broadcast_to(keep[..., None], (*keep.shape, 4))
-    return cut(x, parts, 1), cut(y, parts, 1), cut(weights, parts, 2), cut(keep, parts, 2), cut(codes, parts, 1)
+def _stack(keep: Array, *weights: Array) -> Array:
+    """The weights of rows [1|B, HV, 1|N, C] and, in all of the last one, keep: [1|B, HV, 1|N, R, C]."""
+    found = jnp.broadcast_arrays(*weights, keep[..., None])
+    return jnp.stack(found, axis=3)
+
+
+def _cut(x: Array, y: Array, weights: Array | None, codes: Array | None, parts: int) -> tuple:
+    return cut(x, parts, 1), cut(y, parts, 1), cut(weights, parts, 2), cut(codes, parts, 1)
 
 
 def _keep_of_parts(x: Inputs, keep: Array | None, parts: int) -> Array:
@@ -172,24 +177,23 @@ def _at_parts(keep: Array, s: Array, z: Array | None, s0: Array | None, z0: Arra
 
 
 def accumulate(
-    x: Array, y: Array, weights: Array | None, keep: Array | None, codes: Array | None, *, summed: bool, reverse: bool
+    x: Array, y: Array, weights: Array | None, codes: Array | None, *, summed: bool, reverse: bool
 ) -> tuple[Array, Array | None]:
     """(S [B, HV, K, V], z [B, HV, K] or None) after all chunks from zero: S' = keep S + sum_i w_i x_i y_i^T.
 
-    x [B, T, H, K]; y [B, T, HV, V]; weights [1|B, HV, 1|N, R, C]: w for S and (R = 2) another for z, whose y is 1; None
-    means 1. keep [1|B, HV, 1|N, 4], four times the same, or None. Padding rows by `codes` may hold anything.
+    x [B, T, H, K]; y [B, T, HV, V]; weights [1|B, HV, 1|N, R, C]: w for S, where R = 3 another for z, whose y is 1, and
+    keep; None means 1. Padding rows by `codes` may hold anything.
     """
     batch, time, key_heads, key_dim = x.shape
     heads, value_dim = y.shape[2:]
     chunks, group = time // CHUNK, heads // key_heads
-    flat = present(x=x, y=y, weights=weights, keep=keep, codes=codes)
+    flat = present(x=x, y=y, weights=weights, codes=codes)
     out = [jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), jnp.float32)]
     out += [jax.ShapeDtypeStruct((batch, heads, key_dim), jnp.float32)] if summed else []
     shapes = dict(
         x=gpu.tile(STAGES, CHUNK, key_dim),
         y=gpu.tile(STAGES, CHUNK, value_dim),
         weights=None if weights is None else gpu.vector(STAGES, weights.shape[3], CHUNK),
-        keep=None if keep is None else gpu.vector(STAGES, 4),
         codes=None if codes is None else gpu.vector(STAGES, CHUNK, dtype=jnp.int32),
         barrier=gpu.barrier(len(flat), min(STAGES, chunks)),
         written=gpu.tile(CHUNK, value_dim),
@@ -206,13 +210,14 @@ def accumulate(
             refill()
             if codes is not None:
                 clean(lax.bitwise_and(gpu.load_rows(buffer["codes"].at[slot]), VALID) != 0, x, y)
-            decay = jnp.float32(1) if keep is None else buffer["keep"][slot, 0]
+            last = 0 if weights is None else weights.shape[3] - 1
+            decay = jnp.float32(1) if weights is None else buffer["weights"][slot, last, 0]
             if weights is not None:
                 gpu.put(buffer["written"], gpu.load(y) * rows(gpu.load_rows(buffer["weights"].at[slot, 0])))
             if z is not None:
                 read = gpu.load(x)
                 if weights is not None:
-                    read = read * rows(gpu.load_rows(buffer["weights"].at[slot, weights.shape[3] - 1]))
+                    read = read * rows(gpu.load_rows(buffer["weights"].at[slot, last - 1]))
                 z = decay * z + jnp.sum(read, 0)
             return dot(x, y if weights is None else buffer["written"], decay * s, ta=True), z
 
@@ -221,11 +226,10 @@ def accumulate(
             (lambda n: given["x"].at[b, gpu.chunk_rows(n), key_head], buffer["x"]),
             (lambda n: given["y"].at[b, gpu.chunk_rows(n), h], buffer["y"]),
         ]
-        for name in ("weights", "keep"):
-            if name in given:
-                v = given[name]
-                part = lambda n, v=v: v.at[b if v.shape[0] > 1 else 0, h, n if v.shape[2] > 1 else 0]  # noqa: E731
-                sources.append((part, buffer[name]))
+        if "weights" in given:
+            w = given["weights"]
+            part = lambda n: w.at[b if w.shape[0] > 1 else 0, h, n if w.shape[2] > 1 else 0]  # noqa: E731
+            sources.append((part, buffer["weights"]))
         if "codes" in given:
             sources.append((lambda n: given["codes"].at[b, n], buffer["codes"]))
         start = gpu.zeros(key_dim, value_dim), gpu.zero_columns(key_dim) if summed else None
