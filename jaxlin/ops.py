@@ -37,8 +37,6 @@ _CHUNKED = {
     "gated_delta_rule": _delta_rule_kernel.chunked,
     "mlstm": _mlstm_kernel.chunked,
 }
-# Imported when they are to run: Mosaic GPU is not to be had on every platform.
-_GPU = {"gated_linear_attention": "gated_linear_attention_gpu_op", "mlstm": "mlstm_gpu_op"}
 _log = logging.getLogger(__name__)
 
 
@@ -297,8 +295,8 @@ def _pallas(op: str) -> Callable:
     """The Pallas kernel of the platform compiled for, or of JAXLIN_INTERPRET (tpu or gpu), which interprets it."""
     interpreted = os.environ.get("JAXLIN_INTERPRET")
     target = interpreted or platform()
-    if target == "gpu" and op in _GPU and (interpreted or _compute_capability().startswith("9.")):
-        return importlib.import_module(f"jaxlin.kernels.{_GPU[op]}").pallas
+    if target == "gpu" and (interpreted or _compute_capability().startswith("9.")):
+        return importlib.import_module(f"jaxlin.kernels.{op}_gpu_op").pallas  # Mosaic GPU is not on every platform
     capability = f" of compute capability {_compute_capability()}" if target == "gpu" and _compute_capability() else ""
     raise NotImplementedError(f"{op} has no Pallas kernel for {target}{capability}")
 

@@ -36,14 +36,16 @@ class Form(NamedTuple):
     """What a kernel is compiled for."""
 
     scale: float
-    gated: bool  # per-token vectors b and c come along
-    segments: bool  # and segment codes
-    denominator: str | None  # None, "sum" (linear attention's normaliser) or "max" (the mLSTM's, with a floor)
+    gated: bool  # b comes along
+    segments: bool  # segment codes come along
+    denominator: str | None = None  # None, "sum" (linear attention's normaliser) or "max" (the mLSTM's, with a floor)
+    write: bool = False  # c comes along; without, it is b
+    beta: bool = False  # the delta rule's weight comes along
 
     @property
     def vectors(self) -> int:
-        """Rows of the per-token vectors: b, c and the floor, which comes only with both."""
-        return (2 if self.gated else 0) + (self.denominator == "max")
+        """Rows of the per-token vectors, of b, c, floor, beta those that come along, in this order."""
+        return self.gated + self.write + (self.denominator == "max") + self.beta
 
 
 class Inputs(NamedTuple):
@@ -52,7 +54,7 @@ class Inputs(NamedTuple):
     q: Array  # [B, T, H, K] bfloat16
     k: Array
     v: Array  # [B, T, HV, V]
-    vectors: Array | None  # [1|B, HV, 1|N, R, C] float32: b, c, floor
+    vectors: Array | None  # [1|B, HV, 1|N, R, C] float32, the form's
     codes: Array | None  # [B, N, C] int32
 
 
@@ -172,9 +174,10 @@ class Decays(NamedTuple):
     """The decays of a chunk in registers, masked; of row i from the chunk's start, of row j to its end."""
 
     pair: object  # [C, C] products -> scale * product * decay from row j to row i, 0 where i < j
-    enter_scaled: Array  # [C] of rows, or a scalar where it is the same for all; scale included
+    enter: Array  # [C] of rows, or a scalar where it is the same for all
+    enter_scaled: Array  # scale * enter
     reading: Array  # the same, spread over a tile
-    leave: Array  # like enter_scaled
+    leave: Array  # like enter
     leaving: Array  # spread over a tile
     keep: Array  # scalar
     valid: Array | None  # [C] bool
@@ -189,12 +192,13 @@ def decays(form: Form, buffer: dict, slot: Array) -> Decays:
     exponent = None
     if form.gated:
         vectors = buffer["vectors"].at[slot]
-        b, c = gpu.load_rows(vectors.at[0]), gpu.load_rows(vectors.at[1])
+        row = 1 if form.write else 0
+        b, c = gpu.load_rows(vectors.at[0]), gpu.load_rows(vectors.at[row])
         last = vectors[0, CHUNK - 1]
         enter, leave, keep = jnp.exp(b), jnp.exp(last - c), jnp.exp(last)
-        exponent = rows(b) - columns(gpu.load_columns(vectors.at[1]))
+        exponent = rows(b) - columns(gpu.load_columns(vectors.at[row]))
     if form.denominator == "max":
-        floor = gpu.load_rows(buffer["vectors"].at[slot, form.vectors - 1])
+        floor = gpu.load_rows(buffer["vectors"].at[slot, form.gated + form.write])
     if form.segments:
         codes = buffer["codes"].at[slot]
         code = gpu.load_rows(codes)
@@ -213,7 +217,7 @@ def decays(form: Form, buffer: dict, slot: Array) -> Decays:
         return jnp.where(mask, form.scale * product * jnp.exp(jnp.where(mask, exponent, -1e30)), 0.0)
 
     spread = (lambda x: x) if enter.ndim == 0 else rows
-    return Decays(pair, enter_scaled, spread(enter_scaled), leave, spread(leave), keep, valid, floor)
+    return Decays(pair, enter, enter_scaled, spread(enter_scaled), leave, spread(leave), keep, valid, floor)
 
 
 def denominator_of(form: Form, l: Array, floor: Array | None) -> Array:  # noqa: E741

@@ -114,16 +114,18 @@ def attend(
 ) -> tuple[Array, Array, Array | None]:
     """(o [B, T, HV, V], final S [B, HV, K, V], final z [B, HV, K] or None) for any T and K, V <= 64."""
     time, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
-    q, k, v = (_fill(x, (0, -time % CHUNK, 0, TILE - x.shape[3])) for x in (q, k, v))
-    s0 = None if s0 is None else _fill(s0.astype(jnp.float32), (0, 0, TILE - key_dim, TILE - value_dim))
-    z0 = None if z0 is None else _fill(z0.astype(jnp.float32), (0, 0, TILE - key_dim))
+    q, k, v = (fill(x, (0, -time % CHUNK, 0, TILE - x.shape[3])) for x in (q, k, v))
+    s0 = None if s0 is None else fill(s0.astype(jnp.float32), (0, 0, TILE - key_dim, TILE - value_dim))
+    z0 = None if z0 is None else fill(z0.astype(jnp.float32), (0, 0, TILE - key_dim))
     codes = None if segment_ids is None else segment_codes(segment_ids)
-    form = Form(scale, gates is not None, codes is not None, denominator)
+    write = gates is not None and gates.w is not None
+    form = Form(scale, gates is not None, codes is not None, denominator, write)
     o, s, z = _attend(form, q, k, v, gates, s0, z0, codes)
     return o[:, :time, :, :value_dim], s[:, :, :key_dim, :value_dim], None if z is None else z[:, :, :key_dim]
 
 
-def _fill(x: Array, amounts: tuple[int, ...]) -> Array:
+def fill(x: Array, amounts: tuple[int, ...]) -> Array:
+    """x with zeros behind, so many along each axis."""
     return jnp.pad(x, [(0, n) for n in amounts]) if any(amounts) else x
 
 
@@ -134,8 +136,8 @@ def _attend(form: Form, q, k, v, gates, s0, z0, codes):
 
 
 def _attend_fwd(form: Form, *primals):
-    wanted = jax.tree.map(lambda x: x.perturbed, primals[3], is_leaf=_is_primal)
-    q, k, v, gates, s0, z0, codes = jax.tree.map(lambda x: x.value, primals, is_leaf=_is_primal)
+    wanted = jax.tree.map(lambda x: x.perturbed, primals[3], is_leaf=is_primal)
+    q, k, v, gates, s0, z0, codes = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
     o, l, final, states = _forward(form, Inputs(q, k, v, _vectors(gates), codes), s0, z0, save=True)  # noqa: E741
     states = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), states)
     gate = gates is not None and any(jax.tree.leaves(wanted))
@@ -155,7 +157,7 @@ def _attend_bwd(form: Form, residuals, cotangents):
     if parts > 1:
         d = split.join_gradients(d, parts)
     group = v.shape[2] // q.shape[2]
-    dq, dk = (_sum_group(x, group) for x in (d.q, d.k))
+    dq, dk = (sum_group(x, group) for x in (d.q, d.k))
     d_gates = None if gates is None else _gate_gradients(gates, d.gates, form.denominator is not None)
     return dq, dk, d.v, d_gates, None if s0 is None else d.s, None if z0 is None else d.z, None
 
@@ -176,21 +178,33 @@ def _forward(form: Form, x: Inputs, s0: Array | None, z0: Array | None, save: bo
     return split.join(o, parts, 1), l, (s[last], None if z is None else z[last]), states
 
 
-def _is_primal(x: Any) -> bool:
+def is_primal(x: Any) -> bool:
+    """Whether x is an argument as `custom_vjp` with symbolic zeros hands it on."""
     return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
+def cumulative(g: Array) -> Array:
+    """The cumulative log gates of chunks [..., C], each gate at least MIN_GATE."""
+    triangle = jnp.triu(jnp.ones((CHUNK, CHUNK), jnp.float32))
+    return jnp.matmul(jnp.maximum(g, MIN_GATE), triangle, precision=lax.Precision.HIGHEST)
+
+
+def reverse_cumulative(x: Array) -> Array:
+    """Sums over the rest of each chunk, [..., C]: the transpose of a cumulative sum."""
+    triangle = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))
+    return jnp.matmul(x, triangle, precision=lax.Precision.HIGHEST)
+
+
 def _vectors(gates: Gates | None) -> Array | None:
     """b, c and the floor of every chunk, [1|B, HV, 1|N, R, C]."""
     if gates is None:
         return None
-    triangle = jnp.triu(jnp.ones((CHUNK, CHUNK), jnp.float32))
-    b = jnp.matmul(jnp.maximum(gates.g, MIN_GATE), triangle, precision=lax.Precision.HIGHEST)
-    c = b if gates.w is None else b - jnp.maximum(gates.w, MIN_GATE)
-    return jnp.stack([b, c] + ([] if gates.floor is None else [gates.floor]), axis=3)
+    b = cumulative(gates.g)
+    c = None if gates.w is None else b - jnp.maximum(gates.w, MIN_GATE)
+    return jnp.stack([x for x in (b, c, gates.floor) if x is not None], axis=3)
 
 
 def _gate_gradients(gates: Gates, d: Array | None, summed: bool) -> Gates:
@@ -198,8 +212,7 @@ def _gate_gradients(gates: Gates, d: Array | None, summed: bool) -> Gates:
     none = jax.tree.map(jnp.zeros_like, gates)
     if d is None:
         return none
-    triangle = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))
-    after = jnp.matmul(d[..., ROWS, :] - d[..., COLUMNS, :], triangle, precision=lax.Precision.HIGHEST)
+    after = reverse_cumulative(d[..., ROWS, :] - d[..., COLUMNS, :])
     ends = d[..., ENDS, :] + d[..., ZDZ, :] if summed else d[..., ENDS, :]
     dg = after + jnp.sum(ends, axis=-1, keepdims=True)
     broadcast = tuple(axis for axis in (0, 2) if gates.g.shape[axis] < dg.shape[axis])
@@ -207,7 +220,7 @@ def _gate_gradients(gates: Gates, d: Array | None, summed: bool) -> Gates:
     return none._replace(g=dg, w=None if gates.w is None else d[..., COLUMNS, :] + d[..., OWN, :])
 
 
-def _sum_group(x: Array, group: int) -> Array:
+def sum_group(x: Array, group: int) -> Array:
     """[B, T, HV, K] -> [B, T, H, K], in float32 and a fixed order."""
     if group == 1:
         return x

@@ -95,7 +95,7 @@ def join_gradients(d: Gradients, parts: int) -> Gradients:
 
 def starts(form: Form, x: Inputs, s0: Array | None, z0: Array | None, parts: int) -> tuple[Array, Array | None]:
     """The states at the start of each part, [B * P, HV, K, V] and [B * P, HV, K]."""
-    _, leave, keep = _weights(x)
+    _, leave, keep = _weights(form, x)
     summed = form.denominator is not None
     weights = None if leave is None else _stack(keep, leave)
     s, z = accumulate(*_cut(x.k, x.v, weights, x.codes, parts), summed=summed, reverse=False)
@@ -104,7 +104,7 @@ def starts(form: Form, x: Inputs, s0: Array | None, z0: Array | None, parts: int
 
 def ends(form: Form, x: Inputs, o: Array | None, l: Array | None, d: Cotangents, parts: int) -> Cotangents:  # noqa: E741
     """The cotangents with those of the final state at the end of each part; o and l come with a denominator."""
-    enter, _, keep = _weights(x)
+    enter, _, keep = _weights(form, x)
     ones = jnp.ones((1, x.v.shape[2], 1, CHUNK))
     read = form.scale * (ones if enter is None else enter)
     keep = ones[..., 0] if keep is None else keep
@@ -123,11 +123,11 @@ def ends(form: Form, x: Inputs, o: Array | None, l: Array | None, d: Cotangents,
     return Cotangents(cut(d.o, parts, 1), s, z)
 
 
-def _weights(x: Inputs) -> tuple[Array | None, Array | None, Array | None]:
+def _weights(form: Form, x: Inputs) -> tuple[Array | None, Array | None, Array | None]:
     """(enter [1|B, HV, 1|N, C], leave, keep [1|B, HV, 1|N]) of all chunks; None means 1."""
     enter = leave = keep = None
     if x.vectors is not None:
-        b, c = x.vectors[..., 0, :], x.vectors[..., 1, :]
+        b, c = x.vectors[..., 0, :], x.vectors[..., 1 if form.write else 0, :]
         last = b[..., -1]
         enter, leave, keep = jnp.exp(b), jnp.exp(last[..., None] - c), jnp.exp(last)
     if x.codes is not None:
