@@ -14,8 +14,8 @@ with ~ for "times the decays". For the gate each row i gets, in float32 and with
 (reads = q.dQ + k.dK through S, writes = k.dK through dS'), so that dg = revcumsum(rows - columns) + sum(ends).
 
 Budget at K = V = 64: dS, dK and up to three products in registers, 160 a thread. Shared memory: q, k, v, do, S, T of
-8 KB in 2 stages, dq, dk, dv written over q, k, v (96 KB); dS, U and four tiles for operands that must lie there (48 KB);
-vectors (3 KB), sums over warps (6 KB): one program an SM.
+8 KB in 2 stages, dq, dk, dv written over q, k, v (96 KB); dS, U and four tiles for operands that must lie there (48 KB)
+and vectors (9 KB): one program an SM.
 """
 
 from __future__ import annotations

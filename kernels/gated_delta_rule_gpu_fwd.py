@@ -26,7 +26,7 @@ STAGES = 2
 
 
 def forward(form: Form, x: Inputs, s0: Array | None, save: bool) -> tuple[Array, Array, tuple[Array, Array] | None]:
-    """(o [B, T, HV, V], final S [B, HV, K, V], if `save` (S at the start of chunks [B, HV, N, K, V], T [B, HV, N, C, C])).
+    """(o [B, T, HV, V], final S [B, HV, K, V], if `save` (S at chunk starts [B, HV, N, K, V], T [B, HV, N, C, C])).
 
     The chunk states and T are bfloat16, as products read them.
     """

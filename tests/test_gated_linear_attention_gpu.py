@@ -14,17 +14,14 @@ import pytest
 
 from jaxlin import ops
 from jaxlin.kernels import gated_linear_attention_gpu_split
-from tests import grid
+from tests import grid, hopper
 from tests.grid import Case
-
-BASE = Case(T=257, K=64, V=64, B=1, strength="mild")
-"""Five chunks: more than any kernel has in flight."""
-SEGMENTS = ("packed", "single", "left", "right", "middle", "gaps")
+from tests.hopper import BASE, SEGMENTS, kernels_of
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    monkeypatch.setenv("JAXLIN_INTERPRET", "gpu")
+    hopper.interpret(monkeypatch)
 
 
 def run(op: str, case: Case, normalize: bool = False, **options):
@@ -78,7 +75,7 @@ def test_interpreted_in_parts(form, interpreted, monkeypatch):
 
 
 def test_padding_may_hold_anything(interpreted):
-    check_padding()
+    hopper.check_padding("gated_linear_attention", grid.replace(BASE, segments="gaps", B=2), "q k v g")
 
 
 # ---- on the CPU, lowered for CUDA ----
@@ -97,18 +94,11 @@ def arrays(op: str, gate: str = "none", **shapes) -> dict:
     return found | shapes
 
 
-def kernels_of(function, *args) -> int:
-    """How many Mosaic GPU kernels a function holds, after lowering for CUDA."""
-    text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    return text.count("custom_call @mosaic_gpu")
-
-
 @pytest.mark.parametrize("segments", (False, True))
 @pytest.mark.parametrize("state", (False, True))
 @pytest.mark.parametrize("form", ("none", "constant", "scalar", "normalize", "mlstm"))
 def test_lowers_for_cuda(form, state, segments, monkeypatch):
-    monkeypatch.setattr(ops, "platform", lambda: "gpu")
-    monkeypatch.setattr(ops, "_compute_capability", lambda: "9.0")
+    hopper.pretend(monkeypatch)
     op = "mlstm" if form == "mlstm" else "gated_linear_attention"
     args = arrays(op, form if form in ("constant", "scalar") else "none")
     options = dict(normalize=True) if form == "normalize" else {}
@@ -128,8 +118,7 @@ def test_lowers_for_cuda(form, state, segments, monkeypatch):
 
 @pytest.mark.parametrize("form", ("none", "scalar", "normalize"))
 def test_parts_lower_for_cuda(form, monkeypatch):
-    monkeypatch.setattr(ops, "platform", lambda: "gpu")
-    monkeypatch.setattr(ops, "_compute_capability", lambda: "9.0")
+    hopper.pretend(monkeypatch)
     x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
     g = jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32) if form == "scalar" else None
 
@@ -184,33 +173,25 @@ def test_grid(case, form):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("form", ("none", "constant", "scalar", "normalize", "mlstm"))
+def test_grid_in_parts(form):
+    """One sequence of few heads: parts side by side."""
+    case = grid.replace(BASE, T=4096, segments="none" if form == "constant" else "packed")
+    if form == "mlstm":
+        run("mlstm", grid.replace(case, strength="weak"))
+    else:
+        gate = "none" if form == "normalize" else form
+        run("gated_linear_attention", grid.replace(case, gate=gate, HV=2), normalize=form == "normalize")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("form", ("scalar", "normalize", "mlstm"))
 def test_reruns_are_bit_equal(form):
     op = "mlstm" if form == "mlstm" else "gated_linear_attention"
     case = grid.replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate="scalar" if form == "scalar" else "none")
-    args = grid.inputs(op, case, normalize=form == "normalize")
-    first, *others = (
-        grid.outputs_and_gradients(getattr(ops, op), args, jnp.bfloat16, implementation="pallas") for _ in range(4)
-    )
-    for other in others:
-        for name in first:
-            np.testing.assert_array_equal(first[name], other[name], err_msg=name)
+    hopper.check_reruns(op, case, normalize=form == "normalize")
 
 
 @pytest.mark.gpu
 def test_padding_may_hold_anything_on_the_gpu():
-    check_padding()
-
-
-def check_padding():
-    args = grid.inputs("gated_linear_attention", grid.replace(BASE, segments="gaps", B=2))
-    op = functools.partial(grid.outputs_and_gradients, ops.gated_linear_attention, dtype=jnp.bfloat16)
-    clean = op(args, implementation="pallas")
-    padding = args["segment_ids"] == 0
-    for name in "qkvg":
-        args[name][padding] = np.nan
-    dirty = op(args, implementation="pallas")
-    for name in clean:
-        np.testing.assert_array_equal(clean[name], dirty[name], err_msg=name)
-        if name in ("o", "dq", "dk", "dv", "dg"):
-            assert not clean[name][padding].any()
+    hopper.check_padding("gated_linear_attention", grid.replace(BASE, segments="gaps", B=2), "q k v g")
