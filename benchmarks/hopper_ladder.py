@@ -46,11 +46,15 @@ STEPS: dict[str, tuple] = {
     "A scalar, in parts, packed": (A, replace(BASE, gate="scalar", T=4096, B=1, segments="packed")),
     "A normalized, in parts": (A, replace(BASE, gate="none", T=4096, B=1), True),
     "mLSTM, in parts": (M, replace(BASE, strength="weak", T=4096, B=1)),
+    "A scalar, 128": (A, replace(BASE, gate="scalar", K=128, V=128)),
+    "A normalized, 128": (A, replace(BASE, gate="none", K=128, V=128), True),
+    "mLSTM, 128": (M, replace(BASE, strength="weak", K=128, V=128)),
     "B none, one chunk": (B, replace(ONE, gate="none")),
     "B none": (B, replace(BASE, gate="none")),
     "B none, correlated": (B, replace(BASE, gate="none", corr=0.9, beta=1.0)),
     "B scalar": (B, replace(BASE, gate="scalar")),
     "B scalar, gaps, state": (B, replace(BASE, gate="scalar", segments="gaps", state=True, HV=6)),
+    "B scalar, 128": (B, replace(BASE, gate="scalar", K=128, V=128)),
 }
 
 

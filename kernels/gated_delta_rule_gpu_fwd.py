@@ -1,4 +1,4 @@
-"""Family B forward on Hopper: one warpgroup a (batch, value head) walks the chunks with the state in registers.
+"""Family B forward on Hopper: one warpgroup walks the chunks of a (batch, value head, 64 values), S in registers.
 
     A_ij = k_i.k_j D_ij, i > j ;  T = (I + diag(beta) A)^-1 ;  U = T diag(beta) (V - enter K S)
     P_ij = scale q_i.k_j D_ij, i >= j ;  o = scale enter (Q S) + P U ;  S' = keep S + K^T (leave U)
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
-from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present, sources
-from jaxlin.kernels.mosaic_gpu import CHUNK, dot, rows
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present, sources, stored
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
 
 STAGES = 2
 
@@ -42,12 +42,12 @@ def forward(form: Form, x: Inputs, s0: Array | None, save: bool) -> tuple[Array,
     scratch = dict(
         q=gpu.tile(STAGES, CHUNK, key_dim),
         k=gpu.tile(STAGES, CHUNK, key_dim),
-        v=gpu.tile(STAGES, CHUNK, value_dim),
+        v=gpu.tile(STAGES, CHUNK, BLOCK),
         vectors=gpu.vector(STAGES, form.vectors, CHUNK),
-        state=gpu.tile(key_dim, value_dim),
+        state=gpu.tile(key_dim, BLOCK),
         lower=gpu.tile(CHUNK, CHUNK),
         blocks=gpu.tile(CHUNK, CHUNK),
-        u=gpu.tile(CHUNK, value_dim),
+        u=gpu.tile(CHUNK, BLOCK),
         barrier=gpu.barrier(4 + form.segments, min(STAGES, chunks)),
     )
     if form.segments:
@@ -57,17 +57,16 @@ def forward(form: Form, x: Inputs, s0: Array | None, save: bool) -> tuple[Array,
         given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
         _program(form, index, given, made, dict(zip(scratch, buffers, strict=True)), chunks)
 
-    results = gpu.launch(
-        gated_delta_rule_fwd, list(flat.values()), list(out.values()), (batch, heads), list(scratch.values())
-    )
+    grid = (batch, heads, value_dim // BLOCK)
+    results = gpu.launch(gated_delta_rule_fwd, list(flat.values()), list(out.values()), grid, list(scratch.values()))
     results = dict(zip(out, results, strict=True))
     return results["o"], results["s"], (results["states"], results["t"]) if save else None
 
 
 def _program(form: Form, index, given, made, buffer, chunks) -> None:
-    b, h = index
-    save = "states" in made
-    s = gpu.load(given["s0"].at[b, h]) if "s0" in given else gpu.zeros(*buffer["state"].shape)
+    b, h, w = index
+    save, block = "states" in made, gpu.block(w)
+    s = gpu.load(given["s0"].at[b, h, :, block]) if "s0" in given else gpu.zeros(*buffer["state"].shape)
 
     def chunk(n, slot, refill, s):
         q, k, v = (buffer[name].at[slot] for name in "qkv")
@@ -75,35 +74,35 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             gpu.wait_out(2)
         gpu.put(buffer["state"], s)
         if save:
-            gpu.copy_out((buffer["state"], made["states"].at[b, h, n]))
+            gpu.copy_out((buffer["state"], made["states"].at[b, h, n, :, block]))
         d = decays(form, buffer, slot)
-        beta = rows(beta_of(form, buffer, slot))
+        beta = beta_of(form, buffer, slot)
         if form.segments:
             clean(d.valid, k, v)
-        lower = strict(d.pair(dot(k, k, tb=True)), 1 / form.scale) * beta
+        lower = by_row(beta, strict(d.pair(dot(k, k, tb=True)), 1 / form.scale))
         gpu.wait_out(1 if save else 0)
         refill()
         t = unit_lower_inverse(lower, buffer["lower"], buffer["blocks"]).astype(jnp.bfloat16)
         if save:
             gpu.put(buffer["lower"], t)
-            gpu.copy_out((buffer["lower"], made["t"].at[b, h, n]))
+            gpu.copy_out((buffer["lower"], made["t"].at[b, h, n]), when=w == 0)
 
-        gpu.put(buffer["blocks"], beta * (gpu.load(v) - spread(d.enter) * dot(k, buffer["state"])))
+        gpu.put(buffer["blocks"], by_row(beta, gpu.load(v) - by_row(d.enter, dot(k, buffer["state"]))))
         u = dot(t, buffer["blocks"])
         gpu.put(buffer["u"], u)
         p = d.pair(dot(q, k, tb=True)).astype(jnp.bfloat16)
-        o = dot(p, buffer["u"], dot(q, buffer["state"]) * d.reading)
+        o = dot(p, buffer["u"], by_row(d.enter_scaled, dot(q, buffer["state"])))
         written = buffer["u"]
         if form.gated or form.segments:
             written = buffer["blocks"]
-            gpu.put(written, u * d.leaving)
+            gpu.put(written, by_row(d.leave, u))
         s = dot(k, written, s * d.keep, ta=True)
-        v[...] = (o if d.valid is None else jnp.where(rows(d.valid), o, 0.0)).astype(jnp.bfloat16)
-        gpu.copy_out((v, made["o"].at[b, gpu.chunk_rows(n), h]))
+        v[...] = stored(d, o)
+        gpu.copy_out((v, made["o"].at[b, gpu.chunk_rows(n), h, block]))
         return s
 
     s = gpu.stream(sources(given, buffer, index), buffer["barrier"], chunk, s, chunks=chunks, stages=STAGES)
-    made["s"].at[b, h][...] = s
+    made["s"].at[b, h, :, block][...] = s
     gpu.wait_out(0, read=False)
 
 
@@ -113,11 +112,6 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
 def beta_of(form: Form, buffer: dict, slot: Array) -> Array:
     """beta [C] of the chunk in `slot`."""
     return gpu.load_rows(buffer["vectors"].at[slot, form.vectors - 1])
-
-
-def spread(x: Array) -> Array:
-    """A vector over the rows of a tile; a scalar stays."""
-    return x if x.ndim == 0 else rows(x)
 
 
 def strict(x: Array, weight: float = 1.0) -> Array:

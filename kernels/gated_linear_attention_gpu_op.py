@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlin.kernels import chunk
 from jaxlin.kernels import gated_linear_attention_gpu_split as split
-from jaxlin.kernels.gated_linear_attention_gpu_bwd import COLUMNS, ENDS, OWN, ROWS, ZDZ, Cotangents, backward
+from jaxlin.kernels.gated_linear_attention_gpu_bwd import COLUMNS, OWN, ROWS, WRITES, Cotangents, backward
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     ENTER,
     KEEP,
@@ -27,10 +27,10 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     Inputs,
     forward,
 )
-from jaxlin.kernels.mosaic_gpu import CHUNK
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK
 
-TILE = 64
-"""Key and value dimensions of the kernels; smaller ones are padded."""
+LARGEST_KEY, LARGEST_VALUE = 128, 256
+"""Head sizes of the kernels: keys of 64 or 128, values of multiples of 64; others are padded."""
 
 
 def pallas(
@@ -46,8 +46,8 @@ def pallas(
 ) -> tuple[Array, Array | tuple[Array, Array]]:
     """`gated_linear_attention.chunked` by one kernel each way; initial_state None is zero, and is then not read.
 
-    q, k [B, T, H, K <= 64]; v [B, T, HV, V <= 64], all bfloat16; g None | [HV] | [B, T, HV]. Raises NotImplementedError
-    for what the kernels do not serve.
+    q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; g None | [HV] | [B, T, HV]. Raises
+    NotImplementedError for what the kernels do not serve.
     """
     check(q, k, v, g)
     time = q.shape[1]
@@ -68,8 +68,11 @@ def check(q: Array, k: Array, v: Array, g: Array | None = None) -> None:
     """Raise NotImplementedError, with the reason, for inputs that these kernels do not take."""
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
         raise NotImplementedError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; the GPU kernels take bfloat16")
-    if max(q.shape[-1], v.shape[-1]) > TILE:
-        raise NotImplementedError(f"head sizes are {q.shape[-1]} and {v.shape[-1]}; the GPU kernels take up to {TILE}")
+    if q.shape[-1] > LARGEST_KEY or v.shape[-1] > LARGEST_VALUE:
+        raise NotImplementedError(
+            f"head sizes of keys and values are {q.shape[-1]} and {v.shape[-1]}; the GPU kernels take up to"
+            f" {LARGEST_KEY} and {LARGEST_VALUE}"
+        )
     if g is not None and g.ndim == 4:
         raise NotImplementedError("gates are per channel; the GPU kernels take gates per head")
 
@@ -112,11 +115,11 @@ def attend(
     z0: Array | None,
     segment_ids: Array | None,
 ) -> tuple[Array, Array, Array | None]:
-    """(o [B, T, HV, V], final S [B, HV, K, V], final z [B, HV, K] or None) for any T and K, V <= 64."""
+    """(o [B, T, HV, V], final S [B, HV, K, V], final z [B, HV, K] or None) for any T, K <= 128 and V <= 256."""
     time, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
-    q, k, v = (fill(x, (0, -time % CHUNK, 0, TILE - x.shape[3])) for x in (q, k, v))
-    s0 = None if s0 is None else fill(s0.astype(jnp.float32), (0, 0, TILE - key_dim, TILE - value_dim))
-    z0 = None if z0 is None else fill(z0.astype(jnp.float32), (0, 0, TILE - key_dim))
+    q, k, v = (fill(x, (0, -time % CHUNK, 0, -x.shape[3] % 64)) for x in (q, k, v))
+    s0 = None if s0 is None else fill(s0.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % 64))
+    z0 = None if z0 is None else fill(z0.astype(jnp.float32), (0, 0, -key_dim % 64))
     codes = None if segment_ids is None else segment_codes(segment_ids)
     write = gates is not None and gates.w is not None
     form = Form(scale, gates is not None, codes is not None, denominator, write)
@@ -141,7 +144,7 @@ def _attend_fwd(form: Form, *primals):
     o, l, final, states = _forward(form, Inputs(q, k, v, _vectors(gates), codes), s0, z0, save=True)  # noqa: E741
     states = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), states)
     gate = gates is not None and any(jax.tree.leaves(wanted))
-    kept = None if form.denominator is None or _parts(v) == 1 else o
+    kept = o if _needs_dl(form, v) else None
     return (o, *final), (q, k, v, gates, codes, kept, l, states, s0, z0, gate)
 
 
@@ -150,21 +153,28 @@ def _attend_bwd(form: Form, residuals, cotangents):
     do, ds, dz = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
     do = jnp.zeros(v.shape, v.dtype) if do is None else do
     x, d, parts = Inputs(q, k, v, _vectors(gates), codes), Cotangents(do, ds, dz), _parts(v)
+    dl = None
+    if o is not None:
+        dl = split.cotangent_of_l(form, x, o, l if parts == 1 else split.join(l, parts, 2), do)
     if parts > 1:
-        d = split.ends(form, x, o, l, d, parts)
-        x = split.cut_inputs(x, parts)
-    d = backward(form, x, l, states, d, bool(gate))
+        d = split.ends(form, x, l, dl, d, parts)
+        x, dl = split.cut_inputs(x, parts), split.cut(dl, parts, 2)
+    d = backward(form, x, l, states, d, bool(gate), dl if v.shape[3] > BLOCK else None)
     if parts > 1:
         d = split.join_gradients(d, parts)
-    group = v.shape[2] // q.shape[2]
-    dq, dk = (sum_group(x, group) for x in (d.q, d.k))
-    d_gates = None if gates is None else _gate_gradients(gates, d.gates, form.denominator is not None)
+    dq, dk = (sum_group(x, q.shape[2]) for x in (d.q, d.k))
+    d_gates = None if gates is None else _gate_gradients(gates, d.gates, q.shape[3] * (2 if form.denominator else 1))
     return dq, dk, d.v, d_gates, None if s0 is None else d.s, None if z0 is None else d.z, None
 
 
 def _parts(v: Array) -> int:
-    batch, time, heads, _ = v.shape
-    return split.parts_of(batch * heads, time // CHUNK)
+    batch, time, heads, value_dim = v.shape
+    return split.parts_of(batch * heads * (value_dim // BLOCK), time // CHUNK)
+
+
+def _needs_dl(form: Form, v: Array) -> bool:
+    """Whether programs of the backward pass cannot find the cotangent of l by themselves."""
+    return form.denominator is not None and (_parts(v) > 1 or v.shape[3] > BLOCK)
 
 
 def _forward(form: Form, x: Inputs, s0: Array | None, z0: Array | None, save: bool):
@@ -207,21 +217,24 @@ def _vectors(gates: Gates | None) -> Array | None:
     return jnp.stack([x for x in (b, c, gates.floor) if x is not None], axis=3)
 
 
-def _gate_gradients(gates: Gates, d: Array | None, summed: bool) -> Gates:
-    """From the kernel's sums [B, HV, N, 5, C]; see `gated_linear_attention_gpu_bwd`. ZDZ is there if `summed`."""
+def _gate_gradients(gates: Gates, d: Array | None, key_dims: int) -> Gates:
+    """From the kernel's sums [V/64, B, HV, N, ...]; see `gated_linear_attention_gpu_bwd`. `key_dims` of them at the
+    end are of channels."""
     none = jax.tree.map(jnp.zeros_like, gates)
     if d is None:
         return none
-    after = reverse_cumulative(d[..., ROWS, :] - d[..., COLUMNS, :])
-    ends = d[..., ENDS, :] + d[..., ZDZ, :] if summed else d[..., ENDS, :]
-    dg = after + jnp.sum(ends, axis=-1, keepdims=True)
+    d = d.sum(0)
+    channels = d[..., 4 * CHUNK : 4 * CHUNK + key_dims].sum(-1, keepdims=True)
+    d = d[..., : 4 * CHUNK].reshape(*d.shape[:-1], 4, CHUNK)
+    dg = reverse_cumulative(d[..., ROWS, :] - d[..., COLUMNS, :]) + channels
+    dg += d[..., WRITES, :].sum(-1, keepdims=True)
     broadcast = tuple(axis for axis in (0, 2) if gates.g.shape[axis] < dg.shape[axis])
     dg = dg.sum(broadcast, keepdims=True) if broadcast else dg
     return none._replace(g=dg, w=None if gates.w is None else d[..., COLUMNS, :] + d[..., OWN, :])
 
 
-def sum_group(x: Array, group: int) -> Array:
-    """[B, T, HV, K] -> [B, T, H, K], in float32 and a fixed order."""
-    if group == 1:
+def sum_group(x: Array, heads: int) -> Array:
+    """[B, T, several * H, K] -> [B, T, H, K], in float32 and a fixed order."""
+    if x.shape[2] == heads:
         return x
-    return x.reshape(*x.shape[:2], -1, group, x.shape[3]).astype(jnp.float32).sum(3).astype(x.dtype)
+    return x.reshape(*x.shape[:2], heads, -1, x.shape[3]).astype(jnp.float32).sum(3).astype(x.dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_linear_attention_gpu_bwd import Cotangents, Gradients
@@ -25,7 +26,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     denominator_of,
     present,
 )
-from jaxlin.kernels.mosaic_gpu import CHUNK, dot, rows
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
 
 STAGES = 3
 PROGRAMS = 264
@@ -89,7 +90,7 @@ def cut_inputs(x: Inputs, parts: int) -> Inputs:
 def join_gradients(d: Gradients, parts: int) -> Gradients:
     """The gradients with parts put together; those of the initial state are the first part's."""
     q, k, v = (join(y, parts, 1) for y in (d.q, d.k, d.v))
-    gates = None if d.gates is None else join(d.gates, parts, 2)
+    gates = None if d.gates is None else jax.vmap(lambda y: join(y, parts, 2))(d.gates)
     return Gradients(q, k, v, gates, d.s[::parts], None if d.z is None else d.z[::parts])
 
 
@@ -102,21 +103,33 @@ def starts(form: Form, x: Inputs, s0: Array | None, z0: Array | None, parts: int
     return _at_parts(_keep_of_parts(x, keep, parts), s, z, s0, z0, reverse=False)
 
 
-def ends(form: Form, x: Inputs, o: Array | None, l: Array | None, d: Cotangents, parts: int) -> Cotangents:  # noqa: E741
-    """The cotangents with those of the final state at the end of each part; o and l come with a denominator."""
+def cotangent_of_l(form: Form, x: Inputs, o: Array, l: Array, do: Array) -> Array:  # noqa: E741
+    """dl [B, HV, N, C], from l in the same form and o, do [B, T, HV, V]."""
+    along = jnp.einsum("bthv,bthv->bth", do, o, preferred_element_type=jnp.float32)
+    along = along.reshape(along.shape[0], -1, CHUNK, along.shape[2]).transpose(0, 3, 1, 2)
+    if form.denominator == "sum":
+        return -along / denominator_of(form, l, None)
+    floor = x.vectors[..., form.gated + form.write, :]
+    return jnp.where(jnp.abs(l) >= floor, -jnp.sign(l) * along / denominator_of(form, l, floor), 0.0)
+
+
+def ends(
+    form: Form,
+    x: Inputs,
+    l: Array | None,  # noqa: E741
+    dl: Array | None,
+    d: Cotangents,
+    parts: int,
+) -> Cotangents:
+    """The cotangents with those of the final state at the end of each part; l (in parts) and dl with a denominator."""
     enter, _, keep = _weights(form, x)
     ones = jnp.ones((1, x.v.shape[2], 1, CHUNK))
     read = form.scale * (ones if enter is None else enter)
     keep = ones[..., 0] if keep is None else keep
     summed = form.denominator is not None
     if summed:
-        l = join(l, parts, 2)  # noqa: E741
-        floor = x.vectors[..., -1, :] if form.denominator == "max" else None
-        r = 1 / denominator_of(form, l, floor)
-        along = jnp.einsum("bthv,bthv->bth", d.o, o, preferred_element_type=jnp.float32)
-        dl = -r * along.reshape(along.shape[0], -1, CHUNK, along.shape[2]).transpose(0, 3, 1, 2)
-        if form.denominator == "max":
-            dl = jnp.where(jnp.abs(l) >= floor, jnp.sign(l) * dl, 0.0)
+        floor = x.vectors[..., form.gated + form.write, :] if form.denominator == "max" else None
+        r = 1 / denominator_of(form, join(l, parts, 2), floor)
     weights = _stack(keep, read * r, read * dl) if summed else _stack(keep, read)
     s, z = accumulate(*_cut(x.q, d.o, weights, x.codes, parts), summed=summed, reverse=True)
     s, z = _at_parts(_keep_of_parts(x, keep, parts), s, z, d.s, d.z, reverse=True)
@@ -186,22 +199,23 @@ def accumulate(
     """
     batch, time, key_heads, key_dim = x.shape
     heads, value_dim = y.shape[2:]
+    blocks = value_dim // BLOCK
     chunks, group = time // CHUNK, heads // key_heads
     flat = present(x=x, y=y, weights=weights, codes=codes)
     out = [jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), jnp.float32)]
     out += [jax.ShapeDtypeStruct((batch, heads, key_dim), jnp.float32)] if summed else []
     shapes = dict(
         x=gpu.tile(STAGES, CHUNK, key_dim),
-        y=gpu.tile(STAGES, CHUNK, value_dim),
+        y=gpu.tile(STAGES, CHUNK, BLOCK),
         weights=None if weights is None else gpu.vector(STAGES, weights.shape[3], CHUNK),
         codes=None if codes is None else gpu.vector(STAGES, CHUNK, dtype=jnp.int32),
         barrier=gpu.barrier(len(flat), min(STAGES, chunks)),
-        written=gpu.tile(CHUNK, value_dim),
+        written=gpu.tile(CHUNK, BLOCK),
     )
     shapes = present(**shapes)
 
     def gated_linear_attention_parts(index, inputs, outputs, buffers):
-        b, h = index
+        b, h, w = index
         given, buffer = dict(zip(flat, inputs, strict=True)), dict(zip(shapes, buffers, strict=True))
 
         def chunk(n, slot, refill, carry):
@@ -213,30 +227,35 @@ def accumulate(
             last = 0 if weights is None else weights.shape[3] - 1
             decay = jnp.float32(1) if weights is None else buffer["weights"][slot, last, 0]
             if weights is not None:
-                gpu.put(buffer["written"], gpu.load(y) * rows(gpu.load_rows(buffer["weights"].at[slot, 0])))
+                gpu.put(buffer["written"], by_row(gpu.load_rows(buffer["weights"].at[slot, 0]), gpu.load(y)))
             if z is not None:
                 read = gpu.load(x)
                 if weights is not None:
-                    read = read * rows(gpu.load_rows(buffer["weights"].at[slot, last - 1]))
+                    read = by_row(gpu.load_rows(buffer["weights"].at[slot, last - 1]), read)
                 z = decay * z + jnp.sum(read, 0)
             return dot(x, y if weights is None else buffer["written"], decay * s, ta=True), z
 
         key_head = h if group == 1 else lax.div(h, jnp.int32(group))
         sources = [
             (lambda n: given["x"].at[b, gpu.chunk_rows(n), key_head], buffer["x"]),
-            (lambda n: given["y"].at[b, gpu.chunk_rows(n), h], buffer["y"]),
+            (lambda n: given["y"].at[b, gpu.chunk_rows(n), h, gpu.block(w)], buffer["y"]),
         ]
         if "weights" in given:
-            w = given["weights"]
-            part = lambda n: w.at[b if w.shape[0] > 1 else 0, h, n if w.shape[2] > 1 else 0]  # noqa: E731
+            v = given["weights"]
+            part = lambda n: v.at[b if v.shape[0] > 1 else 0, h, n if v.shape[2] > 1 else 0]  # noqa: E731
             sources.append((part, buffer["weights"]))
         if "codes" in given:
             sources.append((lambda n: given["codes"].at[b, n], buffer["codes"]))
-        start = gpu.zeros(key_dim, value_dim), gpu.zero_columns(key_dim) if summed else None
+        start = gpu.zeros(key_dim, BLOCK), gpu.zero_columns(key_dim) if summed else None
         s, z = gpu.stream(sources, buffer["barrier"], chunk, start, chunks=chunks, stages=STAGES, reverse=reverse)
-        outputs[0].at[b, h][...] = s
+        outputs[0].at[b, h, :, gpu.block(w)][...] = s
         if z is not None:
-            outputs[1].at[b, h][...] = z
 
-    found = gpu.launch(gated_linear_attention_parts, list(flat.values()), out, (batch, heads), list(shapes.values()))
+            @pl.when(w == 0)
+            def _():
+                outputs[1].at[b, h][...] = z
+
+    found = gpu.launch(
+        gated_linear_attention_parts, list(flat.values()), out, (batch, heads, blocks), list(shapes.values())
+    )
     return found[0], found[1] if summed else None

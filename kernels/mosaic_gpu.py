@@ -26,8 +26,8 @@ from jax.experimental import pallas as pl
 CHUNK = 64
 """Rows of a chunk, and of every tile: wgmma multiplies 64 rows at a time."""
 
-COMPUTE_CAPABILITY = "9."
-"""wgmma is Hopper's; no other GPU has it."""
+BLOCK = 64
+"""Columns of the values that one program has."""
 
 _JAX = tuple(jax.__version_info__[:2])
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -102,6 +102,11 @@ def _layout(x: Array, layout: Any) -> Array:
 def rows(x: Array, columns: int = CHUNK) -> Array:
     """[R] -> [R, columns]: entry r all along row r."""
     return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
+def by_row(x: Array, tile: Array) -> Array:
+    """A tile with each row times its entry of x [R], or all of it times a scalar."""
+    return (x if x.ndim == 0 else rows(x, tile.shape[1])) * tile
 
 
 def columns(x: Array, rows: int = CHUNK) -> Array:
@@ -186,11 +191,22 @@ def barrier(sources: int, stages: int) -> Any:
     return plgpu.Barrier(num_arrivals=sources, num_barriers=stages)
 
 
-def copy_out(*copies: tuple[Ref, Ref]) -> None:
-    """Start copies (shared memory, global memory) as one group; what was written to shared memory is committed."""
+def copy_out(*copies: tuple[Ref, Ref], when: Array | bool = True) -> None:
+    """Start copies (shared memory, global memory) as one group; what was written to shared memory is committed.
+
+    Where `when` is false the group is empty.
+    """
     plgpu.commit_smem()
-    for i, (source, target) in enumerate(copies):
-        plgpu.copy_smem_to_gmem(source, target, commit_group=i == len(copies) - 1)
+
+    def start():
+        for source, target in copies:
+            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+    if when is True:
+        start()
+    else:
+        pl.when(when)(start)
+    plgpu.commit_smem_to_gmem_group()
 
 
 def commit() -> None:
@@ -201,6 +217,11 @@ def commit() -> None:
 def chunk_rows(n: Array) -> Any:
     """The rows of chunk n, as an index into time."""
     return pl.ds(n * CHUNK, CHUNK)
+
+
+def block(w: Array) -> Any:
+    """The columns of block w of the values."""
+    return pl.ds(w * BLOCK, BLOCK)
 
 
 def wait_out(groups: int, *, read: bool = True) -> None:

@@ -12,6 +12,9 @@ from tests.grid import Case
 from tests.hopper import BASE, SEGMENTS, kernels_of
 
 
+slow = pytest.mark.slow
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     hopper.interpret(monkeypatch)
@@ -25,9 +28,10 @@ def run(case: Case):
 @pytest.mark.parametrize(
     "case",
     [
-        grid.replace(BASE, gate="none"),
+        pytest.param(grid.replace(BASE, gate="none"), marks=slow),
         grid.replace(BASE, gate="scalar", strength="mixed", segments="gaps", B=2),
-        grid.replace(BASE, gate="scalar", corr=1.0, beta=2.0, segments="packed", H=1, HV=2),
+        pytest.param(grid.replace(BASE, gate="scalar", corr=1.0, beta=2.0, segments="packed", HV=2), marks=slow),
+        pytest.param(grid.replace(BASE, gate="scalar", K=128, V=128), marks=slow),
         grid.replace(BASE, T=7, K=16, V=24, gate="none", corr=0.9, beta=0.0, state=False),
     ],
     ids=str,
@@ -36,25 +40,26 @@ def test_interpreted(case, interpreted):
     run(case)
 
 
+@slow
 def test_padding_may_hold_anything(interpreted):
     hopper.check_padding("gated_delta_rule", grid.replace(BASE, segments="gaps", B=2), "q k v beta g")
 
 
 @pytest.mark.parametrize("segments", (False, True))
 @pytest.mark.parametrize("gated", (False, True))
-def test_lowers_for_cuda(gated, segments, monkeypatch):
+@pytest.mark.parametrize("size", (64, 128))
+def test_lowers_for_cuda(size, gated, segments, monkeypatch):
     hopper.pretend(monkeypatch)
-    q, v = (jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (2, 4))
+    q, v = (jax.ShapeDtypeStruct((2, 256, heads, size), jnp.bfloat16) for heads in (2, 4))
     beta = jax.ShapeDtypeStruct((2, 256, 4), jnp.float32)
-    s = jax.ShapeDtypeStruct((2, 4, 64, 64), jnp.float32)
-    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32) if segments else None
+        ids = jax.ShapeDtypeStruct((2, 256), jnp.int32) if segments else None
 
     def loss(args, ids):
         o, final = ops.gated_delta_rule(*args, segment_ids=ids, initial_state=s0(args), implementation="pallas")
         return o.astype(jnp.float32).sum() + final.sum()
 
     def s0(args):
-        return jnp.zeros(s.shape) + args[3][0, 0, 0]
+        return jnp.zeros((2, 4, size, size)) + args[3][0, 0, 0]
 
     args = (q, q, v, beta, beta if gated else None)
     assert kernels_of(loss, args, ids) == 1
@@ -67,8 +72,8 @@ def test_lowers_for_cuda(gated, segments, monkeypatch):
     grid.variations(
         grid.replace(BASE, B=2, H=3, HV=3, segments="packed"),
         T=[1, 7, 63, 64, 65, 1024],
-        K=[16, 32],
-        V=[16, 32],
+        K=[16, 32, 96, 128],
+        V=[16, 32, 96, 128, 256],
         HV=[6, 12],
         segments=["none", *SEGMENTS],
         strength=["weak", "mixed", "strong", "zero"],

@@ -36,15 +36,18 @@ def run(op: str, case: Case, normalize: bool = False, **options):
 
 # ---- on the CPU, interpreted ----
 
+slow = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "case",
     [
-        grid.replace(BASE, gate="none", H=2, HV=4, B=2, T=65),
-        grid.replace(BASE, gate="constant", HV=4),  # one head alone: a sum of 257 terms near zero
+        pytest.param(grid.replace(BASE, gate="none", H=2, HV=4, B=2, T=65), marks=slow),
+        pytest.param(grid.replace(BASE, gate="constant", HV=4), marks=slow),  # one head alone: a sum close to zero
         grid.replace(BASE, gate="scalar", strength="mixed", segments="gaps", B=2),
-        grid.replace(BASE, gate="scalar", strength="strong", corr=0.9, state=False),
+        pytest.param(grid.replace(BASE, gate="scalar", strength="strong", corr=0.9, state=False), marks=slow),
         grid.replace(BASE, T=7, K=16, V=24, segments="packed"),
+        pytest.param(grid.replace(BASE, K=128, V=96, segments="packed"), marks=slow),
     ],
     ids=str,
 )
@@ -52,17 +55,33 @@ def test_interpreted(case, interpreted):
     run("gated_linear_attention", case)
 
 
-@pytest.mark.parametrize("segments", ("none", "gaps"))
-def test_interpreted_normalized(segments, interpreted):
-    run("gated_linear_attention", grid.replace(BASE, gate="none", segments=segments), normalize=True)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(grid.replace(BASE, gate="none"), marks=slow),
+        grid.replace(BASE, gate="none", segments="gaps", B=2),
+        pytest.param(grid.replace(BASE, gate="none", K=96, V=128), marks=slow),
+    ],
+    ids=str,
+)
+def test_interpreted_normalized(case, interpreted):
+    run("gated_linear_attention", case, normalize=True)
 
 
-@pytest.mark.parametrize("segments", ("none", "packed"))
-def test_interpreted_mlstm(segments, interpreted):
-    run("mlstm", grid.replace(BASE, strength="weak", segments=segments))
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(grid.replace(BASE, strength="weak"), marks=slow),
+        grid.replace(BASE, strength="weak", segments="packed"),
+        pytest.param(grid.replace(BASE, strength="weak", K=128, V=128), marks=slow),
+    ],
+    ids=str,
+)
+def test_interpreted_mlstm(case, interpreted):
+    run("mlstm", case)
 
 
-@pytest.mark.parametrize("form", ("constant", "normalize", "mlstm"))
+@pytest.mark.parametrize("form", (pytest.param("constant", marks=slow), pytest.param("normalize", marks=slow), "mlstm"))
 def test_interpreted_in_parts(form, interpreted, monkeypatch):
     """Long sequences are cut into parts where there are few of them."""
     monkeypatch.setattr(gated_linear_attention_gpu_split, "LEAST_CHUNKS", 1)
@@ -74,6 +93,7 @@ def test_interpreted_in_parts(form, interpreted, monkeypatch):
         run("gated_linear_attention", grid.replace(case, gate=gate, HV=2), normalize=form == "normalize")
 
 
+@slow
 def test_padding_may_hold_anything(interpreted):
     hopper.check_padding("gated_linear_attention", grid.replace(BASE, segments="gaps", B=2), "q k v g")
 
@@ -83,34 +103,35 @@ def test_padding_may_hold_anything(interpreted):
 B, T, H, HV = 2, 256, 2, 4
 
 
-def arrays(op: str, gate: str = "none", **shapes) -> dict:
+def arrays(op: str, gate: str, size: int) -> dict:
     """Abstract arguments of an op."""
     bf16, f32 = (functools.partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.bfloat16, jnp.float32))
-    found = dict(q=bf16((B, T, H, 64)), k=bf16((B, T, H, 64)), v=bf16((B, T, HV, 64)))
+    found = dict(q=bf16((B, T, H, size)), k=bf16((B, T, H, size)), v=bf16((B, T, HV, size)))
     if op == "mlstm":
         found |= dict(i=f32((B, T, HV)), f=f32((B, T, HV)))
     elif gate != "none":
         found["g"] = f32({"constant": (HV,), "scalar": (B, T, HV)}[gate])
-    return found | shapes
+    return found
 
 
-@pytest.mark.parametrize("segments", (False, True))
-@pytest.mark.parametrize("state", (False, True))
+@pytest.mark.parametrize("all_options", (False, True))
+@pytest.mark.parametrize("size", (64, 128))
 @pytest.mark.parametrize("form", ("none", "constant", "scalar", "normalize", "mlstm"))
-def test_lowers_for_cuda(form, state, segments, monkeypatch):
+def test_lowers_for_cuda(form, size, all_options, monkeypatch):
+    """With all options there are segments, an initial state, and a gradient through the final one."""
     hopper.pretend(monkeypatch)
     op = "mlstm" if form == "mlstm" else "gated_linear_attention"
-    args = arrays(op, form if form in ("constant", "scalar") else "none")
+    args = arrays(op, form if form in ("constant", "scalar") else "none", size)
     options = dict(normalize=True) if form == "normalize" else {}
-    if state:
-        parts = [(B, HV, 64, 64), (B, HV, 64), (B, HV)][: {"mlstm": 3, "normalize": 2}.get(form, 1)]
+    if all_options:
+        parts = [(B, HV, size, size), (B, HV, size), (B, HV)][: {"mlstm": 3, "normalize": 2}.get(form, 1)]
         parts = tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in parts)
         args["initial_state"] = parts if len(parts) > 1 else parts[0]
-    ids = jax.ShapeDtypeStruct((B, T), jnp.int32) if segments else None
+    ids = jax.ShapeDtypeStruct((B, T), jnp.int32) if all_options else None
 
     def loss(args, ids):
         o, final = getattr(ops, op)(**args, segment_ids=ids, implementation="pallas", **options)
-        return o.astype(jnp.float32).sum() + (sum(x.sum() for x in jax.tree.leaves(final)) if state else 0)
+        return o.astype(jnp.float32).sum() + (sum(x.sum() for x in jax.tree.leaves(final)) if all_options else 0)
 
     assert kernels_of(loss, args, ids) == 1
     assert kernels_of(jax.grad(loss), args, ids) == 2
@@ -134,7 +155,7 @@ def test_parts_lower_for_cuda(form, monkeypatch):
     "change,reason",
     [
         (dict(q=jnp.ones((1, 64, 1, 64))), "float32"),
-        (dict(v=jnp.ones((1, 64, 1, 65), jnp.bfloat16)), "up to 64"),
+        (dict(v=jnp.ones((1, 64, 1, 257), jnp.bfloat16)), "up to 128 and 256"),
         (dict(g=jnp.ones((1, 64, 1, 64))), "per channel"),
     ],
 )
@@ -153,8 +174,8 @@ def test_what_is_not_served_is_named(change, reason, interpreted):
     grid.variations(
         grid.replace(BASE, B=2, H=3, HV=3, segments="packed"),
         T=[1, 7, 63, 64, 65, 1024],
-        K=[16, 32],
-        V=[16, 32],
+        K=[16, 32, 96, 128],
+        V=[16, 32, 96, 128, 256],
         HV=[6, 12],
         segments=["none", *SEGMENTS],
         strength=["weak", "mixed", "strong", "zero"],
