@@ -52,7 +52,7 @@ def test_lowers_for_cuda(size, gated, segments, monkeypatch):
     hopper.pretend(monkeypatch)
     q, v = (jax.ShapeDtypeStruct((2, 256, heads, size), jnp.bfloat16) for heads in (2, 4))
     beta = jax.ShapeDtypeStruct((2, 256, 4), jnp.float32)
-        ids = jax.ShapeDtypeStruct((2, 256), jnp.int32) if segments else None
+    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32) if segments else None
 
     def loss(args, ids):
         o, final = ops.gated_delta_rule(*args, segment_ids=ids, initial_state=s0(args), implementation="pallas")
