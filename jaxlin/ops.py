@@ -65,7 +65,7 @@ def gated_linear_attention(
     state = _state(initial_state, shapes, q, k, v)
     options = dict(scale=_scale(scale, dims), normalize=normalize)
     arrays = dict(q=q, k=k, v=v, g=g, segment_ids=_check_segments(segment_ids, dims))
-    return _run("gated_linear_attention", arrays, state, options, chunk_size, implementation)
+    return _run("gated_linear_attention", arrays, state, options, chunk_size, implementation, initial_state is None)
 
 
 def gated_delta_rule(
@@ -91,7 +91,8 @@ def gated_delta_rule(
     _check_gate(g, dims, allow_constant=False)
     state = _state(initial_state, _state_shapes(dims, "S"), q, k, v)
     arrays = dict(q=q, k=k, v=v, beta=beta, g=g, segment_ids=_check_segments(segment_ids, dims))
-    return _run("gated_delta_rule", arrays, state, dict(scale=_scale(scale, dims)), chunk_size, implementation)
+    options = dict(scale=_scale(scale, dims))
+    return _run("gated_delta_rule", arrays, state, options, chunk_size, implementation, initial_state is None)
 
 
 def mlstm(
@@ -116,7 +117,8 @@ def mlstm(
     _check_shape("f", f, dims, "B T HV")
     state = _state(initial_state, _state_shapes(dims, "C", "n", "m"), q, k, v)
     arrays = dict(q=q, k=k, v=v, i=i, f=f, segment_ids=_check_segments(segment_ids, dims))
-    return _run("mlstm", arrays, state, dict(scale=_scale(scale, dims)), chunk_size, implementation)
+    options = dict(scale=_scale(scale, dims))
+    return _run("mlstm", arrays, state, options, chunk_size, implementation, initial_state is None)
 
 
 def gated_linear_attention_step(
@@ -246,23 +248,27 @@ def _state(state: Any, shapes: dict[str, tuple[int, ...]], *inputs: Array, name:
 # ---- choice of implementation ----
 
 
-def _run(op: str, arrays: dict, state: Any, options: dict, chunk_size: int | None, implementation: str | None):
+def _run(
+    op: str, arrays: dict, state: Any, options: dict, chunk_size: int | None, implementation: str | None, fresh: bool
+):
+    """The op by the named implementation or the best one; `fresh` says that the state is zeros nobody gave."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
     if implementation is not None:
-        return _sharded(_find(op, implementation), arrays, state, options, chunk_size)
+        return _sharded(_find(op, implementation, fresh), arrays, state, options, chunk_size)
     for name in _preference(arrays["q"].shape[1]):
         try:
-            return _sharded(_find(op, name), arrays, state, options, chunk_size)
+            return _sharded(_find(op, name, fresh), arrays, state, options, chunk_size)
         except NotImplementedError as error:
             _log_once(f"{op}: no {name} implementation here ({error})")
     raise AssertionError("the scan always runs")
 
 
 def _preference(time: int) -> tuple[str, ...]:
-    if time == 1:  # one step; chunks have nothing to gain
-        return ("pallas", "scan") if platform() == "tpu" else ("scan",)
-    return ("chunked", "scan") if platform() == "cpu" else ("pallas", "chunked", "scan")
+    """The best first. The GPU kernels must be asked for by name until they have been measured on a GPU."""
+    if platform() != "tpu":
+        return ("scan",) if time == 1 else ("chunked", "scan")  # chunks have nothing to gain from one step
+    return ("pallas", "scan") if time == 1 else ("pallas", "chunked", "scan")
 
 
 def platform() -> str:
@@ -271,7 +277,7 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def _find(op: str, implementation: str) -> Callable:
+def _find(op: str, implementation: str, fresh: bool) -> Callable:
     """The function (arrays, state, options, chunk_size) -> (o, final_state) of a named implementation."""
     if implementation == "scan":
         definition = getattr(recurrence, op)
@@ -281,13 +287,31 @@ def _find(op: str, implementation: str) -> Callable:
             **arrays, **options, initial_state=state, chunk_size=chunk_size
         )
     if implementation == "pallas":
-        if platform() == "tpu" or os.environ.get("JAXLIN_INTERPRET") == "tpu":
-            kernel = importlib.import_module(f"jaxlin.kernels.{op}_tpu_op").pallas
-            return lambda arrays, state, options, chunk_size: kernel(
-                **arrays, **options, initial_state=state, chunk_size=chunk_size
-            )
-        raise NotImplementedError(f"{op} has no Pallas kernel for {platform()}")
+        kernel = _pallas(op, fresh)
+        return lambda arrays, state, options, _: kernel(**arrays, **options, state=state)
     raise ValueError(f"implementation is {implementation!r}, expected 'scan', 'chunked', 'pallas' or None")
+
+
+def _pallas(op: str, fresh: bool) -> Callable:
+    """The Pallas kernel of the platform compiled for, or of JAXLIN_INTERPRET (tpu or gpu), which interprets it."""
+    interpreted = os.environ.get("JAXLIN_INTERPRET")
+    target = interpreted or platform()
+    if target == "tpu":
+        kernel = importlib.import_module(f"jaxlin.kernels.{op}_tpu_op").pallas
+        return lambda *, state, **arguments: kernel(**arguments, initial_state=state)
+    if target == "gpu" and (interpreted or _compute_capability().startswith("9.")):
+        kernel = importlib.import_module(f"jaxlin.kernels.{op}_gpu_op").pallas  # Mosaic GPU is not on every platform
+        return lambda *, state, **arguments: kernel(**arguments, initial_state=None if fresh else state)
+    capability = f" of compute capability {_compute_capability()}" if target == "gpu" and _compute_capability() else ""
+    raise NotImplementedError(f"{op} has no Pallas kernel for {target}{capability}")
+
+
+def _compute_capability() -> str:
+    """Of the GPU compiled for, "9.0" for Hopper; empty where that is unknown."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return "9.0" if any(name in device.device_kind for name in ("H100", "H200", "H800", "H20")) else ""
+    return getattr(jax.devices()[0], "compute_capability", "")
 
 
 @functools.cache

@@ -1,0 +1,308 @@
+"""Time every op, shape and implementation on this device, with errors beside the speed: python -m jaxlin.kernels.bench
+
+Each row is one op at one shape (B, T, H, D), H heads of q, k and v, bfloat16: median ms over repetitions of a jitted
+program that holds several calls, TB/s of the bytes that must move (inputs, outputs; forward+backward: their gradients
+too, each once), that as a share of what a copy reaches here, and the relative RMS errors of o and the gradients
+against the float32 scan, all on the same inputs. Peers are taken in where they can be imported: `fla`
+(flash-linear-attention), `mlstm_kernels`, and `softmax` (cuDNN through JAX).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SHAPES = ("32x512x32x64", "8x2048x16x64", "32x512x9x64", "1x32768x32x64")
+OPS = ("linear_attention", "retention", "mlstm", "deltanet", "gated_deltanet", "gla", "kda")
+IMPLEMENTATIONS = ("pallas", "chunked", "fla", "mlstm_kernels", "softmax")
+ERROR_TIME, ERROR_HEADS = 1024, 4
+"""Errors are measured on the first sequence's beginning: the scan is slow."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to time."""
+
+    ops: tuple[str, ...] = OPS
+    """Of linear_attention, retention, mlstm, deltanet, gated_deltanet, gla, kda."""
+    shapes: tuple[str, ...] = SHAPES
+    """BxTxHxD."""
+    implementations: tuple[str, ...] = IMPLEMENTATIONS
+    """Of pallas, chunked, scan, fla, mlstm_kernels, softmax."""
+    calls: int = 5
+    """Calls in one program."""
+    launches: int = 4
+    """Programs between two synchronisations: more hide the cost of launching and waiting."""
+    repeats: int = 10
+    """Times measured; the median counts."""
+    errors: bool = True
+    """Whether to measure errors."""
+    out: Path | None = None
+    """Where to write all rows as JSON."""
+
+
+# ---- inputs ----
+
+
+def inputs(op: str, shape: tuple[int, int, int, int], seed: int = 0) -> dict[str, jax.Array]:
+    """Arguments as the mixers give them: L2-normalised q and k, mild gates; per-token gates float32."""
+    b, t, h, d = shape
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+
+    def unit():
+        x = jax.random.normal(next(keys), (b, t, h, d))
+        return (x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(jnp.bfloat16)
+
+    args = dict(q=unit(), k=unit(), v=jax.random.normal(next(keys), (b, t, h, d), jnp.bfloat16))
+    gate = functools.partial(jax.random.normal, next(keys), dtype=jnp.float32)
+    if op == "retention":
+        args["g"] = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(h, dtype=jnp.float32))))
+    elif op == "mlstm":
+        args |= dict(i=gate((b, t, h)), f=3 + jax.random.normal(next(keys), (b, t, h)))
+    elif op in ("gla", "kda"):
+        args["g"] = jax.nn.log_sigmoid(gate((b, t, h, d)) + 3)
+    elif op == "gated_deltanet":
+        args["g"] = jax.nn.log_sigmoid(gate((b, t, h)) + 3)
+    if op in ("deltanet", "gated_deltanet", "kda"):
+        args["beta"] = jax.nn.sigmoid(jax.random.normal(next(keys), (b, t, h)))
+    return args
+
+
+def minimum_bytes(args: dict[str, jax.Array], backward: bool) -> int:
+    """Inputs and o moved once; with `backward` their gradients too."""
+    once = sum(x.nbytes for x in args.values()) + args["v"].nbytes
+    return once * 2 if backward else once
+
+
+# ---- implementations: (args -> o) in JAX ----
+
+
+def ours(op: str, implementation: str) -> Callable[..., jax.Array]:
+    from jaxlin import ops
+
+    name = {"mlstm": "mlstm", "linear_attention": "gated_linear_attention", "retention": "gated_linear_attention"}
+    name |= {"gla": "gated_linear_attention"}
+    function = getattr(ops, name.get(op, "gated_delta_rule"))
+
+    def run(**args):
+        if op == "retention":  # its decays are constants
+            args["g"] = jax.lax.stop_gradient(args["g"])
+        return function(**args, implementation=implementation)[0]
+
+    return run
+
+
+def softmax(**args: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(args["q"], args["k"], args["v"], is_causal=True, implementation="cudnn")
+
+
+def time_jax(function: Callable, args: dict, backward: bool, settings: Bench) -> float:
+    """Median milliseconds of a call, or of a call and its gradients."""
+    cotangent = jax.random.normal(jax.random.key(9), args["v"].shape, args["v"].dtype)
+
+    def once(args, cotangent):
+        if not backward:
+            return function(**args)
+        o, vjp = jax.vjp(lambda a: function(**a), args)
+        return o, vjp(cotangent)[0]
+
+    @jax.jit
+    def program(args, cotangent):
+        out = None
+        for _ in range(settings.calls):
+            out = once(args, cotangent)
+            (args, cotangent), out = jax.lax.optimization_barrier(((args, cotangent), out))  # one after the other
+        return out
+
+    times = []
+    jax.block_until_ready(program(args, cotangent))
+    for _ in range(settings.repeats):
+        start = time.perf_counter()
+        jax.block_until_ready([program(args, cotangent) for _ in range(settings.launches)])
+        times.append((time.perf_counter() - start) / settings.calls / settings.launches * 1e3)
+    return statistics.median(times)
+
+
+def gradients_jax(function: Callable, args: dict) -> dict[str, np.ndarray]:
+    """o and the gradients for a fixed cotangent, float32."""
+
+    @jax.jit
+    def run(args):
+        o, vjp = jax.vjp(lambda a: function(**a), args)
+        cotangent = jax.random.normal(jax.random.key(5), o.shape).astype(o.dtype)
+        return dict(o=o) | {f"d{name}": x for name, x in vjp(cotangent)[0].items()}
+
+    return {name: np.asarray(x.astype(jnp.float32)) for name, x in run(args).items()}
+
+
+# ---- peers, in PyTorch ----
+
+
+def fla(op: str) -> tuple[Callable, tuple[str, ...]]:
+    """(function, names of its arguments in order) of flash-linear-attention."""
+    module, name, order = {
+        "linear_attention": ("linear_attn", "chunk_linear_attn", "q k v"),
+        "retention": ("retention", "chunk_retention", "q k v"),
+        "gla": ("gla", "chunk_gla", "q k v g"),
+        "deltanet": ("delta_rule", "chunk_delta_rule", "q k v beta"),
+        "gated_deltanet": ("gated_delta_rule", "chunk_gated_delta_rule", "q k v g beta"),
+        "kda": ("kda", "chunk_kda", "q k v g beta"),
+    }[op]
+    function = getattr(importlib.import_module(f"fla.ops.{module}"), name)
+    options = dict(normalize=False) if op == "linear_attention" else {}
+    return lambda *args: function(*args, **options)[0], tuple(order.split())
+
+
+def mlstm_kernels(op: str) -> tuple[Callable, tuple[str, ...]]:
+    """The mLSTM of mlstm_kernels, which wants heads before time."""
+    if op != "mlstm":
+        raise KeyError(op)
+    module = importlib.import_module("mlstm_kernels.torch.chunkwise.triton_xl_chunk")
+
+    def function(q, k, v, i, f):
+        q, k, v, i, f = (x.transpose(1, 2).contiguous() for x in (q, k, v, i, f))
+        return module.mlstm_chunkwise__xl_chunk(q=q, k=k, v=v, i=i, f=f).transpose(1, 2)
+
+    return function, ("q", "k", "v", "i", "f")
+
+
+def to_torch(args: dict[str, jax.Array], order: tuple[str, ...]) -> list[Any]:
+    torch = importlib.import_module("torch")
+    found = []
+    for name in order:
+        x = args[name]
+        dtype = torch.bfloat16 if x.dtype == jnp.bfloat16 else torch.float32
+        found.append(torch.from_numpy(np.array(x.astype(jnp.float32))).cuda().to(dtype).requires_grad_())
+    return found
+
+
+def time_torch(function: Callable, args: list[Any], backward: bool, settings: Bench) -> float:
+    torch = importlib.import_module("torch")
+    cotangent = torch.randn(args[2].shape, device="cuda").to(args[2].dtype)
+
+    def once():
+        if not backward:
+            with torch.no_grad():
+                return function(*args)
+        return torch.autograd.grad(function(*args), args, cotangent, allow_unused=True)
+
+    times = []
+    for _ in range(3):
+        once()
+    for _ in range(settings.repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(settings.calls * settings.launches):
+            once()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / settings.calls / settings.launches)
+    return statistics.median(times)
+
+
+def gradients_torch(function: Callable, args: list[Any], order: tuple[str, ...]) -> dict[str, np.ndarray]:
+    torch = importlib.import_module("torch")
+    o = function(*args)
+    cotangent = jax.random.normal(jax.random.key(5), tuple(o.shape)).astype(jnp.bfloat16).astype(jnp.float32)
+    cotangent = torch.from_numpy(np.array(cotangent)).cuda().to(o.dtype)
+    found = dict(o=o) | dict(zip((f"d{n}" for n in order), torch.autograd.grad(o, args, cotangent), strict=True))
+    return {name: x.detach().float().cpu().numpy() for name, x in found.items()}
+
+
+# ---- rows ----
+
+
+def copy_roof(settings: Bench) -> float:
+    """TB/s that a copy of 1 GiB reaches, bytes read and written."""
+    x = jnp.arange(1 << 29, dtype=jnp.int32).astype(jnp.bfloat16)
+    add = jax.jit(lambda x: x + 1)
+    jax.block_until_ready(add(x))
+    times = []
+    for _ in range(settings.repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(add(x))
+        times.append(time.perf_counter() - start)
+    return 2 * x.nbytes / statistics.median(times) / 1e12
+
+
+def row(op: str, shape: tuple[int, int, int, int], implementation: str, roof: float, settings: Bench) -> dict:
+    """One row of the table; a failure is its text."""
+    found: dict[str, Any] = dict(op=op, shape=shape, implementation=implementation)
+    torch_peer = {"fla": fla, "mlstm_kernels": mlstm_kernels}.get(implementation)
+    args = inputs(op, shape)
+    try:
+        if torch_peer is not None:
+            function, order = torch_peer(op)
+            timed = functools.partial(time_torch, function, to_torch(args, order))
+        else:
+            function = softmax if implementation == "softmax" else ours(op, implementation)
+            timed = functools.partial(time_jax, function, args)
+        for name, backward in (("forward", False), ("both", True)):
+            ms = timed(backward=backward, settings=settings)
+            tbs = minimum_bytes(args, backward) / ms / 1e9
+            found |= {f"{name}_ms": ms, f"{name}_tbs": tbs, f"{name}_roof": tbs / roof}
+        if settings.errors and implementation != "softmax":
+            _, t, h, d = shape
+            small = inputs(op, (1, min(t, ERROR_TIME), min(h, ERROR_HEADS), d), seed=1)
+            expected = gradients_jax(ours(op, "scan"), {n: x.astype(jnp.float32) for n, x in small.items()})
+            if torch_peer is not None:
+                actual = gradients_torch(function, to_torch(small, order), order)
+            else:
+                actual = gradients_jax(function, small)
+            found["errors"] = {
+                n: float(np.linalg.norm(x - expected[n]) / np.linalg.norm(expected[n])) for n, x in actual.items()
+            }
+    except Exception as error:  # a peer may fail in any way: the others are still to be timed
+        found["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
+    return found
+
+
+def text(r: dict) -> str:
+    """A row for people."""
+    head = f"{r['op']:<17}{'x'.join(map(str, r['shape'])):<17}{r['implementation']:<14}"
+    for name in ("forward", "both"):
+        if f"{name}_ms" in r:
+            head += f"{r[f'{name}_ms']:9.3f} ms {r[f'{name}_tbs']:5.2f} TB/s {r[f'{name}_roof']:4.0%}   "
+    errors = " ".join(f"{n} {e:.1e}" for n, e in r.get("errors", {}).items())
+    return head + errors + (f"  failed: {r['failed']}" if "failed" in r else "")
+
+
+def main(settings: Bench) -> list[dict]:
+    """Time everything, printing as it goes."""
+    roof = copy_roof(settings)
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}, copy {roof:.2f} TB/s (forward, then forward and backward)", flush=True)
+    rows = []
+    for shape in (tuple(map(int, s.split("x"))) for s in settings.shapes):
+        for op in settings.ops:
+            for implementation in settings.implementations:
+                if (implementation == "mlstm_kernels") != (op == "mlstm") and implementation in (
+                    "mlstm_kernels",
+                    "fla",
+                ):
+                    continue
+                if implementation == "softmax" and op != settings.ops[0]:
+                    continue
+                rows.append(row(op, shape, implementation, roof, settings))
+                print(text(rows[-1]), flush=True)
+                if settings.out is not None:
+                    about = dict(device=device, jax=jax.__version__, copy_tbs=roof, rows=rows)
+                    settings.out.write_text(json.dumps(about, indent=1))
+    return rows
+
+
+if __name__ == "__main__":
+    from jaxlin.config import parse
+
+    main(parse(Bench))

@@ -1,0 +1,92 @@
+"""Family B on Hopper: what surrounds the kernels, and their derivative (DeltaNet, Gated DeltaNet)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlin.kernels import chunk
+from jaxlin.kernels.gated_delta_rule_gpu_bwd import BETA, COLUMNS, ROWS, WRITES, backward
+from jaxlin.kernels.gated_delta_rule_gpu_fwd import forward
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs
+from jaxlin.kernels.gated_linear_attention_gpu_op import (
+    by_chunk,
+    check,
+    cumulative,
+    fill,
+    is_primal,
+    reverse_cumulative,
+    segment_codes,
+    sum_group,
+)
+from jaxlin.kernels.mosaic_gpu import CHUNK
+
+
+def pallas(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    g: Array | None,
+    *,
+    scale: float,
+    initial_state: Array | None = None,
+    segment_ids: Array | None = None,
+) -> tuple[Array, Array]:
+    """`gated_delta_rule.chunked` by one kernel each way; initial_state None is zero, and is then not read.
+
+    q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; beta [B, T, HV]; g None | [B, T, HV]. Raises
+    NotImplementedError for what the kernels do not serve.
+    """
+    check(q, k, v, g)
+    time, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
+    q, k, v = (fill(x, (0, -time % CHUNK, 0, -x.shape[3] % 64)) for x in (q, k, v))
+    s0 = None
+    if initial_state is not None:
+        s0 = fill(initial_state.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % 64))
+    beta, g = (None if x is None else by_chunk(x, segment_ids) for x in (beta, g))
+    codes = None if segment_ids is None else segment_codes(segment_ids)
+    form = Form(scale, g is not None, codes is not None, beta=True)
+    o, s = _delta_rule(form, q, k, v, beta, g, s0, codes)
+    return o[:, :time, :, :value_dim], s[:, :, :key_dim, :value_dim]
+
+
+@chunk.custom_vjp
+def _delta_rule(form: Form, q, k, v, beta, g, s0, codes):
+    return forward(form, Inputs(q, k, v, _vectors(beta, g), codes), s0, save=False)[:2]
+
+
+def _delta_rule_fwd(form: Form, *primals):
+    gate = primals[4] is not None and primals[4].perturbed
+    q, k, v, beta, g, s0, codes = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
+    o, s, saved = forward(form, Inputs(q, k, v, _vectors(beta, g), codes), s0, save=True)
+    states, t = checkpoint_name(saved, "chunk_states")
+    return (o, s), (q, k, v, beta, g, codes, states, t, s0 is None, gate)
+
+
+def _delta_rule_bwd(form: Form, residuals, cotangents):
+    q, k, v, beta, g, codes, states, t, fresh, gate = residuals
+    do, ds = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
+    do = jnp.zeros(v.shape, v.dtype) if do is None else do
+    d = backward(form, Inputs(q, k, v, _vectors(beta, g), codes), states, t, do, ds, gate)
+    dq, dk = (sum_group(x, q.shape[2]) for x in (d.q, d.k))
+    vectors = d.vectors.sum(0)
+    dg = None if g is None else jnp.zeros_like(g)
+    if gate:
+        channels = vectors[..., 4 * CHUNK :].sum(-1, keepdims=True)
+        vectors = vectors[..., : 4 * CHUNK]
+    vectors = vectors.reshape(*vectors.shape[:-1], -1, CHUNK)
+    if gate:
+        dg = reverse_cumulative(vectors[..., ROWS, :] - vectors[..., COLUMNS, :])
+        dg += vectors[..., WRITES, :].sum(-1, keepdims=True) + channels
+    return dq, dk, d.v, vectors[..., BETA, :], dg, None if fresh else d.s, None
+
+
+_delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd, symbolic_zeros=True)
+
+
+def _vectors(beta: Array, g: Array | None) -> Array:
+    """b (with gates) and beta of every chunk, [B, HV, N, R, C]."""
+    return jnp.stack([beta] if g is None else [cumulative(g), beta], axis=3)

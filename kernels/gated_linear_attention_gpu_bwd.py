@@ -1,0 +1,235 @@
+"""Family A backward on Hopper: one warpgroup walks the chunks of a (batch, value head, 64 values) in reverse.
+
+With r = 1 / (what n was divided by), dn = r do, dl the cotangent of l, P and the decays as in the forward pass:
+
+    A = tril(dn V^T + dl 1^T) ;  E = A . P ;  A~ = A . decays                        (C x C, in registers)
+    dl_i = -r_i (dn_i.n_i) sign,  dn_i.n_i = sum_j (dn V^T)_ij P_ij + q_i.(scale enter_i S dn_i)
+    dV = P^T dn + leave K dS' ;  dQ = scale enter (dn S^T + dl z^T) + A~ K ;  dK = leave (V dS'^T + dz') + A~^T Q
+    dS = keep dS' + scale (enter Q)^T dn ;  dz likewise with dl
+
+so neither o nor n is read. Where V is split between programs dl would need them all, and comes in; all else is a sum
+over them (dl counts in the first). For the gates each row i gets, in float32,
+
+    rows_i = sum_j E_ij - writes_i + reads_i     (strictly lower part of E; reads = q.dQ and writes = k.dK of the state)
+    columns_j = sum_i E_ij ;  own_j = E_jj + writes_j
+
+and each channel k keep ((S dS'^T)_kk + z_k dz'_k), from which the caller takes, with the sums of writes and channels,
+dg = revcumsum(rows - columns) + sums and dw = columns + own.
+
+Budget at K = V = 64: dS, P (or E), A and one product are alive at once, 128 registers a thread and pieces of tiles, in
+the 255 there are. Shared memory: q, k, v, do, S of 8 KB in 2 stages, with dq, dk, dv written over q, k, v (80 KB); P,
+A~ and dS as operands (24 KB); vectors (4 KB), sums over warps (6 KB): two programs an SM.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
+    Form,
+    Inputs,
+    States,
+    clean,
+    decays,
+    denominator_of,
+    present,
+    sources,
+    stored,
+)
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, columns, dot, rows
+
+STAGES = 2
+ROWS, WRITES, COLUMNS, OWN = range(4)
+"""The first four vectors [C] of what is made for gates; [K] for the channels, and for those of z, follow."""
+
+
+class Cotangents(NamedTuple):
+    """What comes in: do [B, T, HV, V], of the final S [B, HV, K, V] and z [B, HV, K]; None for zeros."""
+
+    o: Array
+    s: Array | None
+    z: Array | None
+
+
+class Gradients(NamedTuple):
+    """dq, dk for each value head and block of values [B, T, HV * V/64, K]; dv [B, T, HV, V]; of gates
+    [V/64, B, HV, N, 4 C + 2 K] (None if not asked for; the last K only with a denominator); of the initial S and z."""
+
+    q: Array
+    k: Array
+    v: Array
+    gates: Array | None
+    s: Array
+    z: Array | None
+
+
+def backward(
+    form: Form,
+    x: Inputs,
+    l: Array | None,  # noqa: E741
+    states: States,
+    d: Cotangents,
+    gate: bool,
+    dl: Array | None = None,
+) -> Gradients:
+    """The gradients of `forward`, whose l and chunk states come in; with `gate` those of b and c too.
+
+    dl [B, HV, N, C], the cotangent of l, is needed with a denominator and more than one block of values.
+    """
+    batch, time, _, key_dim = x.q.shape
+    heads, value_dim = x.v.shape[2:]
+    chunks, blocks = time // CHUNK, value_dim // BLOCK
+    summed = form.denominator is not None
+    flat = present(
+        q=x.q, k=x.k, v=x.v, vectors=x.vectors, codes=x.codes, do=d.o, states=states.s, l=l, zs=states.z, dl=dl,
+        ds=d.s, dz=d.z,
+    )  # fmt: skip
+    shape, f32 = jax.ShapeDtypeStruct, jnp.float32
+    out = dict(
+        q=shape((batch, time, heads * blocks, key_dim), x.q.dtype),
+        k=shape((batch, time, heads * blocks, key_dim), x.k.dtype),
+        v=shape(x.v.shape, x.v.dtype),
+        s=shape((batch, heads, key_dim, value_dim), f32),
+    )
+    if summed:
+        out |= dict(z=shape((batch, heads, key_dim), f32))
+    if gate:
+        out |= dict(gates=shape((blocks, batch, heads, chunks, 4 * CHUNK + 2 * key_dim), f32))
+    copies = 5 + (x.vectors is not None) + (x.codes is not None) + 2 * summed + (dl is not None)
+    scratch = dict(
+        q=gpu.tile(STAGES, CHUNK, key_dim),
+        k=gpu.tile(STAGES, CHUNK, key_dim),
+        v=gpu.tile(STAGES, CHUNK, BLOCK),
+        do=gpu.tile(STAGES, CHUNK, BLOCK),
+        states=gpu.tile(STAGES, key_dim, BLOCK),
+        p=gpu.tile(CHUNK, CHUNK),
+        a=gpu.tile(CHUNK, CHUNK),
+        d_state=gpu.tile(key_dim, BLOCK),
+        barrier=gpu.barrier(copies, min(STAGES, chunks)),
+    )
+    if x.vectors is not None:
+        scratch |= dict(vectors=gpu.vector(STAGES, form.vectors, CHUNK))
+    if form.segments:
+        scratch |= dict(codes=gpu.vector(STAGES, CHUNK, dtype=jnp.int32))
+    if summed:
+        scratch |= dict(l=gpu.vector(STAGES, CHUNK), zs=gpu.vector(STAGES, key_dim))
+    if dl is not None:
+        scratch |= dict(dl=gpu.vector(STAGES, CHUNK))
+    if gate:
+        scratch |= dict(gates=gpu.vector(4 * CHUNK + 2 * key_dim))
+
+    def gated_linear_attention_bwd(index, inputs, outputs, buffers):
+        given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
+        _program(form, index, given, made, dict(zip(scratch, buffers, strict=True)), chunks)
+
+    grid = (batch, heads, blocks)
+    results = gpu.launch(
+        gated_linear_attention_bwd, list(flat.values()), list(out.values()), grid, list(scratch.values())
+    )
+    results = dict(zip(out, results, strict=True))
+    return Gradients(*(results.get(name) for name in ("q", "k", "v", "gates", "s", "z")))
+
+
+def _program(form: Form, index, given, made, buffer, chunks) -> None:
+    b, h, w = index
+    summed, gate = form.denominator is not None, "gates" in made
+    block, first, blocks = gpu.block(w), w == 0, given["v"].shape[3] // BLOCK
+    key_dim = given["q"].shape[3]
+    ds = gpu.load(given["ds"].at[b, h, :, block]) if "ds" in given else gpu.zeros(*buffer["d_state"].shape)
+    dz = None
+    if summed:
+        dz = gpu.zero_columns(key_dim)
+        if "dz" in given:
+            dz = jnp.where(first, gpu.load_columns(given["dz"].at[b, h]), dz)
+
+    def made_gates(row):
+        return buffer["gates"].at[pl.ds(row * CHUNK, CHUNK)]
+
+    def chunk(n, slot, refill, carry):
+        ds, dz = carry
+        q, k, v, do, state = (buffer[name].at[slot] for name in ("q", "k", "v", "do", "states"))
+        d = decays(form, buffer, slot)
+        if form.segments:
+            clean(d.valid, q, k, v, do)
+        gpu.put(buffer["d_state"], ds)
+        through = d.keep * jnp.sum(gpu.load(state) * ds, 1) if gate else None
+
+        p = d.pair(dot(q, k, tb=True))
+        a = dot(do, v, tb=True)
+        r = dl = None
+        reading = d.enter_scaled
+        if summed:
+            l = gpu.load_rows(buffer["l"].at[slot])  # noqa: E741
+            r = 1 / denominator_of(form, l, d.floor)
+            reading, a = reading * r, by_row(r, a)
+            if "dl" in given:
+                dl = jnp.where(first, gpu.load_rows(buffer["dl"].at[slot]), 0.0)
+            else:
+                dl = -r * (jnp.sum(a * p, 1) + jnp.sum(gpu.load(q) * by_row(reading, dot(do, state, tb=True)), 1))
+                if form.denominator == "max":
+                    dl = jnp.where(jnp.abs(l) >= d.floor, jnp.where(l < 0, -dl, dl), 0.0)
+            a = a + rows(dl)
+        gpu.wait_out(0)
+        refill()
+        buffer["p"][...] = (p if r is None else by_row(r, p)).astype(jnp.bfloat16)
+        gpu.put(buffer["a"], d.pair(a))
+        if gate:
+            i, j = gpu.indices()
+            e = a * p
+            strict = jnp.where(i > j, e, 0.0)
+            made_gates(COLUMNS)[...] = jnp.sum(strict, 0)
+            e_rows, e_own = jnp.sum(strict, 1), jnp.sum(jnp.where(i == j, e, 0.0), 1)
+
+        # dv is written as soon as v has been read: few tiles are alive at once
+        dk = dot(v, buffer["d_state"], tb=True)
+        dv = dot(buffer["p"], do, by_row(d.leave, dot(k, buffer["d_state"])), ta=True)
+        v[...] = stored(d, dv)
+        dk = by_row(d.leave, dk if dz is None else dk + columns(dz))
+        writes = jnp.sum(gpu.load(k) * dk, 1) if gate else None
+        dk = dot(buffer["a"], q, dk, ta=True)
+        dq = by_row(reading, dot(do, state, tb=True))
+        if summed:
+            dq = dq + by_row(dl * d.enter_scaled, columns(gpu.load_columns(buffer["zs"].at[slot])))
+        if gate:
+            made_gates(ROWS)[...] = e_rows + jnp.sum(gpu.load(q) * dq, 1) - writes
+            made_gates(OWN)[...] = e_own + writes
+            made_gates(WRITES)[...] = writes
+            buffer["gates"].at[pl.ds(4 * CHUNK, key_dim)][...] = through
+            if dz is not None:
+                zdz = gpu.load_columns(buffer["zs"].at[slot]) * dz
+                buffer["gates"].at[pl.ds(4 * CHUNK + key_dim, key_dim)][...] = d.keep * zdz
+        dq = dot(buffer["a"], k, dq)
+
+        if summed:
+            dz = d.keep * dz + jnp.sum(by_row(dl * d.enter_scaled, gpu.load(q)), 0)
+        gpu.put(buffer["p"], by_row(reading, gpu.load(do)))
+        ds = dot(q, buffer["p"], d.keep * ds, ta=True)
+        q[...], k[...] = stored(d, dq), stored(d, dk)
+        part = gpu.chunk_rows(n)
+        copies = [(tile, made[x].at[b, part, h * blocks + w]) for tile, x in ((q, "q"), (k, "k"))]
+        copies += [(v, made["v"].at[b, part, h, block])]
+        gpu.copy_out(*copies, *([(buffer["gates"], made["gates"].at[w, b, h, n])] if gate else []))
+        return ds, dz
+
+    extra = [
+        (lambda n: given["do"].at[b, gpu.chunk_rows(n), h, block], buffer["do"]),
+        (lambda n: given["states"].at[b, h, n, :, block], buffer["states"]),
+    ]
+    if summed:
+        extra += [(lambda n, x=given[x]: x.at[b, h, n], buffer[x]) for x in ("l", "zs", "dl") if x in given]
+    parts = sources(given, buffer, index, tuple(extra))
+    ds, dz = gpu.stream(parts, buffer["barrier"], chunk, (ds, dz), chunks=chunks, stages=STAGES, reverse=True)
+    made["s"].at[b, h, :, block][...] = ds
+    if dz is not None:
+
+        @pl.when(first)
+        def _():
+            made["z"].at[b, h][...] = dz
+
+    gpu.wait_out(0, read=False)

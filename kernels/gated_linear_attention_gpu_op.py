@@ -1,0 +1,240 @@
+"""Family A on Hopper: what surrounds the kernels, and their derivative (linear attention, RetNet, scalar gates, mLSTM).
+
+The kernels read q, k, v as they are. Here the small things are made ready for them: cumulative gates by chunk, segment
+codes, zeros up to whole chunks and tiles of 64. Log gates arrive as [B, HV, N, C]; a constant one as [1, HV, 1, C].
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlin.kernels import chunk
+from jaxlin.kernels import gated_linear_attention_gpu_split as split
+from jaxlin.kernels.gated_linear_attention_gpu_bwd import COLUMNS, OWN, ROWS, WRITES, Cotangents, backward
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
+    ENTER,
+    KEEP,
+    LEAVE,
+    MIN_GATE,
+    RUN,
+    VALID,
+    Form,
+    Inputs,
+    forward,
+)
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK
+
+LARGEST_KEY, LARGEST_VALUE = 128, 256
+"""Head sizes of the kernels: keys of 64 or 128, values of multiples of 64; others are padded."""
+
+
+def pallas(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array | None = None,
+    *,
+    scale: float,
+    normalize: bool = False,
+    initial_state: Any = None,
+    segment_ids: Array | None = None,
+) -> tuple[Array, Array | tuple[Array, Array]]:
+    """`gated_linear_attention.chunked` by one kernel each way; initial_state None is zero, and is then not read.
+
+    q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; g None | [HV] | [B, T, HV]. Raises
+    NotImplementedError for what the kernels do not serve.
+    """
+    check(q, k, v, g)
+    time = q.shape[1]
+    gates = None
+    if g is not None and g.ndim == 1 and segment_ids is None and time % CHUNK == 0:
+        gates = Gates(
+            jnp.broadcast_to(g.astype(jnp.float32)[None, :, None, None], (1, g.shape[0], 1, CHUNK)), None, None
+        )
+    elif g is not None:
+        g = jnp.broadcast_to(g, v.shape[:3]) if g.ndim == 1 else g
+        gates = Gates(by_chunk(g, segment_ids), None, None)
+    s0, z0 = (initial_state or (None, None)) if normalize else (initial_state, None)
+    o, s, z = attend(scale, "sum" if normalize else None, q, k, v, gates, s0, z0, segment_ids)
+    return o, (s, z) if normalize else s
+
+
+def check(q: Array, k: Array, v: Array, g: Array | None = None) -> None:
+    """Raise NotImplementedError, with the reason, for inputs that these kernels do not take."""
+    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
+        raise NotImplementedError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; the GPU kernels take bfloat16")
+    if q.shape[-1] > LARGEST_KEY or v.shape[-1] > LARGEST_VALUE:
+        raise NotImplementedError(
+            f"head sizes of keys and values are {q.shape[-1]} and {v.shape[-1]}; the GPU kernels take up to"
+            f" {LARGEST_KEY} and {LARGEST_VALUE}"
+        )
+    if g is not None and g.ndim == 4:
+        raise NotImplementedError("gates are per channel; the GPU kernels take gates per head")
+
+
+class Gates(NamedTuple):
+    """Per token: log decay, log input gate, least denominator; [1|B, HV, 1|N, C] float32 each."""
+
+    g: Array
+    w: Array | None
+    floor: Array | None
+
+
+def by_chunk(x: Array, segment_ids: Array | None) -> Array:
+    """[B, T, HV] -> [B, HV, N, C] float32, zero in padding and behind the end."""
+    (x,) = chunk.mask_padding(segment_ids, x.astype(jnp.float32))
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), (0, 0)))
+    return x.reshape(x.shape[0], -1, CHUNK, x.shape[2]).transpose(0, 3, 1, 2)
+
+
+def segment_codes(segment_ids: Array) -> Array:
+    """[B, T] -> [B, N, C] int32 of the bits that the kernels mask by; see `gated_linear_attention_gpu_fwd`."""
+    fill = ((0, 0), (0, -segment_ids.shape[1] % CHUNK))
+    run = jnp.pad(jnp.cumsum(chunk.segment_starts(segment_ids), axis=1, dtype=jnp.int32), fill, mode="edge")
+    valid = jnp.pad(segment_ids != 0, fill)
+    run, valid = (x.reshape(x.shape[0], -1, CHUNK) for x in (run, valid))
+    last = run[..., -1:]
+    carry = jnp.concatenate([jnp.zeros_like(last[:, :1]), last[:, :-1]], axis=1)
+    bits = ((VALID, valid), (ENTER, run == carry), (LEAVE, run == last), (KEEP, last == carry))
+    return RUN * run + sum(bit * flag.astype(jnp.int32) for bit, flag in bits)
+
+
+def attend(
+    scale: float,
+    denominator: str | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    gates: Gates | None,
+    s0: Array | None,
+    z0: Array | None,
+    segment_ids: Array | None,
+) -> tuple[Array, Array, Array | None]:
+    """(o [B, T, HV, V], final S [B, HV, K, V], final z [B, HV, K] or None) for any T, K <= 128 and V <= 256."""
+    time, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
+    q, k, v = (fill(x, (0, -time % CHUNK, 0, -x.shape[3] % 64)) for x in (q, k, v))
+    s0 = None if s0 is None else fill(s0.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % 64))
+    z0 = None if z0 is None else fill(z0.astype(jnp.float32), (0, 0, -key_dim % 64))
+    codes = None if segment_ids is None else segment_codes(segment_ids)
+    write = gates is not None and gates.w is not None
+    form = Form(scale, gates is not None, codes is not None, denominator, write)
+    o, s, z = _attend(form, q, k, v, gates, s0, z0, codes)
+    return o[:, :time, :, :value_dim], s[:, :, :key_dim, :value_dim], None if z is None else z[:, :, :key_dim]
+
+
+def fill(x: Array, amounts: tuple[int, ...]) -> Array:
+    """x with zeros behind, so many along each axis."""
+    return jnp.pad(x, [(0, n) for n in amounts]) if any(amounts) else x
+
+
+@chunk.custom_vjp
+def _attend(form: Form, q, k, v, gates, s0, z0, codes):
+    o, _, final, _ = _forward(form, Inputs(q, k, v, _vectors(gates), codes), s0, z0, save=False)
+    return o, *final
+
+
+def _attend_fwd(form: Form, *primals):
+    wanted = jax.tree.map(lambda x: x.perturbed, primals[3], is_leaf=is_primal)
+    q, k, v, gates, s0, z0, codes = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
+    o, l, final, states = _forward(form, Inputs(q, k, v, _vectors(gates), codes), s0, z0, save=True)  # noqa: E741
+    states = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), states)
+    gate = gates is not None and any(jax.tree.leaves(wanted))
+    kept = o if _needs_dl(form, v) else None
+    return (o, *final), (q, k, v, gates, codes, kept, l, states, s0, z0, gate)
+
+
+def _attend_bwd(form: Form, residuals, cotangents):
+    q, k, v, gates, codes, o, l, states, s0, z0, gate = residuals  # noqa: E741
+    do, ds, dz = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
+    do = jnp.zeros(v.shape, v.dtype) if do is None else do
+    x, d, parts = Inputs(q, k, v, _vectors(gates), codes), Cotangents(do, ds, dz), _parts(v)
+    dl = None
+    if o is not None:
+        dl = split.cotangent_of_l(form, x, o, l if parts == 1 else split.join(l, parts, 2), do)
+    if parts > 1:
+        d = split.ends(form, x, l, dl, d, parts)
+        x, dl = split.cut_inputs(x, parts), split.cut(dl, parts, 2)
+    d = backward(form, x, l, states, d, bool(gate), dl if v.shape[3] > BLOCK else None)
+    if parts > 1:
+        d = split.join_gradients(d, parts)
+    dq, dk = (sum_group(x, q.shape[2]) for x in (d.q, d.k))
+    d_gates = None if gates is None else _gate_gradients(gates, d.gates, q.shape[3] * (2 if form.denominator else 1))
+    return dq, dk, d.v, d_gates, None if s0 is None else d.s, None if z0 is None else d.z, None
+
+
+def _parts(v: Array) -> int:
+    batch, time, heads, value_dim = v.shape
+    return split.parts_of(batch * heads * (value_dim // BLOCK), time // CHUNK)
+
+
+def _needs_dl(form: Form, v: Array) -> bool:
+    """Whether programs of the backward pass cannot find the cotangent of l by themselves."""
+    return form.denominator is not None and (_parts(v) > 1 or v.shape[3] > BLOCK)
+
+
+def _forward(form: Form, x: Inputs, s0: Array | None, z0: Array | None, save: bool):
+    """`forward`, over parts of the sequence where there are too few sequences; l and the states stay in parts."""
+    parts = _parts(x.v)
+    if parts == 1:
+        return forward(form, x, s0, z0, save)
+    s0, z0 = split.starts(form, x, s0, z0, parts)
+    o, l, (s, z), states = forward(form, split.cut_inputs(x, parts), s0, z0, save)  # noqa: E741
+    last = slice(parts - 1, None, parts)
+    return split.join(o, parts, 1), l, (s[last], None if z is None else z[last]), states
+
+
+def is_primal(x: Any) -> bool:
+    """Whether x is an argument as `custom_vjp` with symbolic zeros hands it on."""
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+
+
+def cumulative(g: Array) -> Array:
+    """The cumulative log gates of chunks [..., C], each gate at least MIN_GATE."""
+    triangle = jnp.triu(jnp.ones((CHUNK, CHUNK), jnp.float32))
+    return jnp.matmul(jnp.maximum(g, MIN_GATE), triangle, precision=lax.Precision.HIGHEST)
+
+
+def reverse_cumulative(x: Array) -> Array:
+    """Sums over the rest of each chunk, [..., C]: the transpose of a cumulative sum."""
+    triangle = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))
+    return jnp.matmul(x, triangle, precision=lax.Precision.HIGHEST)
+
+
+def _vectors(gates: Gates | None) -> Array | None:
+    """b, c and the floor of every chunk, [1|B, HV, 1|N, R, C]."""
+    if gates is None:
+        return None
+    b = cumulative(gates.g)
+    c = None if gates.w is None else b - jnp.maximum(gates.w, MIN_GATE)
+    return jnp.stack([x for x in (b, c, gates.floor) if x is not None], axis=3)
+
+
+def _gate_gradients(gates: Gates, d: Array | None, key_dims: int) -> Gates:
+    """From the kernel's sums [V/64, B, HV, N, ...]; see `gated_linear_attention_gpu_bwd`. `key_dims` of them at the
+    end are of channels."""
+    none = jax.tree.map(jnp.zeros_like, gates)
+    if d is None:
+        return none
+    d = d.sum(0)
+    channels = d[..., 4 * CHUNK : 4 * CHUNK + key_dims].sum(-1, keepdims=True)
+    d = d[..., : 4 * CHUNK].reshape(*d.shape[:-1], 4, CHUNK)
+    dg = reverse_cumulative(d[..., ROWS, :] - d[..., COLUMNS, :]) + channels
+    dg += d[..., WRITES, :].sum(-1, keepdims=True)
+    broadcast = tuple(axis for axis in (0, 2) if gates.g.shape[axis] < dg.shape[axis])
+    dg = dg.sum(broadcast, keepdims=True) if broadcast else dg
+    return none._replace(g=dg, w=None if gates.w is None else d[..., COLUMNS, :] + d[..., OWN, :])
+
+
+def sum_group(x: Array, heads: int) -> Array:
+    """[B, T, several * H, K] -> [B, T, H, K], in float32 and a fixed order."""
+    if x.shape[2] == heads:
+        return x
+    return x.reshape(*x.shape[:2], heads, -1, x.shape[3]).astype(jnp.float32).sum(3).astype(x.dtype)

@@ -1,0 +1,275 @@
+"""What every GPU kernel here is made of: tiles, products, vectors, a stream of chunks, the launch. Hopper, Mosaic GPU.
+
+One program is one warpgroup of 128 threads with one (batch, value head). Tiles of bfloat16 live in shared memory,
+swizzled as wgmma wants them; float32 tiles live in registers, in the layout of wgmma's accumulator (32 registers a
+thread for 64 x 64). A vector in registers belongs to the rows of a tile (`load_rows`) or to its columns
+(`load_columns`); `rows` and `columns` spread it over one. Lane semantics with explicit layouts: the default
+Warpgroup semantics did not finish inferring layouts for kernels like these.
+
+Differences between JAX versions, and interpretation on the CPU (JAXLIN_INTERPRET=gpu), are in this file only. The
+interpreter runs one block and has no wgmma on values: there, one block loops over the grid and products are `jnp.dot`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+CHUNK = 64
+"""Rows of a chunk, and of every tile: wgmma multiplies 64 rows at a time."""
+
+BLOCK = 64
+"""Columns of the values that one program has."""
+
+_JAX = tuple(jax.__version_info__[:2])
+_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_WGMMA = plgpu.Layout.WGMMA
+_REDUCTION_SCRATCH = 1024  # bytes for sums over rows, which lie in four warps; more would cost a program an SM
+Ref = Any
+
+
+def interpreted() -> bool:
+    """Whether GPU kernels are to be interpreted on the CPU."""
+    return os.environ.get("JAXLIN_INTERPRET") == "gpu"
+
+
+# ---- memory ----
+
+
+def tile(*shape: int) -> Any:
+    """Shared memory for bfloat16 tiles [..., rows, columns], as wgmma and TMA read them."""
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=() if interpreted() else _TRANSFORMS)
+
+
+def vector(*shape: int, dtype: Any = jnp.float32) -> Any:
+    """Shared memory for vectors [..., C]."""
+    return plgpu.SMEM(shape, dtype)
+
+
+def put(ref: Ref, x: Array) -> None:
+    """Write a tile to shared memory for a product, a copy or a load that follows."""
+    ref[...] = x.astype(ref.dtype)
+    plgpu.commit_smem()
+
+
+def load(ref: Ref) -> Array:
+    """A tile as float32 in registers."""
+    return _load(ref, _WGMMA).astype(jnp.float32)
+
+
+def load_rows(ref: Ref) -> Array:
+    """A vector [C], one entry for each row of a tile."""
+    return _load(ref, _WGMMA.reduce(1))
+
+
+def load_columns(ref: Ref) -> Array:
+    """A vector [C], one entry for each column of a tile."""
+    return _load(ref, _WGMMA.reduce(0))
+
+
+def _load(ref: Ref, layout: Any) -> Array:
+    if interpreted():
+        return ref[...]
+    position = ((),) if _JAX < (0, 11) else ()  # 0.10 still takes an index
+    return plgpu.load(ref, *position, layout=layout, optimized=False)
+
+
+def zeros(rows: int, columns: int) -> Array:
+    """A float32 tile of zeros in registers."""
+    return _layout(jnp.zeros((rows, columns), jnp.float32), _WGMMA)
+
+
+def zero_columns(columns: int) -> Array:
+    """A float32 vector of zeros, as `load_columns` gives it."""
+    return _layout(jnp.zeros((columns,), jnp.float32), _WGMMA.reduce(0))
+
+
+def _layout(x: Array, layout: Any) -> Array:
+    return x if interpreted() else plgpu.layout_cast(x, layout)
+
+
+# ---- tiles in registers ----
+
+
+def rows(x: Array, columns: int = CHUNK) -> Array:
+    """[R] -> [R, columns]: entry r all along row r."""
+    return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
+def by_row(x: Array, tile: Array) -> Array:
+    """A tile with each row times its entry of x [R], or all of it times a scalar."""
+    return (x if x.ndim == 0 else rows(x, tile.shape[1])) * tile
+
+
+def columns(x: Array, rows: int = CHUNK) -> Array:
+    """[N] -> [rows, N]: entry n all along column n."""
+    return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
+
+
+def indices(rows: int = CHUNK, columns: int = CHUNK) -> tuple[Array, Array]:
+    """Row and column numbers of a tile, int32."""
+    layout = None if interpreted() else _WGMMA
+    i, j = (plgpu.broadcasted_iota(jnp.int32, (rows, columns), d, layout=layout) for d in (0, 1))
+    return i, j
+
+
+def dot(a: Array | Ref, b: Ref, acc: Array | None = None, *, ta: bool = False, tb: bool = False) -> Array:
+    """acc + a @ b in float32: a bfloat16 in registers or shared memory, b in shared memory; ta, tb transpose."""
+    if interpreted():
+        x, y = (t if isinstance(t, Array) else t[...] for t in (a, b))
+        x, y = (t.astype(jnp.float32) for t in (x.T if ta else x, y.T if tb else y))
+        product = jnp.dot(x, y, precision=lax.Precision.HIGHEST)
+        return product if acc is None else acc + product
+    a, b = (_transposed(t) if flag else t for t, flag in ((a, ta), (b, tb)))
+    if acc is not None:
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+
+    def fresh(ref):
+        plgpu.wgmma(ref, a, b)
+        return ref[...]
+
+    return pl.run_scoped(fresh, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def _transposed(ref: Ref) -> Ref:
+    return plgpu.transpose_ref(ref, (1, 0)) if _JAX < (0, 11) else ref.transpose((1, 0))
+
+
+# ---- chunks ----
+
+
+def stream(
+    sources: Sequence[tuple[Callable[[Array], Ref], Ref]],
+    barrier: Ref,
+    body: Callable[[Array, Array, Callable[[], None], Any], Any],
+    carry: Any,
+    *,
+    chunks: int,
+    stages: int,
+    reverse: bool = False,
+) -> Any:
+    """Run `carry = body(n, slot, refill, carry)` over chunks, their data copied `stages` ahead by TMA.
+
+    sources: (chunk -> its part of global memory, shared memory [stages, ...]); `barrier` has `stages` barriers of
+    len(sources) arrivals. The body may overwrite its slot and copy it out. It calls `refill` once, when all that the
+    previous chunk copied out has left shared memory: the previous slot is then loaded anew.
+    """
+    stages = min(stages, chunks)
+
+    def fetch(step, slot):
+        n = chunks - 1 - step if reverse else step
+        for part, buffer in sources:
+            plgpu.copy_gmem_to_smem(part(n), buffer.at[slot], barrier.at[slot])
+
+    for step in range(stages):
+        fetch(jnp.int32(step), jnp.int32(step))
+
+    def turn(step, carry):
+        slot = lax.rem(step, jnp.int32(stages))
+        plgpu.barrier_wait(barrier.at[slot])
+
+        def refill():
+            @pl.when((step >= 1) & (step + (stages - 1) < chunks))
+            def _():
+                fetch(step + (stages - 1), lax.rem(step + (stages - 1), jnp.int32(stages)))
+
+        return body(chunks - 1 - step if reverse else step, slot, refill, carry)
+
+    return lax.fori_loop(jnp.int32(0), jnp.int32(chunks), turn, carry)
+
+
+def barrier(sources: int, stages: int) -> Any:
+    """The barriers of a `stream`."""
+    return plgpu.Barrier(num_arrivals=sources, num_barriers=stages)
+
+
+def copy_out(*copies: tuple[Ref, Ref], when: Array | bool = True) -> None:
+    """Start copies (shared memory, global memory) as one group; what was written to shared memory is committed.
+
+    Where `when` is false the group is empty.
+    """
+    plgpu.commit_smem()
+
+    def start():
+        for source, target in copies:
+            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+    if when is True:
+        start()
+    else:
+        pl.when(when)(start)
+    plgpu.commit_smem_to_gmem_group()
+
+
+def commit() -> None:
+    """Make what was written to shared memory visible to products and copies."""
+    plgpu.commit_smem()
+
+
+def chunk_rows(n: Array) -> Any:
+    """The rows of chunk n, as an index into time."""
+    return pl.ds(n * CHUNK, CHUNK)
+
+
+def block(w: Array) -> Any:
+    """The columns of block w of the values."""
+    return pl.ds(w * BLOCK, BLOCK)
+
+
+def wait_out(groups: int, *, read: bool = True) -> None:
+    """Wait until at most `groups` groups of copies still read shared memory (or, with read=False, are unfinished)."""
+    plgpu.wait_smem_to_gmem(groups, wait_read_only=read)
+
+
+# ---- launch ----
+
+
+def launch(
+    body: Callable[..., None], arrays: Sequence[Array], out: Sequence[Any], grid: Sequence[int], scratch: Sequence[Any]
+) -> list[Array]:
+    """Run body(index, input refs, output refs, scratch refs) for every index of the grid; outputs of types `out`."""
+    names = tuple(f"g{i}" for i in range(len(grid)))
+
+    def split(refs):
+        return refs[: len(arrays)], refs[len(arrays) : len(arrays) + len(out)], refs[len(arrays) + len(out) :]
+
+    def program(*refs):
+        body(tuple(lax.axis_index(name) for name in names), *split(refs))
+
+    def programs(*refs):
+        def one(flat, _):
+            index = []
+            for size in reversed(grid):
+                index.append(lax.rem(flat, jnp.int32(size)))
+                flat = lax.div(flat, jnp.int32(size))
+            body(tuple(reversed(index)), *split(refs))
+
+        lax.fori_loop(0, math.prod(grid), one, None)
+
+    if interpreted():
+        options: dict[str, Any] = dict(grid=(1,), grid_names=("all",), interpret=_interpreter())
+    else:
+        lane = plgpu.LoweringSemantics.Lane
+        params = plgpu.CompilerParams(
+            lowering_semantics=lane, approx_math=True, reduction_scratch_bytes=_REDUCTION_SCRATCH
+        )
+        options = dict(grid=tuple(grid), grid_names=names, compiler_params=params)
+    function = programs if interpreted() else program
+    function.__name__ = body.__name__
+    return plgpu.kernel(function, out_type=list(out), scratch_types=list(scratch), **options)(*arrays)
+
+
+def _interpreter() -> Any:
+    if hasattr(plgpu, "InterpretGPUParams"):
+        return plgpu.InterpretGPUParams()
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # 0.10 does not export it
+
+    return InterpretGPUParams()

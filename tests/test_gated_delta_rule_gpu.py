@@ -1,0 +1,98 @@
+"""Family B's GPU kernels: interpreted on the CPU, lowered for CUDA, and (pytest -m gpu) run on a Hopper GPU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlin import ops
+from tests import grid, hopper
+from tests.grid import Case
+from tests.hopper import BASE, SEGMENTS, kernels_of
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    hopper.interpret(monkeypatch)
+
+
+def run(case: Case):
+    args = grid.inputs("gated_delta_rule", case)
+    grid.check(ops.gated_delta_rule, args, jnp.bfloat16, correlated=case.corr > 0, implementation="pallas")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(grid.replace(BASE, gate="none"), marks=slow),
+        grid.replace(BASE, gate="scalar", strength="mixed", segments="gaps", B=2),
+        pytest.param(grid.replace(BASE, gate="scalar", corr=1.0, beta=2.0, segments="packed", HV=2), marks=slow),
+        pytest.param(grid.replace(BASE, gate="scalar", K=128, V=128), marks=slow),
+        grid.replace(BASE, T=7, K=16, V=24, gate="none", corr=0.9, beta=0.0, state=False),
+    ],
+    ids=str,
+)
+def test_interpreted(case, interpreted):
+    run(case)
+
+
+@slow
+def test_padding_may_hold_anything(interpreted):
+    hopper.check_padding("gated_delta_rule", grid.replace(BASE, segments="gaps", B=2), "q k v beta g")
+
+
+@pytest.mark.parametrize("segments", (False, True))
+@pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("size", (64, 128))
+def test_lowers_for_cuda(size, gated, segments, monkeypatch):
+    hopper.pretend(monkeypatch)
+    q, v = (jax.ShapeDtypeStruct((2, 256, heads, size), jnp.bfloat16) for heads in (2, 4))
+    beta = jax.ShapeDtypeStruct((2, 256, 4), jnp.float32)
+    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32) if segments else None
+
+    def loss(args, ids):
+        o, final = ops.gated_delta_rule(*args, segment_ids=ids, initial_state=s0(args), implementation="pallas")
+        return o.astype(jnp.float32).sum() + final.sum()
+
+    def s0(args):
+        return jnp.zeros((2, 4, size, size)) + args[3][0, 0, 0]
+
+    args = (q, q, v, beta, beta if gated else None)
+    assert kernels_of(loss, args, ids) == 1
+    assert kernels_of(jax.grad(loss), args, ids) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    grid.variations(
+        grid.replace(BASE, B=2, H=3, HV=3, segments="packed"),
+        T=[1, 7, 63, 64, 65, 1024],
+        K=[16, 32, 96, 128],
+        V=[16, 32, 96, 128, 256],
+        HV=[6, 12],
+        segments=["none", *SEGMENTS],
+        strength=["weak", "mixed", "strong", "zero"],
+        corr=[0.9, 0.999, 1.0],
+        beta=[0.0, 1e-6, 0.5, 1.0, 2.0],
+        state=[False],
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("gate", ("none", "scalar"))
+def test_grid(case, gate):
+    run(grid.replace(case, gate=gate))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", ("none", "scalar"))
+def test_reruns_are_bit_equal(gate):
+    hopper.check_reruns("gated_delta_rule", grid.replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate=gate))
+
+
+@pytest.mark.gpu
+def test_padding_may_hold_anything_on_the_gpu():
+    hopper.check_padding("gated_delta_rule", grid.replace(BASE, segments="gaps", B=2), "q k v beta g")

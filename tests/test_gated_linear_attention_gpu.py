@@ -1,0 +1,218 @@
+"""Family A's GPU kernels: interpreted on the CPU, lowered for CUDA, and (pytest -m gpu) run on a Hopper GPU.
+
+The interpreter runs the kernels' own bodies, copies, barriers and all, but for wgmma, which is `jnp.dot` there.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlin import ops
+from jaxlin.kernels import gated_linear_attention_gpu_split
+from tests import grid, hopper
+from tests.grid import Case
+from tests.hopper import BASE, SEGMENTS, kernels_of
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    hopper.interpret(monkeypatch)
+
+
+def run(op: str, case: Case, normalize: bool = False, **options):
+    args = grid.inputs(op, case, normalize)
+    if op == "mlstm":  # rows whose n.q passes through 0 are ill-conditioned, see test_mlstm.py
+        args["q"], args["k"] = np.abs(args["q"]), np.abs(args["k"])
+        options |= dict(skip=("dinitial_state2",))
+    grid.check(
+        getattr(ops, op), args, jnp.bfloat16, correlated=case.corr > 0, **dict(implementation="pallas") | options
+    )
+
+
+# ---- on the CPU, interpreted ----
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(grid.replace(BASE, gate="none", H=2, HV=4, B=2, T=65), marks=slow),
+        pytest.param(grid.replace(BASE, gate="constant", HV=4), marks=slow),  # one head alone: a sum close to zero
+        grid.replace(BASE, gate="scalar", strength="mixed", segments="gaps", B=2),
+        pytest.param(grid.replace(BASE, gate="scalar", strength="strong", corr=0.9, state=False), marks=slow),
+        grid.replace(BASE, T=7, K=16, V=24, segments="packed"),
+        pytest.param(grid.replace(BASE, K=128, V=96, segments="packed"), marks=slow),
+    ],
+    ids=str,
+)
+def test_interpreted(case, interpreted):
+    run("gated_linear_attention", case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(grid.replace(BASE, gate="none"), marks=slow),
+        grid.replace(BASE, gate="none", segments="gaps", B=2),
+        pytest.param(grid.replace(BASE, gate="none", K=96, V=128), marks=slow),
+    ],
+    ids=str,
+)
+def test_interpreted_normalized(case, interpreted):
+    run("gated_linear_attention", case, normalize=True)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(grid.replace(BASE, strength="weak"), marks=slow),
+        grid.replace(BASE, strength="weak", segments="packed"),
+        pytest.param(grid.replace(BASE, strength="weak", K=128, V=128), marks=slow),
+    ],
+    ids=str,
+)
+def test_interpreted_mlstm(case, interpreted):
+    run("mlstm", case)
+
+
+@pytest.mark.parametrize("form", (pytest.param("constant", marks=slow), pytest.param("normalize", marks=slow), "mlstm"))
+def test_interpreted_in_parts(form, interpreted, monkeypatch):
+    """Long sequences are cut into parts where there are few of them."""
+    monkeypatch.setattr(gated_linear_attention_gpu_split, "LEAST_CHUNKS", 1)
+    case = grid.replace(BASE, T=256, segments="none" if form == "constant" else "packed")
+    if form == "mlstm":
+        run("mlstm", grid.replace(case, strength="weak"))
+    else:
+        gate = "none" if form == "normalize" else form
+        run("gated_linear_attention", grid.replace(case, gate=gate, HV=2), normalize=form == "normalize")
+
+
+@slow
+def test_padding_may_hold_anything(interpreted):
+    hopper.check_padding("gated_linear_attention", grid.replace(BASE, segments="gaps", B=2), "q k v g")
+
+
+# ---- on the CPU, lowered for CUDA ----
+
+B, T, H, HV = 2, 256, 2, 4
+
+
+def arrays(op: str, gate: str, size: int) -> dict:
+    """Abstract arguments of an op."""
+    bf16, f32 = (functools.partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.bfloat16, jnp.float32))
+    found = dict(q=bf16((B, T, H, size)), k=bf16((B, T, H, size)), v=bf16((B, T, HV, size)))
+    if op == "mlstm":
+        found |= dict(i=f32((B, T, HV)), f=f32((B, T, HV)))
+    elif gate != "none":
+        found["g"] = f32({"constant": (HV,), "scalar": (B, T, HV)}[gate])
+    return found
+
+
+@pytest.mark.parametrize("all_options", (False, True))
+@pytest.mark.parametrize("size", (64, 128))
+@pytest.mark.parametrize("form", ("none", "constant", "scalar", "normalize", "mlstm"))
+def test_lowers_for_cuda(form, size, all_options, monkeypatch):
+    """With all options there are segments, an initial state, and a gradient through the final one."""
+    hopper.pretend(monkeypatch)
+    op = "mlstm" if form == "mlstm" else "gated_linear_attention"
+    args = arrays(op, form if form in ("constant", "scalar") else "none", size)
+    options = dict(normalize=True) if form == "normalize" else {}
+    if all_options:
+        parts = [(B, HV, size, size), (B, HV, size), (B, HV)][: {"mlstm": 3, "normalize": 2}.get(form, 1)]
+        parts = tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in parts)
+        args["initial_state"] = parts if len(parts) > 1 else parts[0]
+    ids = jax.ShapeDtypeStruct((B, T), jnp.int32) if all_options else None
+
+    def loss(args, ids):
+        o, final = getattr(ops, op)(**args, segment_ids=ids, implementation="pallas", **options)
+        return o.astype(jnp.float32).sum() + (sum(x.sum() for x in jax.tree.leaves(final)) if all_options else 0)
+
+    assert kernels_of(loss, args, ids) == 1
+    assert kernels_of(jax.grad(loss), args, ids) == 2
+
+
+@pytest.mark.parametrize("form", ("none", "scalar", "normalize"))
+def test_parts_lower_for_cuda(form, monkeypatch):
+    hopper.pretend(monkeypatch)
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    g = jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32) if form == "scalar" else None
+
+    def loss(x, g):
+        return ops.gated_linear_attention(
+            x, x, x, g, normalize=form == "normalize", implementation="pallas"
+        )[0].astype(jnp.float32).sum()  # fmt: skip
+
+    assert kernels_of(jax.grad(loss), x, g) == 4
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (dict(q=jnp.ones((1, 64, 1, 64))), "float32"),
+        (dict(v=jnp.ones((1, 64, 1, 257), jnp.bfloat16)), "up to 128 and 256"),
+        (dict(g=jnp.ones((1, 64, 1, 64))), "per channel"),
+    ],
+)
+def test_what_is_not_served_is_named(change, reason, interpreted):
+    x = jnp.ones((1, 64, 1, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=reason):
+        ops.gated_linear_attention(**dict(q=x, k=x, v=x) | change, implementation="pallas")
+
+
+# ---- on a Hopper GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    grid.variations(
+        grid.replace(BASE, B=2, H=3, HV=3, segments="packed"),
+        T=[1, 7, 63, 64, 65, 1024],
+        K=[16, 32, 96, 128],
+        V=[16, 32, 96, 128, 256],
+        HV=[6, 12],
+        segments=["none", *SEGMENTS],
+        strength=["weak", "mixed", "strong", "zero"],
+        corr=[0.9, 1.0],
+        state=[False],
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("form", ("none", "constant", "scalar", "normalize", "mlstm"))
+def test_grid(case, form):
+    if form == "mlstm":
+        run("mlstm", grid.replace(case, strength="weak" if case.strength == "mild" else case.strength))
+    else:
+        gate = "none" if form == "normalize" else form
+        run("gated_linear_attention", grid.replace(case, gate=gate), normalize=form == "normalize")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ("none", "constant", "scalar", "normalize", "mlstm"))
+def test_grid_in_parts(form):
+    """One sequence of few heads: parts side by side."""
+    case = grid.replace(BASE, T=4096, segments="none" if form == "constant" else "packed")
+    if form == "mlstm":
+        run("mlstm", grid.replace(case, strength="weak"))
+    else:
+        gate = "none" if form == "normalize" else form
+        run("gated_linear_attention", grid.replace(case, gate=gate, HV=2), normalize=form == "normalize")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ("scalar", "normalize", "mlstm"))
+def test_reruns_are_bit_equal(form):
+    op = "mlstm" if form == "mlstm" else "gated_linear_attention"
+    case = grid.replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate="scalar" if form == "scalar" else "none")
+    hopper.check_reruns(op, case, normalize=form == "normalize")
+
+
+@pytest.mark.gpu
+def test_padding_may_hold_anything_on_the_gpu():
+    hopper.check_padding("gated_linear_attention", grid.replace(BASE, segments="gaps", B=2), "q k v g")
