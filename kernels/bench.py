@@ -55,7 +55,7 @@ class Bench:
 # ---- inputs ----
 
 
-def inputs(op: str, shape: tuple[int, int, int, int], seed: int = 0) -> dict[str, jax.Array]:
+def inputs(op: str, shape: tuple[int, ...], seed: int = 0) -> dict[str, jax.Array]:
     """Arguments as the mixers give them: L2-normalised q and k, mild gates; per-token gates float32."""
     b, t, h, d = shape
     keys = iter(jax.random.split(jax.random.key(seed), 8))
@@ -236,7 +236,7 @@ def copy_roof(settings: Bench) -> float:
     return 2 * x.nbytes / statistics.median(times) / 1e12
 
 
-def row(op: str, shape: tuple[int, int, int, int], implementation: str, roof: float, settings: Bench) -> dict:
+def row(op: str, shape: tuple[int, ...], implementation: str, roof: float, settings: Bench) -> dict:
     """One row of the table; a failure is its text."""
     found: dict[str, Any] = dict(op=op, shape=shape, implementation=implementation)
     torch_peer = {"fla": fla, "mlstm_kernels": mlstm_kernels}.get(implementation)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -246,3 +246,8 @@ def pairwise(fields: dict[str, list], allowed: Callable[[dict], bool] = lambda _
         for pair in done or {first}:  # a pair that nothing can be added to is not allowed
             missing.pop(pair, None)
     return points
+
+
+def variations(default: Case, **changes: list) -> list[Case]:
+    """One case for each value of each field, everything else at the default."""
+    return [default, *(replace(default, **{name: value}) for name, values in changes.items() for value in values)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -27,11 +29,11 @@ def run(case: Case):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(grid.replace(BASE, gate="none"), marks=slow),
-        grid.replace(BASE, gate="scalar", strength="mixed", segments="gaps", B=2),
-        pytest.param(grid.replace(BASE, gate="scalar", corr=1.0, beta=2.0, segments="packed", HV=2), marks=slow),
-        pytest.param(grid.replace(BASE, gate="scalar", K=128, V=128), marks=slow),
-        grid.replace(BASE, T=7, K=16, V=24, gate="none", corr=0.9, beta=0.0, state=False),
+        pytest.param(replace(BASE, gate="none"), marks=slow),
+        replace(BASE, gate="scalar", strength="mixed", segments="gaps", B=2),
+        pytest.param(replace(BASE, gate="scalar", corr=1.0, beta=2.0, segments="packed", HV=2), marks=slow),
+        pytest.param(replace(BASE, gate="scalar", K=128, V=128), marks=slow),
+        replace(BASE, T=7, K=16, V=24, gate="none", corr=0.9, beta=0.0, state=False),
     ],
     ids=str,
 )
@@ -41,7 +43,7 @@ def test_interpreted(case, interpreted):
 
 @slow
 def test_padding_may_hold_anything(interpreted):
-    hopper.check_padding("gated_delta_rule", grid.replace(BASE, segments="gaps", B=2), "q k v beta g")
+    hopper.check_padding("gated_delta_rule", replace(BASE, segments="gaps", B=2), "q k v beta g")
 
 
 @pytest.mark.parametrize("segments", (False, True))
@@ -69,7 +71,7 @@ def test_lowers_for_cuda(size, gated, segments, monkeypatch):
 @pytest.mark.parametrize(
     "case",
     grid.variations(
-        grid.replace(BASE, B=2, H=3, HV=3, segments="packed"),
+        replace(BASE, B=2, H=3, HV=3, segments="packed"),
         T=[1, 7, 63, 64, 65, 1024],
         K=[16, 32, 96, 128],
         V=[16, 32, 96, 128, 256],
@@ -84,15 +86,15 @@ def test_lowers_for_cuda(size, gated, segments, monkeypatch):
 )
 @pytest.mark.parametrize("gate", ("none", "scalar"))
 def test_grid(case, gate):
-    run(grid.replace(case, gate=gate))
+    run(replace(case, gate=gate))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", ("none", "scalar"))
 def test_reruns_are_bit_equal(gate):
-    hopper.check_reruns("gated_delta_rule", grid.replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate=gate))
+    hopper.check_reruns("gated_delta_rule", replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate=gate))
 
 
 @pytest.mark.gpu
 def test_padding_may_hold_anything_on_the_gpu():
-    hopper.check_padding("gated_delta_rule", grid.replace(BASE, segments="gaps", B=2), "q k v beta g")
+    hopper.check_padding("gated_delta_rule", replace(BASE, segments="gaps", B=2), "q k v beta g")

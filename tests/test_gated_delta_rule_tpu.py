@@ -5,6 +5,8 @@ The last of the three heads of 64 has no partner in its pair, and the last chunk
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,19 +23,19 @@ GATES = ("none", "scalar", "channel")
 @pytest.mark.parametrize("gate", (pytest.param("none", marks=pytest.mark.slow), "scalar", "channel"))
 def test_float32(gate):
     for segments, strength, corr, beta in (("gaps", "mixed", 0.0, None), ("packed", "weak", 1.0, 2.0)):
-        case = grid.replace(CASE, gate=gate, segments=segments, strength=strength, corr=corr, beta=beta)
+        case = replace(CASE, gate=gate, segments=segments, strength=strength, corr=corr, beta=beta)
         run(OP, case, jnp.float32)
 
 
 @pytest.mark.parametrize("gate", (pytest.param("scalar", marks=pytest.mark.slow), "channel"))
 def test_bfloat16(gate):
     for corr in (0.0, 0.9, 0.999):
-        run(OP, grid.replace(CASE, gate=gate, strength="mild", corr=corr), jnp.bfloat16)
+        run(OP, replace(CASE, gate=gate, strength="mild", corr=corr), jnp.bfloat16)
 
 
 @pytest.mark.slow
 def test_padding_may_hold_anything():
-    args = grid.inputs(OP, grid.replace(CASE, gate="channel", segments="gaps"))
+    args = grid.inputs(OP, replace(CASE, gate="channel", segments="gaps"))
     clean = grid.outputs_and_gradients(ops.gated_delta_rule, args, jnp.float32, implementation="pallas")
     padding = args["segment_ids"] == 0
     for name in ("q", "k", "v", "beta", "g"):
@@ -65,7 +67,7 @@ def test_padding_may_hold_anything():
 )
 @pytest.mark.parametrize("gate", GATES)
 def test_grid(case, gate):
-    case = grid.replace(case, gate=gate)
+    case = replace(case, gate=gate)
     run(OP, case, jnp.float32)
     if case.strength == "mild":
         run(OP, case, jnp.bfloat16)

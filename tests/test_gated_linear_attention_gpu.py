@@ -6,6 +6,7 @@ The interpreter runs the kernels' own bodies, copies, barriers and all, but for 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +43,12 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(grid.replace(BASE, gate="none", H=2, HV=4, B=2, T=65), marks=slow),
-        pytest.param(grid.replace(BASE, gate="constant", HV=4), marks=slow),  # one head alone: a sum close to zero
-        grid.replace(BASE, gate="scalar", strength="mixed", segments="gaps", B=2),
-        pytest.param(grid.replace(BASE, gate="scalar", strength="strong", corr=0.9, state=False), marks=slow),
-        grid.replace(BASE, T=7, K=16, V=24, segments="packed"),
-        pytest.param(grid.replace(BASE, K=128, V=96, segments="packed"), marks=slow),
+        pytest.param(replace(BASE, gate="none", H=2, HV=4, B=2, T=65), marks=slow),
+        pytest.param(replace(BASE, gate="constant", HV=4), marks=slow),  # one head alone: a sum close to zero
+        replace(BASE, gate="scalar", strength="mixed", segments="gaps", B=2),
+        pytest.param(replace(BASE, gate="scalar", strength="strong", corr=0.9, state=False), marks=slow),
+        replace(BASE, T=7, K=16, V=24, segments="packed"),
+        pytest.param(replace(BASE, K=128, V=96, segments="packed"), marks=slow),
     ],
     ids=str,
 )
@@ -58,9 +59,9 @@ def test_interpreted(case, interpreted):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(grid.replace(BASE, gate="none"), marks=slow),
-        grid.replace(BASE, gate="none", segments="gaps", B=2),
-        pytest.param(grid.replace(BASE, gate="none", K=96, V=128), marks=slow),
+        pytest.param(replace(BASE, gate="none"), marks=slow),
+        replace(BASE, gate="none", segments="gaps", B=2),
+        pytest.param(replace(BASE, gate="none", K=96, V=128), marks=slow),
     ],
     ids=str,
 )
@@ -71,9 +72,9 @@ def test_interpreted_normalized(case, interpreted):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(grid.replace(BASE, strength="weak"), marks=slow),
-        grid.replace(BASE, strength="weak", segments="packed"),
-        pytest.param(grid.replace(BASE, strength="weak", K=128, V=128), marks=slow),
+        pytest.param(replace(BASE, strength="weak"), marks=slow),
+        replace(BASE, strength="weak", segments="packed"),
+        pytest.param(replace(BASE, strength="weak", K=128, V=128), marks=slow),
     ],
     ids=str,
 )
@@ -85,17 +86,17 @@ def test_interpreted_mlstm(case, interpreted):
 def test_interpreted_in_parts(form, interpreted, monkeypatch):
     """Long sequences are cut into parts where there are few of them."""
     monkeypatch.setattr(gated_linear_attention_gpu_split, "LEAST_CHUNKS", 1)
-    case = grid.replace(BASE, T=256, segments="none" if form == "constant" else "packed")
+    case = replace(BASE, T=256, segments="none" if form == "constant" else "packed")
     if form == "mlstm":
-        run("mlstm", grid.replace(case, strength="weak"))
+        run("mlstm", replace(case, strength="weak"))
     else:
         gate = "none" if form == "normalize" else form
-        run("gated_linear_attention", grid.replace(case, gate=gate, HV=2), normalize=form == "normalize")
+        run("gated_linear_attention", replace(case, gate=gate, HV=2), normalize=form == "normalize")
 
 
 @slow
 def test_padding_may_hold_anything(interpreted):
-    hopper.check_padding("gated_linear_attention", grid.replace(BASE, segments="gaps", B=2), "q k v g")
+    hopper.check_padding("gated_linear_attention", replace(BASE, segments="gaps", B=2), "q k v g")
 
 
 # ---- on the CPU, lowered for CUDA ----
@@ -172,7 +173,7 @@ def test_what_is_not_served_is_named(change, reason, interpreted):
 @pytest.mark.parametrize(
     "case",
     grid.variations(
-        grid.replace(BASE, B=2, H=3, HV=3, segments="packed"),
+        replace(BASE, B=2, H=3, HV=3, segments="packed"),
         T=[1, 7, 63, 64, 65, 1024],
         K=[16, 32, 96, 128],
         V=[16, 32, 96, 128, 256],
@@ -187,32 +188,32 @@ def test_what_is_not_served_is_named(change, reason, interpreted):
 @pytest.mark.parametrize("form", ("none", "constant", "scalar", "normalize", "mlstm"))
 def test_grid(case, form):
     if form == "mlstm":
-        run("mlstm", grid.replace(case, strength="weak" if case.strength == "mild" else case.strength))
+        run("mlstm", replace(case, strength="weak" if case.strength == "mild" else case.strength))
     else:
         gate = "none" if form == "normalize" else form
-        run("gated_linear_attention", grid.replace(case, gate=gate), normalize=form == "normalize")
+        run("gated_linear_attention", replace(case, gate=gate), normalize=form == "normalize")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ("none", "constant", "scalar", "normalize", "mlstm"))
 def test_grid_in_parts(form):
     """One sequence of few heads: parts side by side."""
-    case = grid.replace(BASE, T=4096, segments="none" if form == "constant" else "packed")
+    case = replace(BASE, T=4096, segments="none" if form == "constant" else "packed")
     if form == "mlstm":
-        run("mlstm", grid.replace(case, strength="weak"))
+        run("mlstm", replace(case, strength="weak"))
     else:
         gate = "none" if form == "normalize" else form
-        run("gated_linear_attention", grid.replace(case, gate=gate, HV=2), normalize=form == "normalize")
+        run("gated_linear_attention", replace(case, gate=gate, HV=2), normalize=form == "normalize")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ("scalar", "normalize", "mlstm"))
 def test_reruns_are_bit_equal(form):
     op = "mlstm" if form == "mlstm" else "gated_linear_attention"
-    case = grid.replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate="scalar" if form == "scalar" else "none")
+    case = replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate="scalar" if form == "scalar" else "none")
     hopper.check_reruns(op, case, normalize=form == "normalize")
 
 
 @pytest.mark.gpu
 def test_padding_may_hold_anything_on_the_gpu():
-    hopper.check_padding("gated_linear_attention", grid.replace(BASE, segments="gaps", B=2), "q k v g")
+    hopper.check_padding("gated_linear_attention", replace(BASE, segments="gaps", B=2), "q k v g")

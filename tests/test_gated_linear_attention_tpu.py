@@ -5,6 +5,8 @@ The last of the three heads of 64 has no partner in its pair, and the last chunk
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,29 +23,29 @@ OP = "gated_linear_attention"
 @pytest.mark.parametrize("gate", (pytest.param("none", marks=pytest.mark.slow), "scalar", "channel"))
 def test_float32(gate):
     for segments, strength, corr in (("gaps", "mixed", 0.0), ("packed", "strong", 1.0)):
-        case = grid.replace(CASE, gate=gate, segments=segments, strength=strength, corr=corr)
+        case = replace(CASE, gate=gate, segments=segments, strength=strength, corr=corr)
         run(OP, case, jnp.float32)
 
 
 @pytest.mark.parametrize("gate", ("scalar", pytest.param("channel", marks=pytest.mark.slow)))
 def test_bfloat16(gate):
     for corr in (0.0, 0.9):
-        run(OP, grid.replace(CASE, gate=gate, strength="mild", corr=corr), jnp.bfloat16)
+        run(OP, replace(CASE, gate=gate, strength="mild", corr=corr), jnp.bfloat16)
 
 
 def test_normalized():
-    run(OP, grid.replace(CASE, gate="none", segments="gaps"), jnp.float32, normalize=True)
+    run(OP, replace(CASE, gate="none", segments="gaps"), jnp.float32, normalize=True)
 
 
 def test_mlstm():
     for strength, segments in (("mixed", "packed"), ("strong", "gaps")):
-        run("mlstm", grid.replace(CASE, strength=strength, segments=segments), jnp.float32)
+        run("mlstm", replace(CASE, strength=strength, segments=segments), jnp.float32)
 
 
 @pytest.mark.slow
 def test_mlstm_bfloat16():
     """Where |n.q| does not pass through 0; the gradient of the initial m is a difference of nearly equal sums."""
-    args = grid.inputs("mlstm", grid.replace(CASE, strength="weak"))
+    args = grid.inputs("mlstm", replace(CASE, strength="weak"))
     args["q"], args["k"] = np.abs(args["q"]), np.abs(args["k"])
     grid.check(ops.mlstm, args, jnp.bfloat16, implementation="pallas", skip=("dinitial_state2",))
 
@@ -56,7 +58,7 @@ def test_more_value_heads_and_a_constant_gate():
 @pytest.mark.parametrize("op", ("gated_linear_attention", "mlstm"))
 @pytest.mark.slow
 def test_padding_may_hold_anything(op):
-    args = grid.inputs(op, grid.replace(CASE, gate="channel", segments="gaps"))
+    args = grid.inputs(op, replace(CASE, gate="channel", segments="gaps"))
     clean = grid.outputs_and_gradients(getattr(ops, op), args, jnp.float32, implementation="pallas")
     padding = args["segment_ids"] == 0
     floats = [n for n in ("q", "k", "v", "g", "i", "f") if n in args]
@@ -97,7 +99,7 @@ def test_strong_and_weak_gates_in_one_chunk():
 @pytest.mark.parametrize("gate", ("none", "constant", "scalar", "channel", "mlstm", "normalized"))
 def test_grid(case, gate):
     op, normalize = "mlstm" if gate == "mlstm" else OP, gate == "normalized"
-    case = grid.replace(case, gate="none" if normalize else gate)
+    case = replace(case, gate="none" if normalize else gate)
     run(op, case, jnp.float32, normalize)
     if gate not in ("mlstm", "normalized") and case.strength != "strong":
         run(op, case, jnp.bfloat16)

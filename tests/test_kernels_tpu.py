@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,11 +96,11 @@ def test_split_and_resume_and_rerun(op):
 # ---- twenty corners with uninitialised memory as NaN, out-of-bounds reads raised, races detected ----
 
 CORNERS = [
-    *[("gated_linear_attention", False, grid.replace(CASE, gate=g)) for g in ("none", "constant", "scalar", "channel")],
-    *[("gated_delta_rule", False, grid.replace(CASE, gate=g)) for g in ("none", "scalar", "channel")],
-    ("gated_linear_attention", True, grid.replace(CASE, gate="none", segments="gaps")),
+    *[("gated_linear_attention", False, replace(CASE, gate=g)) for g in ("none", "constant", "scalar", "channel")],
+    *[("gated_delta_rule", False, replace(CASE, gate=g)) for g in ("none", "scalar", "channel")],
+    ("gated_linear_attention", True, replace(CASE, gate="none", segments="gaps")),
     ("mlstm", False, CASE),
-    ("mlstm", False, grid.replace(CASE, segments="none", T=257)),
+    ("mlstm", False, replace(CASE, segments="none", T=257)),
     ("gated_linear_attention", False, Case(T=1, K=64, V=64)),
     ("gated_linear_attention", False, Case(T=257, H=9, HV=9, K=64, V=64, B=1)),
     ("gated_linear_attention", False, Case(T=128, H=17, HV=17, K=64, V=64, B=1, gate="none")),
