@@ -163,17 +163,16 @@ def sum_value_heads(layout: Layout, heads: int, x: Array) -> Array:
 def to_rows(layout: Layout, x: Array) -> Array:
     """Per-token numbers [B, T, HV] -> [B, blocks, N, packs, 128] float32, zeros past the end."""
     n = layout
-    x = x.astype(jnp.float32)
-    x = jnp.pad(x, ((0, 0), (0, n.chunks * n.chunk - n.time), (0, n.heads_padded - n.heads)))
-    x = x.reshape(n.batch, n.chunks, n.chunk, n.blocks, n.packs, n.pack)
-    return x.transpose(0, 3, 1, 4, 5, 2).reshape(n.batch, n.blocks, n.chunks, n.packs, ROWS)
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, n.chunks * n.chunk - n.time), (0, n.heads_padded - n.heads)))
+    x = x.reshape(n.batch, n.chunks, n.chunk, -1).swapaxes(2, 3)  # after this, whole rows move
+    return x.reshape(n.batch, n.chunks, n.blocks, n.packs, ROWS).swapaxes(1, 2)
 
 
 def from_rows(layout: Layout, x: Array) -> Array:
     """The inverse of `to_rows`."""
     n = layout
-    x = x.reshape(n.batch, n.blocks, n.chunks, n.packs, n.pack, n.chunk).transpose(0, 2, 5, 1, 3, 4)
-    return x.reshape(n.batch, n.chunks * n.chunk, n.heads_padded)[:, : n.time, : n.heads]
+    x = x.swapaxes(1, 2).reshape(n.batch, n.chunks, n.heads_padded, n.chunk)[:, :, : n.heads].swapaxes(2, 3)
+    return x.reshape(n.batch, n.chunks * n.chunk, n.heads)[:, : n.time]
 
 
 def to_packs(layout: Layout, x: Array) -> Array:
