@@ -11,7 +11,6 @@ from tests import grid, hopper
 from tests.grid import Case
 from tests.hopper import BASE, SEGMENTS, kernels_of
 
-
 slow = pytest.mark.slow
 
 
