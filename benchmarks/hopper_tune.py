@@ -1,7 +1,7 @@
 """Times of the GPU kernels' variants on one Hopper GPU: python benchmarks/hopper_tune.py [BxTxHxD ...]
 
 Stages of the streams, and barriers that Pallas inserts by itself, which kernels that commit what they write may do
-without. Needs jax and this repository on PYTHONPATH, nothing else. A variant that is faster still has to pass the ladder.
+without. Needs jax and this repository on PYTHONPATH, nothing else. A faster variant still has to pass the ladder.
 """
 
 from __future__ import annotations
