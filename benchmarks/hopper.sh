@@ -3,7 +3,7 @@
 #
 # Here:   benchmarks/hopper.sh pack    writes .carry/kernels (ignored by git): the wheels such hosts lack, and the peers.
 # There:  benchmarks/hopper.sh run     the ladder, the bench, pytest -m gpu; results in $OUT. Or a part by itself:
-#         benchmarks/hopper.sh ladder|bench|tests [arguments of the script behind it]
+#         benchmarks/hopper.sh ladder|bench|tune|tests [arguments of the script behind it]
 WHEELS="tyro==1.0.17 docstring-parser typeguard pytest iniconfig pluggy packaging pygments einops
   flash-linear-attention==0.6.0 fla-core==0.6.0 mlstm_kernels==2.0.6"
 
@@ -23,6 +23,8 @@ prepare() {
   fi
   export PYTHONPATH=$PWD:/tmp/kernels_site PYTHONUNBUFFERED=1 OUT=${OUT:-/tmp} XLA_PYTHON_CLIENT_PREALLOCATE=false
 }
+
+tune() { python3 benchmarks/hopper_tune.py "$@" 2>&1 | tee "$OUT/tune.txt"; }
 
 ladder() { python3 benchmarks/hopper_ladder.py "$@"; }
 

@@ -54,6 +54,8 @@ STEPS: dict[str, tuple] = {
     "B none, correlated": (B, replace(BASE, gate="none", corr=0.9, beta=1.0)),
     "B scalar": (B, replace(BASE, gate="scalar")),
     "B scalar, gaps, state": (B, replace(BASE, gate="scalar", segments="gaps", state=True, HV=6)),
+    "B none, in parts": (B, replace(BASE, gate="none", T=4096, B=1)),
+    "B scalar, in parts, packed": (B, replace(BASE, gate="scalar", T=4096, B=1, segments="packed")),
     "B scalar, 128": (B, replace(BASE, gate="scalar", K=128, V=128)),
 }
 

@@ -8,6 +8,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlin.kernels import chunk
+from jaxlin.kernels import gated_delta_rule_gpu_split as split
 from jaxlin.kernels.gated_delta_rule_gpu_bwd import BETA, COLUMNS, ROWS, WRITES, backward
 from jaxlin.kernels.gated_delta_rule_gpu_fwd import forward
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs
@@ -21,7 +22,8 @@ from jaxlin.kernels.gated_linear_attention_gpu_op import (
     segment_codes,
     sum_group,
 )
-from jaxlin.kernels.mosaic_gpu import CHUNK
+from jaxlin.kernels.gated_linear_attention_gpu_split import parts_of
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK
 
 
 def pallas(
@@ -55,22 +57,28 @@ def pallas(
 
 @chunk.custom_vjp
 def _delta_rule(form: Form, q, k, v, beta, g, s0, codes):
-    return forward(form, Inputs(q, k, v, _vectors(beta, g), codes), s0, save=False)[:2]
+    return _forward(form, Inputs(q, k, v, _vectors(beta, g), codes), s0, save=False)[:2]
 
 
 def _delta_rule_fwd(form: Form, *primals):
     gate = primals[4] is not None and primals[4].perturbed
     q, k, v, beta, g, s0, codes = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
-    o, s, saved = forward(form, Inputs(q, k, v, _vectors(beta, g), codes), s0, save=True)
-    states, t = checkpoint_name(saved, "chunk_states")
-    return (o, s), (q, k, v, beta, g, codes, states, t, s0 is None, gate)
+    o, s, saved, m = _forward(form, Inputs(q, k, v, _vectors(beta, g), codes), s0, save=True)
+    states, t, m = checkpoint_name((*saved, m), "chunk_states")
+    return (o, s), (q, k, v, beta, g, codes, states, t, m, s0 is None, gate)
 
 
 def _delta_rule_bwd(form: Form, residuals, cotangents):
-    q, k, v, beta, g, codes, states, t, fresh, gate = residuals
+    q, k, v, beta, g, codes, states, t, m, fresh, gate = residuals
     do, ds = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
     do = jnp.zeros(v.shape, v.dtype) if do is None else do
-    d = backward(form, Inputs(q, k, v, _vectors(beta, g), codes), states, t, do, ds, gate)
+    x, parts = Inputs(q, k, v, _vectors(beta, g), codes), _parts(v)
+    if parts > 1:
+        x, do = split.cut_inputs(x, parts), split.cut(do, parts, 1)
+        ds = split.ends(m, split.adjoints(form, x, t, do), ds, parts)
+    d = backward(form, x, states, t, do, ds, gate)
+    if parts > 1:
+        d = split.join_gradients(d, parts)
     dq, dk = (sum_group(x, q.shape[2]) for x in (d.q, d.k))
     vectors = d.vectors.sum(0)
     dg = None if g is None else jnp.zeros_like(g)
@@ -82,6 +90,22 @@ def _delta_rule_bwd(form: Form, residuals, cotangents):
         dg = reverse_cumulative(vectors[..., ROWS, :] - vectors[..., COLUMNS, :])
         dg += vectors[..., WRITES, :].sum(-1, keepdims=True) + channels
     return dq, dk, d.v, vectors[..., BETA, :], dg, None if fresh else d.s, None
+
+
+def _parts(v: Array) -> int:
+    batch, time, heads, value_dim = v.shape
+    return parts_of(batch * heads * (value_dim // BLOCK), time // CHUNK)
+
+
+def _forward(form: Form, x: Inputs, s0: Array | None, save: bool):
+    """`forward`, over parts of the sequence where there are too few sequences, and M of each part, or None."""
+    parts = _parts(x.v)
+    if parts == 1:
+        return *forward(form, x, s0, save), None
+    x = split.cut_inputs(x, parts)
+    m, n = split.maps(form, x)
+    o, s, saved = forward(form, x, split.starts(m, n, s0, parts), save)
+    return split.join(o, parts, 1), s[parts - 1 :: parts], saved, m
 
 
 _delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd, symbolic_zeros=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlin import ops
+from jaxlin.kernels import gated_linear_attention_gpu_split
 from tests import grid, hopper
 from tests.grid import Case
 from tests.hopper import BASE, SEGMENTS, kernels_of
@@ -39,6 +40,13 @@ def run(case: Case):
 )
 def test_interpreted(case, interpreted):
     run(case)
+
+
+@slow
+@pytest.mark.parametrize("case", [Case(gate="none"), Case(gate="scalar", HV=2, segments="packed")], ids=str)
+def test_interpreted_in_parts(case, interpreted, monkeypatch):
+    monkeypatch.setattr(gated_linear_attention_gpu_split, "LEAST_CHUNKS", 1)
+    run(replace(case, T=256, K=64, V=64, B=1, strength="mild"))
 
 
 @slow
@@ -87,6 +95,25 @@ def test_lowers_for_cuda(size, gated, segments, monkeypatch):
 @pytest.mark.parametrize("gate", ("none", "scalar"))
 def test_grid(case, gate):
     run(replace(case, gate=gate))
+
+
+@pytest.mark.parametrize("size", (64, 128))
+def test_parts_lower_for_cuda(size, monkeypatch):
+    hopper.pretend(monkeypatch)
+    x = jax.ShapeDtypeStruct((1, 1024, 2, size), jnp.bfloat16)
+    g = jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32)
+
+    def loss(x, g):
+        return ops.gated_delta_rule(x, x, x, g, g, implementation="pallas")[0].astype(jnp.float32).sum()
+
+    assert kernels_of(jax.grad(loss), x, g) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", ("none", "scalar"))
+@pytest.mark.parametrize("size", (64, 128))
+def test_grid_in_parts(size, gate):
+    run(replace(BASE, T=4096, K=size, V=size, HV=2, segments="packed", gate=gate))
 
 
 @pytest.mark.gpu

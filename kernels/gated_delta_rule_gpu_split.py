@@ -1,0 +1,160 @@
+"""Family B's sequences cut into parts that run side by side; see `gated_linear_attention_gpu_split`.
+
+The state at the start of a part is mapped to M S + N, its cotangent at the end to M^T dS + R. `maps` finds M and N of
+every part in a first pass: the recurrence itself, N from a zero state, the columns of M from those of the identity with
+v = 0. `adjoints` finds R, with T from the forward pass. The parts are then combined one after the other.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels.gated_delta_rule_gpu_bwd import Gradients
+from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, strict, unit_lower_inverse
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
+from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
+
+STAGES = 2
+
+
+def starts(m: Array, n: Array, s0: Array | None, parts: int) -> Array:
+    """The state at the start of each part [B * P, HV, K, V], from M [B * P, HV, K, K], N and the first part's."""
+    return _combine(m, n, s0, parts, reverse=False)
+
+
+def ends(m: Array, r: Array, ds: Array | None, parts: int) -> Array:
+    """The cotangent of the state at the end of each part, from M, R and the last part's."""
+    return _combine(m.swapaxes(-1, -2), r, ds, parts, reverse=True)
+
+
+def _combine(m: Array, update: Array, start: Array | None, parts: int, reverse: bool) -> Array:
+    def by_part(y):
+        return jnp.moveaxis(y.reshape(-1, parts, *y.shape[1:]), 1, 0)
+
+    def step(s, part):
+        m, n = part
+        return jnp.matmul(m, s, precision=lax.Precision.HIGHEST) + n, s
+
+    s = jnp.zeros_like(update[: update.shape[0] // parts]) if start is None else start
+    _, states = lax.scan(step, s, (by_part(m), by_part(update)), reverse=reverse)
+    return jnp.moveaxis(states, 0, 1).reshape(update.shape)
+
+
+def cut_inputs(x: Inputs, parts: int) -> Inputs:
+    """The inputs with parts as rows of the batch."""
+    q, k, v, codes = (cut(y, parts, 1) for y in (x.q, x.k, x.v, x.codes))
+    return Inputs(q, k, v, cut(x.vectors, parts, 2), codes)
+
+
+def join_gradients(d: Gradients, parts: int) -> Gradients:
+    """The gradients with parts put together; those of the initial state are the first part's."""
+    q, k, v = (join(y, parts, 1) for y in (d.q, d.k, d.v))
+    return Gradients(q, k, v, jax.vmap(lambda y: join(y, parts, 2))(d.vectors), d.s[::parts])
+
+
+def maps(form: Form, x: Inputs) -> tuple[Array, Array]:
+    """M [B, HV, K, K] and N [B, HV, K, V] of whole sequences: the parts, cut."""
+    batch, time, _, key_dim = x.q.shape
+    heads, value_dim = x.v.shape[2:]
+    values = value_dim // BLOCK  # blocks of N; those of M follow
+    tiles = dict(k=(CHUNK, key_dim), v=(CHUNK, BLOCK))
+    own = dict(state=gpu.tile(key_dim, BLOCK), lower=gpu.tile(CHUNK, CHUNK), blocks=gpu.tile(CHUNK, CHUNK))
+
+    def gated_delta_rule_maps(index, given, made, buffer):
+        _, _, w = index
+        i, j = gpu.indices(key_dim, BLOCK)
+        s = jnp.where(i == j + BLOCK * (w - values), 1.0, 0.0)  # no row for blocks of N, whose w is less
+
+        def chunk(n, slot, refill, s):
+            k, v = buffer["k"].at[slot], buffer["v"].at[slot]
+            refill()
+            gpu.put(buffer["state"], s)
+            d = decays(form, buffer, slot)
+            beta = beta_of(form, buffer, slot)
+            if form.segments:
+                clean(d.valid, k, v)
+            lower = by_row(beta, strict(d.pair(dot(k, k, tb=True)), 1 / form.scale))
+            t = unit_lower_inverse(lower, buffer["lower"], buffer["blocks"]).astype(jnp.bfloat16)
+            v = jnp.where(w < values, gpu.load(v), 0.0)
+            gpu.put(buffer["blocks"], by_row(beta, v - by_row(d.enter, dot(k, buffer["state"]))))
+            u = dot(t, buffer["blocks"])
+            gpu.put(buffer["blocks"], by_row(d.leave, u))
+            return dot(k, buffer["blocks"], s * d.keep, ta=True)
+
+        return s, chunk
+
+    def last(w):
+        return gpu.block(jnp.minimum(w, values - 1))
+
+    width = value_dim + key_dim
+    given = dict(k=x.k, v=x.v, vectors=x.vectors, codes=x.codes)
+    s = _walk(gated_delta_rule_maps, form, given, tiles, own, (batch, time, heads, key_dim, width), last, reverse=False)
+    return s[..., value_dim:], s[..., :value_dim]
+
+
+def adjoints(form: Form, x: Inputs, t: Array, do: Array) -> Array:
+    """R [B, HV, K, V] of whole sequences."""
+    batch, time, _, key_dim = x.q.shape
+    heads, value_dim = x.v.shape[2:]
+    tiles = dict(q=(CHUNK, key_dim), k=(CHUNK, key_dim), do=(CHUNK, BLOCK), t=(CHUNK, CHUNK))
+    own = dict(state=gpu.tile(key_dim, BLOCK), p=gpu.tile(CHUNK, CHUNK), y=gpu.tile(CHUNK, BLOCK))
+
+    def gated_delta_rule_adjoints(index, given, made, buffer):
+        def chunk(n, slot, refill, ds):
+            q, k, do, t = (buffer[name].at[slot] for name in ("q", "k", "do", "t"))
+            refill()
+            d = decays(form, buffer, slot)
+            if form.segments:
+                clean(d.valid, q, k, do)
+            gpu.put(buffer["state"], ds)
+            gpu.put(buffer["p"], d.pair(dot(q, k, tb=True)))
+            gpu.put(buffer["y"], dot(buffer["p"], do, by_row(d.leave, dot(k, buffer["state"])), ta=True))
+            y = dot(t, buffer["y"], ta=True)
+            gpu.put(buffer["y"], by_row(d.enter * beta_of(form, buffer, slot), y))
+            gpu.put(buffer["p"], by_row(d.enter_scaled, gpu.load(do)))
+            return dot(q, buffer["p"], d.keep * ds, ta=True) - dot(k, buffer["y"], ta=True)
+
+        return gpu.zeros(key_dim, BLOCK), chunk
+
+    given = dict(q=x.q, k=x.k, do=do, t=t, vectors=x.vectors, codes=x.codes)
+    size = (batch, time, heads, key_dim, value_dim)
+    return _walk(gated_delta_rule_adjoints, form, given, tiles, own, size, gpu.block, reverse=True)
+
+
+def _walk(body, form: Form, given: dict, tiles: dict, own: dict, size: tuple, block, reverse: bool) -> Array:
+    """S [B, HV, K, width] after `carry, chunk = body(...)` over all chunks; `block` finds a program's values."""
+    batch, time, heads, key_dim, width = size
+    chunks, flat = time // CHUNK, present(**given)
+    group = heads // flat["k"].shape[2]
+    scratch = {name: gpu.tile(STAGES, *shape) for name, shape in tiles.items()} | own
+    scratch |= dict(vectors=gpu.vector(STAGES, form.vectors, CHUNK))
+    if form.segments:
+        scratch |= dict(codes=gpu.vector(STAGES, CHUNK, dtype=jnp.int32))
+    scratch |= dict(barrier=gpu.barrier(len(flat), min(STAGES, chunks)))
+
+    def program(index, inputs, outputs, buffers):
+        b, h, w = index
+        x, buffer = dict(zip(flat, inputs, strict=True)), dict(zip(scratch, buffers, strict=True))
+        key_head = h if group == 1 else lax.div(h, jnp.int32(group))
+        part = dict(
+            q=lambda n: x["q"].at[b, gpu.chunk_rows(n), key_head],
+            k=lambda n: x["k"].at[b, gpu.chunk_rows(n), key_head],
+            v=lambda n: x["v"].at[b, gpu.chunk_rows(n), h, block(w)],
+            do=lambda n: x["do"].at[b, gpu.chunk_rows(n), h, block(w)],
+            t=lambda n: x["t"].at[b, h, n],
+            vectors=lambda n: x["vectors"].at[b, h, n],
+            codes=lambda n: x["codes"].at[b, n],
+        )
+        carry, chunk = body(index, x, outputs, buffer)
+        sources = [(part[name], buffer[name]) for name in flat]
+        s = gpu.stream(sources, buffer["barrier"], chunk, carry, chunks=chunks, stages=STAGES, reverse=reverse)
+        outputs[0].at[b, h, :, gpu.block(w)][...] = s
+
+    program.__name__ = body.__name__
+    out = [jax.ShapeDtypeStruct((batch, heads, key_dim, width), jnp.float32)]
+    grid = (batch, heads, width // BLOCK)
+    return gpu.launch(program, list(flat.values()), out, grid, list(scratch.values()))[0]
