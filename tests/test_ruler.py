@@ -96,6 +96,7 @@ def test_no_room_and_too_few_words(monkeypatch):
 
 def test_chat_prompts():
     """The question is the user's, and the answer is begun; lengths count as without the template."""
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
     tokenizer = convert.byte_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last %}</>{% endif %}{% endfor %}"
