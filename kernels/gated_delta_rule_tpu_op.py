@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -56,7 +55,7 @@ def _step(q: Any, k: Any, v: Any, beta: Any, g: Any, s: Array, segment_ids: Arra
     return o[:, None].astype(dtype), s
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@chunk.custom_vjp
 def _delta_rule(static: tuple[Layout, float, int], x: Inputs, s: Array):
     """static: the layout, the scale, the number of key heads."""
     layout, scale, heads = static

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal
 
 import jax
@@ -90,7 +89,7 @@ def attend(
     return o, s[..., :key, :value], z
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@chunk.custom_vjp
 def _attend(static: tuple[Layout, Options], x: Inputs, s: Array, z: Array | None):
     layout, options = static
     out = forward(layout, options, tiles.per_value_head(layout, options.heads, x), s, z, save=False)

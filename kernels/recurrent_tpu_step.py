@@ -16,13 +16,14 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxlin.kernels import chunk
 from jaxlin.kernels import tile_tpu_layout as tiles
 
 STATE_BYTES = 1 << 20
 """Of the states in one grid step."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@chunk.custom_vjp
 def step(scale: float, q: Array, k: Array, v: Array, decay: Array, erase: Array | None, s: Array):
     """(o [B, HV, V], s) in float32.
 

@@ -24,7 +24,7 @@ def draw(models: Sequence[Model], folder: Path) -> list[Path]:
     Raises UserError without matplotlib, or where there is nothing to draw.
     """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports] -- of the extra eval
     except ImportError:
         raise UserError("--plots: needs matplotlib: pip install matplotlib") from None
     teachers, students = split(models)
