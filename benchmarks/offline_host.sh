@@ -15,7 +15,8 @@ pack() {
   set -euo pipefail
   rm -rf .carry && mkdir -p .carry/1 .carry/2
   exclude=$(git rev-parse --git-common-dir)/info/exclude
-  mkdir -p "$(dirname "$exclude")" && { grep -qs "^/.carry/" "$exclude" || echo /.carry/ >> "$exclude"; }
+  mkdir -p "$(dirname "$exclude")"
+  grep -qs '^/.carry/' "$exclude" || echo /.carry/ >> "$exclude"
   for name in $WHEELS; do
     python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
       $(printf -- '--platform %s ' $PLATFORMS) -d .carry/1 "$name"
@@ -33,18 +34,19 @@ pack() {
 unpack() {
   mkdir -p /tmp/carry
   for folder in .carry/*; do cp -r "$folder"/. /tmp/carry/; done
-  if [ ! -d /tmp/carry/site ]; then
+  if [ ! -d /tmp/carry/site ] && ls /tmp/carry/*.whl > /dev/null 2>&1; then
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/carry/site /tmp/carry/*.whl
   fi
-  if [ ! -f /tmp/carry/demo.gguf ] && [ -f /tmp/carry/demo.gguf.part1 ]; then
+  if [ ! -f /tmp/carry/demo.gguf ] && [ -f /tmp/carry/demo.gguf.part0 ] && [ -f /tmp/carry/demo.gguf.part1 ]; then
     cat /tmp/carry/demo.gguf.part? > /tmp/carry/demo.gguf
   fi
   export PYTHONPATH=/tmp/carry/site:$PWD JAXLIN_DEMO_GGUF=/tmp/carry/demo.gguf PYTHONUNBUFFERED=1
 }
 
 kernel_tests() {
-  JAX_PLATFORMS=cuda,cpu python3 -m pytest --noconftest -o addopts= -o filterwarnings=default -p no:cacheprovider -q \
-    -m gpu "$@" tests/test_gated_linear_attention_gpu.py tests/test_gated_delta_rule_gpu.py
+  JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false python3 -m pytest --noconftest -o addopts= \
+    -o filterwarnings=default -p no:cacheprovider -q -m gpu "$@" \
+    tests/test_gated_linear_attention_gpu.py tests/test_gated_delta_rule_gpu.py
 }
 
 "$@"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -305,4 +306,5 @@ def main(settings: Bench) -> list[dict]:
 if __name__ == "__main__":
     from jaxlin.config import parse
 
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peers on torch share the card's memory
     main(parse(Bench))
