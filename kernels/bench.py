@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SHAPES = ("32x512x32x64", "8x2048x16x64", "32x512x9x64", "1x32768x32x64")
+SHAPES = ("32x512x32x64", "8x2048x16x128", "32x512x9x64", "1x32768x32x64")
 OPS = ("linear_attention", "retention", "mlstm", "deltanet", "gated_deltanet", "gla", "kda")
 IMPLEMENTATIONS = ("pallas", "chunked", "fla", "mlstm_kernels", "softmax")
 ERROR_TIME, ERROR_HEADS = 1024, 4
@@ -45,6 +46,8 @@ class Bench:
     """Calls in one program."""
     launches: int = 4
     """Programs between two synchronisations: more hide the cost of launching and waiting."""
+    jobs: int = 8
+    """Rows compiled at a time."""
     repeats: int = 10
     """Times measured; the median counts."""
     errors: bool = True
@@ -108,9 +111,8 @@ def softmax(**args: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(args["q"], args["k"], args["v"], is_causal=True, implementation="cudnn")
 
 
-def time_jax(function: Callable, args: dict, backward: bool, settings: Bench) -> float:
-    """Median milliseconds of a call, or of a call and its gradients."""
-    cotangent = jax.random.normal(jax.random.key(9), args["v"].shape, args["v"].dtype)
+def compile_jax(function: Callable, args: dict, backward: bool, settings: Bench) -> Callable:
+    """A program of several calls, or of calls and their gradients, one after the other."""
 
     def once(args, cotangent):
         if not backward:
@@ -126,6 +128,12 @@ def time_jax(function: Callable, args: dict, backward: bool, settings: Bench) ->
             (args, cotangent), out = jax.lax.optimization_barrier(((args, cotangent), out))  # one after the other
         return out
 
+    return program.lower(args, args["v"]).compile()
+
+
+def time_jax(program: Callable, args: dict, settings: Bench) -> float:
+    """Median milliseconds of one of a program's calls."""
+    cotangent = jax.random.normal(jax.random.key(9), args["v"].shape, args["v"].dtype)
     times = []
     jax.block_until_ready(program(args, cotangent))
     for _ in range(settings.repeats):
@@ -176,6 +184,9 @@ def mlstm_kernels(op: str) -> tuple[Callable, tuple[str, ...]]:
         return module.mlstm_chunkwise__xl_chunk(q=q, k=k, v=v, i=i, f=f).transpose(1, 2)
 
     return function, ("q", "k", "v", "i", "f")
+
+
+TORCH_PEERS = {"fla": fla, "mlstm_kernels": mlstm_kernels}
 
 
 def to_torch(args: dict[str, jax.Array], order: tuple[str, ...]) -> list[Any]:
@@ -237,36 +248,70 @@ def copy_roof(settings: Bench) -> float:
     return 2 * x.nbytes / statistics.median(times) / 1e12
 
 
-def row(op: str, shape: tuple[int, ...], implementation: str, roof: float, settings: Bench) -> dict:
-    """One row of the table; a failure is its text."""
-    found: dict[str, Any] = dict(op=op, shape=shape, implementation=implementation)
-    torch_peer = {"fla": fla, "mlstm_kernels": mlstm_kernels}.get(implementation)
-    args = inputs(op, shape)
-    try:
-        if torch_peer is not None:
-            function, order = torch_peer(op)
-            timed = functools.partial(time_torch, function, to_torch(args, order))
-        else:
-            function = softmax if implementation == "softmax" else ours(op, implementation)
-            timed = functools.partial(time_jax, function, args)
-        for name, backward in (("forward", False), ("both", True)):
-            ms = timed(backward=backward, settings=settings)
-            tbs = minimum_bytes(args, backward) / ms / 1e9
-            found |= {f"{name}_ms": ms, f"{name}_tbs": tbs, f"{name}_roof": tbs / roof}
-        if settings.errors and implementation != "softmax":
-            _, t, h, d = shape
-            small = inputs(op, (1, min(t, ERROR_TIME), min(h, ERROR_HEADS), d), seed=1)
-            expected = gradients_jax(ours(op, "scan"), {n: x.astype(jnp.float32) for n, x in small.items()})
-            if torch_peer is not None:
-                actual = gradients_torch(function, to_torch(small, order), order)
+@dataclass
+class Row:
+    """An op at a shape by an implementation: prepared beside others, then timed by itself. A failure is its text."""
+
+    op: str
+    shape: tuple[int, ...]
+    implementation: str
+    settings: Bench
+    failed: str | None = None
+
+    def prepare(self) -> Row:
+        """Compile, and measure errors."""
+        try:
+            if self.implementation in TORCH_PEERS:
+                function, order = TORCH_PEERS[self.implementation](self.op)
+                self._time = lambda args, backward: time_torch(function, to_torch(args, order), backward, self.settings)
+                actual = lambda args: gradients_torch(function, to_torch(args, order), order)  # noqa: E731
             else:
-                actual = gradients_jax(function, small)
-            found["errors"] = {
-                n: float(np.linalg.norm(x - expected[n]) / np.linalg.norm(expected[n])) for n, x in actual.items()
-            }
-    except Exception as error:  # a peer may fail in any way: the others are still to be timed
-        found["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
-    return found
+                function = softmax if self.implementation == "softmax" else ours(self.op, self.implementation)
+                shapes = jax.eval_shape(functools.partial(inputs, self.op, self.shape))
+                programs = [compile_jax(function, shapes, backward, self.settings) for backward in (False, True)]
+                self._time = lambda args, backward: time_jax(programs[backward], args, self.settings)
+                actual = functools.partial(gradients_jax, function)
+            if self.settings.errors and self.implementation != "softmax":
+                self.errors = self._errors(actual)
+        except Exception as error:  # a peer may fail in any way: the others are still to be timed
+            self.failed = one_line(error)
+        return self
+
+    def _errors(self, actual: Callable[[dict], dict[str, np.ndarray]]) -> dict[str, float]:
+        _, t, h, d = self.shape
+        small = inputs(self.op, (1, min(t, ERROR_TIME), min(h, ERROR_HEADS), d), seed=1)
+        expected = gradients_jax(ours(self.op, "scan"), {n: x.astype(jnp.float32) for n, x in small.items()})
+        return {
+            n: float(np.linalg.norm(x - expected[n]) / np.linalg.norm(expected[n])) for n, x in actual(small).items()
+        }
+
+    def measure(self, roof: float) -> dict:
+        """Times, and all else there is to say."""
+        found: dict[str, Any] = dict(op=self.op, shape=self.shape, implementation=self.implementation)
+        found |= {} if self.failed is None else dict(failed=self.failed)
+        found |= dict(errors=self.errors) if hasattr(self, "errors") else {}
+        if self.failed is not None:
+            return found
+        args = inputs(self.op, self.shape)
+        try:
+            for name, backward in (("forward", False), ("both", True)):
+                ms = self._time(args, backward)
+                tbs = minimum_bytes(args, backward) / ms / 1e9
+                found |= {f"{name}_ms": ms, f"{name}_tbs": tbs, f"{name}_roof": tbs / roof}
+        except Exception as error:
+            found["failed"] = one_line(error)
+        return found
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+
+
+def serves(implementation: str, op: str, settings: Bench) -> bool:
+    """Whether an implementation has an op; softmax attention is timed beside the first."""
+    if implementation == "softmax":
+        return op == settings.ops[0]
+    return {"fla": op != "mlstm", "mlstm_kernels": op == "mlstm"}.get(implementation, True)
 
 
 def text(r: dict) -> str:
@@ -284,22 +329,22 @@ def main(settings: Bench) -> list[dict]:
     roof = copy_roof(settings)
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, copy {roof:.2f} TB/s (forward, then forward and backward)", flush=True)
+    todo = [
+        Row(op, shape, implementation, settings)
+        for shape in (tuple(map(int, s.split("x"))) for s in settings.shapes)
+        for op in settings.ops
+        for implementation in settings.implementations
+        if serves(implementation, op, settings)
+    ]
+    with ThreadPoolExecutor(settings.jobs) as pool:  # all is compiled before anything is timed
+        list(pool.map(Row.prepare, [one for one in todo if one.implementation not in TORCH_PEERS]))
     rows = []
-    for shape in (tuple(map(int, s.split("x"))) for s in settings.shapes):
-        for op in settings.ops:
-            for implementation in settings.implementations:
-                if (implementation == "mlstm_kernels") != (op == "mlstm") and implementation in (
-                    "mlstm_kernels",
-                    "fla",
-                ):
-                    continue
-                if implementation == "softmax" and op != settings.ops[0]:
-                    continue
-                rows.append(row(op, shape, implementation, roof, settings))
-                print(text(rows[-1]), flush=True)
-                if settings.out is not None:
-                    about = dict(device=device, jax=jax.__version__, copy_tbs=roof, rows=rows)
-                    settings.out.write_text(json.dumps(about, indent=1))
+    for one in todo:
+        rows.append((one.prepare() if one.implementation in TORCH_PEERS else one).measure(roof))
+        print(text(rows[-1]), flush=True)
+        if settings.out is not None:
+            about = dict(device=device, jax=jax.__version__, copy_tbs=roof, rows=rows)
+            settings.out.write_text(json.dumps(about, indent=1))
     return rows
 
 
