@@ -1,6 +1,6 @@
 """Family B backward on Hopper: one warpgroup walks the chunks of a (batch, value head, 64 values) in reverse.
 
-The adjoint system is solved, T itself is never differentiated; T and S come from the forward pass in bfloat16.
+The adjoint system is solved, T itself is never differentiated; T - I and S come from the forward pass in bfloat16.
 
     Z = V - enter K S ;  U = T (beta Z) ;  dU = P^T do + leave K dS' ;  Y = T^T dU
     dP = tril(do U^T) ;  dA = -stril(beta Y U^T) ;  dV = beta Y ;  dbeta_i = y_i.z_i - sum_j (y_i.u_j) A_ij
@@ -50,7 +50,7 @@ class Gradients(NamedTuple):
 
 
 def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Array | None, gate: bool) -> Gradients:
-    """The gradients of `forward`, whose chunk states and T come in; ds None is zero; with `gate` those of b too."""
+    """The gradients of `forward`, whose chunk states and T - I come in; ds None is zero; with `gate` those of b too."""
     batch, time, _, key_dim = x.q.shape
     heads, value_dim = x.v.shape[2:]
     chunks, blocks = time // CHUNK, value_dim // BLOCK
@@ -117,14 +117,16 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
 
         # U, dU and Y
         z = gpu.load(v) - by_row(d.enter, dot(k, state))
-        gpu.put(x_tile, by_row(beta, z))
-        gpu.put(u_tile, dot(t, x_tile))
+        x = by_row(beta, z)
+        gpu.put(x_tile, x)
+        gpu.put(u_tile, dot(t, x_tile, x))
         p = d.pair(dot(q, k, tb=True))
         gpu.put(p_tile, p)
-        gpu.put(y_tile, dot(p_tile, do, by_row(d.leave, dot(k, d_state)), ta=True))
+        du = dot(p_tile, do, by_row(d.leave, dot(k, d_state)), ta=True)
+        gpu.put(y_tile, du)
         gpu.wait_out(0)
         refill()
-        y = dot(t, y_tile, ta=True)
+        y = dot(t, y_tile, du, ta=True)
         d_beta = jnp.sum(y * z, 1)
         gpu.put(y_tile, y)
         dv = by_row(beta, y)

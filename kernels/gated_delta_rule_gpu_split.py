@@ -2,7 +2,7 @@
 
 The state at the start of a part is mapped to M S + N, its cotangent at the end to M^T dS + R. `maps` finds M and N of
 every part in a first pass: the recurrence itself, N from a zero state, the columns of M from those of the identity with
-v = 0. `adjoints` finds R, with T from the forward pass. The parts are then combined one after the other.
+v = 0. `adjoints` finds R, with T - I from the forward pass. The parts are then combined one after the other.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ def maps(form: Form, x: Inputs) -> tuple[Array, Array]:
             lower = by_row(beta, strict(d.pair(dot(k, k, tb=True)), 1 / form.scale))
             t = unit_lower_inverse(lower, buffer["lower"], buffer["blocks"]).astype(jnp.bfloat16)
             v = jnp.where(w < values, gpu.load(v), 0.0)
-            gpu.put(buffer["blocks"], by_row(beta, v - by_row(d.enter, dot(k, buffer["state"]))))
-            u = dot(t, buffer["blocks"])
+            x = by_row(beta, v - by_row(d.enter, dot(k, buffer["state"])))
+            gpu.put(buffer["blocks"], x)
+            u = dot(t, buffer["blocks"], x)
             gpu.put(buffer["blocks"], by_row(d.leave, u))
             return dot(k, buffer["blocks"], s * d.keep, ta=True)
 
@@ -112,8 +113,9 @@ def adjoints(form: Form, x: Inputs, t: Array, do: Array) -> Array:
                 clean(d.valid, q, k, do)
             gpu.put(buffer["state"], ds)
             gpu.put(buffer["p"], d.pair(dot(q, k, tb=True)))
-            gpu.put(buffer["y"], dot(buffer["p"], do, by_row(d.leave, dot(k, buffer["state"])), ta=True))
-            y = dot(t, buffer["y"], ta=True)
+            du = dot(buffer["p"], do, by_row(d.leave, dot(k, buffer["state"])), ta=True)
+            gpu.put(buffer["y"], du)
+            y = dot(t, buffer["y"], du, ta=True)
             gpu.put(buffer["y"], by_row(d.enter * beta_of(form, buffer, slot), y))
             gpu.put(buffer["p"], by_row(d.enter_scaled, gpu.load(do)))
             return dot(q, buffer["p"], d.keep * ds, ta=True) - dot(k, buffer["y"], ta=True)
