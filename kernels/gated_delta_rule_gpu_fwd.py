@@ -11,7 +11,7 @@ in T stays out of products: U = x + (T - I) x keeps x in float32 where it counts
 to 3.7e-3 (keys uncorrelated, T = 320). What is handed on as T is T - I.
 
 Budget at K = V = 64: S, X and two products in registers, 128 a thread. Shared memory: q, k, v of 8 KB in 2 stages, o
-written over v (48 KB); S, L (then T), X (then what is written), U as operands (32 KB); vectors: two programs an SM.
+written over v (48 KB); S, L (then T - I), two tiles by turns for X, x, U, what is written (32 KB): two programs an SM.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def forward(form: Form, x: Inputs, s0: Array | None, save: bool) -> tuple[Array,
         vectors=gpu.vector(STAGES, form.vectors, CHUNK),
         state=gpu.tile(key_dim, BLOCK),
         lower=gpu.tile(CHUNK, CHUNK),
-        blocks=gpu.tile(CHUNK, CHUNK),
-        u=gpu.tile(CHUNK, BLOCK),
+        even=gpu.tile(CHUNK, CHUNK),
+        odd=gpu.tile(CHUNK, CHUNK),
         barrier=gpu.barrier(4 + form.segments, min(STAGES, chunks)),
     )
     if form.segments:
@@ -81,23 +81,24 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         beta = beta_of(form, buffer, slot)
         if form.segments:
             clean(d.valid, k, v)
-        lower = by_row(beta, strict(d.pair(dot(k, k, tb=True)), 1 / form.scale))
+        (a,) = d.keys(dot(k, k, tb=True))
         gpu.wait_out(1 if save else 0)
         refill()
-        t = unit_lower_inverse(lower, buffer["lower"], buffer["blocks"]).astype(jnp.bfloat16)
+        t = unit_lower_inverse(by_row(beta, a), buffer["lower"], buffer["even"], buffer["odd"]).astype(jnp.bfloat16)
         if save:
+            gpu.commit()  # products have read L
             gpu.put(buffer["lower"], t)
             gpu.copy_out((buffer["lower"], made["t"].at[b, h, n]), when=w == 0)
 
         x = by_row(beta, gpu.load(v) - by_row(d.enter, dot(k, buffer["state"])))
-        gpu.put(buffer["blocks"], x)
-        u = dot(t, buffer["blocks"], x)
-        gpu.put(buffer["u"], u)
-        p = d.pair(dot(q, k, tb=True)).astype(jnp.bfloat16)
-        o = dot(p, buffer["u"], by_row(d.enter_scaled, dot(q, buffer["state"])))
-        written = buffer["u"]
+        gpu.put(buffer["odd"], x)
+        u = dot(t, buffer["odd"], x)
+        gpu.put(buffer["even"], u)
+        (p,) = d.pair(dot(q, k, tb=True))
+        o = dot(p.astype(jnp.bfloat16), buffer["even"], by_row(d.enter_scaled, dot(q, buffer["state"])))
+        written = buffer["even"]
         if form.gated or form.segments:
-            written = buffer["blocks"]
+            written = buffer["odd"]
             gpu.put(written, by_row(d.leave, u))
         s = dot(k, written, s * d.keep, ta=True)
         v[...] = stored(d, o)
@@ -117,23 +118,21 @@ def beta_of(form: Form, buffer: dict, slot: Array) -> Array:
     return gpu.load_rows(buffer["vectors"].at[slot, form.vectors - 1])
 
 
-def strict(x: Array, weight: float = 1.0) -> Array:
-    """The part of a tile strictly below its diagonal, times a number."""
-    i, j = gpu.indices()
-    return jnp.where(i > j, weight * x, 0.0)
+def unit_lower_inverse(lower: Array, lower_tile: gpu.Ref, even: gpu.Ref, odd: gpu.Ref) -> Array:
+    """(I + lower)^-1 - I of a strictly lower triangular tile in registers.
 
-
-def unit_lower_inverse(lower: Array, lower_tile: gpu.Ref, blocks_tile: gpu.Ref) -> Array:
-    """(I + lower)^-1 - I of a strictly lower triangular tile in registers; two tiles of shared memory are used up."""
+    Three tiles of shared memory are used up: L in the first, X in the others by turns, so that no product still reads
+    what is written. The last product reads L and `even`.
+    """
     i, j = gpu.indices()
     apart = lax.bitwise_xor(i, j)  # in [s, 2s) where i and j lie in the two halves of a block of 2s rows
-    x = jnp.where(i == j, 1.0, 0.0) - jnp.where(apart == 1, lower, 0.0)
+    x = jnp.where(i == j, 1.0, jnp.where(apart == 1, -lower, 0.0))
     lower_tile[...] = lower.astype(jnp.bfloat16)
-    size = 2
+    size, tile = 2, even
     while size < CHUNK:
         blocks = x.astype(jnp.bfloat16)
-        gpu.put(blocks_tile, blocks)
-        between = jnp.where(lax.bitwise_xor(apart, jnp.int32(size)) < size, dot(blocks, lower_tile), 0.0)
-        x = x - dot(between.astype(jnp.bfloat16), blocks_tile)
-        size *= 2
+        gpu.put(tile, blocks)
+        corners = jnp.where(lax.bitwise_xor(apart, jnp.int32(size)) < size, -1.0, 0.0)
+        x = dot((corners * dot(blocks, lower_tile)).astype(jnp.bfloat16), tile, x)
+        size, tile = 2 * size, odd if tile is even else even
     return jnp.where(i == j, 0.0, x)

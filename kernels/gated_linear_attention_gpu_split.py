@@ -142,7 +142,7 @@ def _weights(form: Form, x: Inputs) -> tuple[Array | None, Array | None, Array |
     if x.vectors is not None:
         b, c = x.vectors[..., 0, :], x.vectors[..., 1 if form.write else 0, :]
         last = b[..., -1]
-        enter, leave, keep = jnp.exp(b), jnp.exp(last[..., None] - c), jnp.exp(last)
+        enter, leave, keep = jnp.exp2(b), jnp.exp2(last[..., None] - c), jnp.exp2(last)
     if x.codes is not None:
         code = x.codes[:, None]
         masks = (code & ENTER, code & LEAVE, code[..., 0] & KEEP)
@@ -221,6 +221,7 @@ def accumulate(
         def chunk(n, slot, refill, carry):
             s, z = carry
             x, y = buffer["x"].at[slot], buffer["y"].at[slot]
+            gpu.wait_out(0)  # no warp still reads the slot before
             refill()
             if codes is not None:
                 clean(lax.bitwise_and(gpu.load_rows(buffer["codes"].at[slot]), VALID) != 0, x, y)

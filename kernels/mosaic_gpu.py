@@ -57,7 +57,7 @@ def vector(*shape: int, dtype: Any = jnp.float32) -> Any:
 def put(ref: Ref, x: Array) -> None:
     """Write a tile to shared memory for a product, a copy or a load that follows."""
     ref[...] = x.astype(ref.dtype)
-    plgpu.commit_smem()
+    commit()
 
 
 def load(ref: Ref) -> Array:
@@ -159,10 +159,12 @@ def stream(
     """Run `carry = body(n, slot, refill, carry)` over chunks, their data copied `stages` ahead by TMA.
 
     sources: (chunk -> its part of global memory, shared memory [stages, ...]); `barrier` has `stages` barriers of
-    len(sources) arrivals. The body may overwrite its slot and copy it out. It calls `refill` once, when all that the
-    previous chunk copied out has left shared memory: the previous slot is then loaded anew.
+    len(sources) arrivals. The body may overwrite its slot and copy it out. It calls `refill` once, behind the
+    `wait_out` for all that the previous chunk copied out: the previous slot is then loaded anew. With a single stage
+    that happens behind the body, and the copies are waited for: the SM's other programs run meanwhile.
     """
-    stages = min(stages, chunks)
+    if stages > 1:
+        stages = min(stages, chunks)
 
     def fetch(step, slot):
         n = chunks - 1 - step if reverse else step
@@ -177,11 +179,21 @@ def stream(
         plgpu.barrier_wait(barrier.at[slot])
 
         def refill():
-            @pl.when((step >= 1) & (step + (stages - 1) < chunks))
-            def _():
-                fetch(step + (stages - 1), lax.rem(step + (stages - 1), jnp.int32(stages)))
+            if stages > 1:
 
-        return body(chunks - 1 - step if reverse else step, slot, refill, carry)
+                @pl.when((step >= 1) & (step + (stages - 1) < chunks))
+                def _():
+                    fetch(step + (stages - 1), lax.rem(step + (stages - 1), jnp.int32(stages)))
+
+        carry = body(chunks - 1 - step if reverse else step, slot, refill, carry)
+        if stages == 1:
+            wait_out(0)
+
+            @pl.when(step + 1 < chunks)
+            def _():
+                fetch(step + 1, slot)
+
+        return carry
 
     return lax.fori_loop(jnp.int32(0), jnp.int32(chunks), turn, carry)
 
@@ -196,7 +208,7 @@ def copy_out(*copies: tuple[Ref, Ref], when: Array | bool = True) -> None:
 
     Where `when` is false the group is empty.
     """
-    plgpu.commit_smem()
+    commit()
 
     def start():
         for source, target in copies:
@@ -210,7 +222,12 @@ def copy_out(*copies: tuple[Ref, Ref], when: Array | bool = True) -> None:
 
 
 def commit() -> None:
-    """Make what was written to shared memory visible to products and copies."""
+    """Make what was written to shared memory visible to products and copies, and wait for all warps.
+
+    Pallas would put a barrier before and after every store by itself; the kernels here ask it not to. So a tile may
+    only be written where a `commit`, `put`, `copy_out` or `wait_out` stands between that and the last product (or
+    load of columns) that read it: a warp may be past its part of a product while another still reads.
+    """
     plgpu.commit_smem()
 
 
@@ -259,7 +276,10 @@ def launch(
     else:
         lane = plgpu.LoweringSemantics.Lane
         params = plgpu.CompilerParams(
-            lowering_semantics=lane, approx_math=True, reduction_scratch_bytes=_REDUCTION_SCRATCH
+            lowering_semantics=lane,
+            approx_math=True,
+            reduction_scratch_bytes=_REDUCTION_SCRATCH,
+            unsafe_no_auto_barriers=True,  # see `commit`
         )
         options = dict(grid=tuple(grid), grid_names=names, compiler_params=params)
     function = programs if interpreted() else program
