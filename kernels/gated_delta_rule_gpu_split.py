@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_delta_rule_gpu_bwd import Gradients
-from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, unit_lower_inverse
+from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, inverse_tiles, unit_lower_inverse
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
 from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
@@ -62,7 +62,7 @@ def maps(form: Form, x: Inputs) -> tuple[Array, Array]:
     heads, value_dim = x.v.shape[2:]
     values = value_dim // BLOCK  # blocks of N; those of M follow
     tiles = dict(k=(CHUNK, key_dim), v=(CHUNK, BLOCK))
-    own = dict(state=gpu.tile(key_dim, BLOCK)) | {x: gpu.tile(CHUNK, CHUNK) for x in ("lower", "even", "odd")}
+    own = dict(state=gpu.tile(key_dim, BLOCK)) | inverse_tiles()
 
     def gated_delta_rule_maps(index, given, made, buffer):
         _, _, w = index
@@ -79,7 +79,7 @@ def maps(form: Form, x: Inputs) -> tuple[Array, Array]:
             if form.segments:
                 clean(d.valid, k, v)
             (a,) = d.keys(dot(k, k, tb=True))
-            t = unit_lower_inverse(by_row(beta, a), buffer["lower"], buffer["even"], buffer["odd"]).astype(jnp.bfloat16)
+            t = unit_lower_inverse(by_row(-beta, a), buffer).astype(jnp.bfloat16)
             v = jnp.where(w < values, gpu.load(v), 0.0)
             x = by_row(beta, v - by_row(d.enter, dot(k, buffer["state"])))
             gpu.put(buffer["odd"], x)

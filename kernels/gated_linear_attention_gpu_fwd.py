@@ -230,12 +230,11 @@ def decays(form: Form, buffer: dict, slot: Array) -> Decays:
         keep = jnp.where(lax.bitwise_and(codes[0], KEEP) != 0, keep, 0.0)
 
     def weighted(mask: Array, factor: float, products: tuple[Array, ...]) -> list[Array]:
-        # Weights multiply: a select of the product would keep the compiler from converting to bfloat16 in pairs.
         mask = mask if together is None else mask & together
         if b is None:
-            weight = jnp.where(mask, jnp.float32(factor), 0.0)
-        else:  # masked before the exponential, which the upper half would overflow
-            weight = jnp.exp2(jnp.where(mask, rows(b + math.log2(factor)) - columns(columns_c), -1e30))
+            return [jnp.where(mask, factor * x, 0.0) for x in products]
+        # masked before the exponential, which the upper half would overflow
+        weight = jnp.exp2(jnp.where(mask, rows(b + math.log2(factor)) - columns(columns_c), -1e30))
         return [weight * x for x in products]
 
     def pair(*products: Array) -> list[Array]:
