@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple] = {
     "A backward 3 stages": ("gated_linear_attention_gpu_bwd", "STAGES", 3),
     "B forward 3 stages": ("gated_delta_rule_gpu_fwd", "STAGES", 3),
     "B backward 2 stages": ("gated_delta_rule_gpu_bwd", "STAGES", 2),
-    "automatic barriers": ("options", "unsafe_no_auto_barriers", False),
+    "no automatic barriers": ("options", "unsafe_no_auto_barriers", True),
 }
 PROGRAMS = {"linear attention": "A", "scalar gate": "A", "mLSTM": "A", "DeltaNet": "B", "Gated DeltaNet": "B"}
 

@@ -166,7 +166,6 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
 
         gpu.put(p_tile, by_row(d.enter_scaled, gpu.load(do)))
         ds = dot(k, x_tile, dot(q, p_tile, d.keep * ds, ta=True), ta=True)
-        gpu.commit()  # products have read q and k
         q[...], k[...] = stored(d, dq), stored(d, dk)
         part = gpu.chunk_rows(n)
         copies = [(tile, made[x].at[b, part, h * blocks + w]) for tile, x in ((q, "q"), (k, "k"))]

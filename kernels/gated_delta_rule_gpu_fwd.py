@@ -11,8 +11,8 @@ in T stays out of products: U = x + (T - I) x keeps x in float32 where it counts
 to 3.7e-3 (keys uncorrelated, T = 320). What is handed on as T is T - I.
 
 Budget at K = V = 64: S, X and two products in registers, 128 a thread. Shared memory: q, k, v of 8 KB in 2 stages, o
-written over v (48 KB); S, L (then T - I) in two tiles, X, x, U and what is written in two by turns (40 KB): two
-programs an SM.
+written over v (48 KB); S, L (then T - I), X (then x and what is written), the rest of L (then U) as operands (32 KB):
+two programs an SM.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def forward(form: Form, x: Inputs, s0: Array | None, save: bool) -> tuple[Array,
         v=gpu.tile(STAGES, CHUNK, BLOCK),
         vectors=gpu.vector(STAGES, form.vectors, CHUNK),
         state=gpu.tile(key_dim, BLOCK),
-        **inverse_tiles(),
+        lower=gpu.tile(CHUNK, CHUNK),
+        blocks=gpu.tile(CHUNK, CHUNK),
+        u=gpu.tile(CHUNK, BLOCK),
         barrier=gpu.barrier(4 + form.segments, min(STAGES, chunks)),
     )
     if form.segments:
@@ -85,21 +87,20 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         (a,) = d.keys(dot(k, k, tb=True))
         gpu.wait_out(1 if save else 0)
         refill()
-        t = unit_lower_inverse(by_row(-beta, a), buffer).astype(jnp.bfloat16)
+        t = unit_lower_inverse(by_row(-beta, a), buffer["lower"], buffer["u"], buffer["blocks"]).astype(jnp.bfloat16)
         if save:
-            gpu.commit()  # products have read L
             gpu.put(buffer["lower"], t)
             gpu.copy_out((buffer["lower"], made["t"].at[b, h, n]), when=w == 0)
 
         x = by_row(beta, gpu.load(v) - by_row(d.enter, dot(k, buffer["state"])))
-        gpu.put(buffer["odd"], x)
-        u = dot(t, buffer["odd"], x)
-        gpu.put(buffer["even"], u)
+        gpu.put(buffer["blocks"], x)
+        u = dot(t, buffer["blocks"], x)
+        gpu.put(buffer["u"], u)
         (p,) = d.pair(dot(q, k, tb=True))
-        o = dot(p.astype(jnp.bfloat16), buffer["even"], by_row(d.enter_scaled, dot(q, buffer["state"])))
-        written = buffer["even"]
+        o = dot(p.astype(jnp.bfloat16), buffer["u"], by_row(d.enter_scaled, dot(q, buffer["state"])))
+        written = buffer["u"]
         if form.gated or form.segments:
-            written = buffer["odd"]
+            written = buffer["blocks"]
             gpu.put(written, by_row(d.leave, u))
         s = dot(k, written, s * d.keep, ta=True)
         v[...] = stored(d, o)
@@ -119,31 +120,25 @@ def beta_of(form: Form, buffer: dict, slot: Array) -> Array:
     return gpu.load_rows(buffer["vectors"].at[slot, form.vectors - 1])
 
 
-def inverse_tiles() -> dict[str, object]:
-    """The shared memory that `unit_lower_inverse` needs."""
-    return {name: gpu.tile(CHUNK, CHUNK) for name in ("lower", "rest", "even", "odd")}
+def unit_lower_inverse(minus_lower: Array, lower: gpu.Ref, rest: gpu.Ref, blocks: gpu.Ref) -> Array:
+    """(I + L)^-1 - I of -L, a strictly lower triangular tile in registers; three tiles of shared memory are used up.
 
-
-def unit_lower_inverse(minus_lower: Array, buffer: dict) -> Array:
-    """(I + L)^-1 - I of -L, a strictly lower triangular tile in registers.
-
-    X lies in `even` and `odd` by turns, so that no product still reads what is written; the last one reads L, which
-    lies in `lower` and, for what bfloat16 leaves of it, in `rest`, and X from `even`.
+    -L lies in `lower` and what bfloat16 leaves of it in `rest`; X, block by block, in `blocks`.
     """
     i, j = gpu.indices()
     apart = lax.bitwise_xor(i, j)  # in [s, 2s) where i and j lie in the two halves of a block of 2s rows
     x = jnp.where(i == j, 1.0, jnp.where(apart == 1, minus_lower, 0.0))
     rounded = minus_lower.astype(jnp.bfloat16)
-    buffer["lower"][...] = rounded
-    buffer["rest"][...] = (minus_lower - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
-    size, tile = 2, buffer["even"]
+    lower[...] = rounded
+    rest[...] = (minus_lower - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
+    size = 2
     while size < CHUNK:
-        blocks = x.astype(jnp.bfloat16)
-        gpu.put(tile, blocks)
-        corners = dot(blocks, buffer["lower"])
+        gpu.put(blocks, x)
+        x_rounded = x.astype(jnp.bfloat16)
+        corners = dot(x_rounded, lower)
         if size >= EXACT:
-            corners = dot(blocks, buffer["rest"], corners)
+            corners = dot(x_rounded, rest, corners)
         corners = jnp.where(lax.bitwise_xor(apart, jnp.int32(size)) < size, corners, 0.0)
-        x = dot(corners.astype(jnp.bfloat16), tile, x)
-        size, tile = 2 * size, buffer["odd"] if tile is buffer["even"] else buffer["even"]
+        x = dot(corners.astype(jnp.bfloat16), blocks, x)
+        size *= 2
     return jnp.where(i == j, 0.0, x)

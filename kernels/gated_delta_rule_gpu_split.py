@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_delta_rule_gpu_bwd import Gradients
-from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, inverse_tiles, unit_lower_inverse
+from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, unit_lower_inverse
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
 from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
@@ -62,7 +62,7 @@ def maps(form: Form, x: Inputs) -> tuple[Array, Array]:
     heads, value_dim = x.v.shape[2:]
     values = value_dim // BLOCK  # blocks of N; those of M follow
     tiles = dict(k=(CHUNK, key_dim), v=(CHUNK, BLOCK))
-    own = dict(state=gpu.tile(key_dim, BLOCK)) | inverse_tiles()
+    own = dict(state=gpu.tile(key_dim, BLOCK)) | {x: gpu.tile(CHUNK, CHUNK) for x in ("lower", "rest", "blocks")}
 
     def gated_delta_rule_maps(index, given, made, buffer):
         _, _, w = index
@@ -71,7 +71,6 @@ def maps(form: Form, x: Inputs) -> tuple[Array, Array]:
 
         def chunk(n, slot, refill, s):
             k, v = buffer["k"].at[slot], buffer["v"].at[slot]
-            gpu.wait_out(0)  # no warp still reads the slot before
             refill()
             gpu.put(buffer["state"], s)
             d = decays(form, buffer, slot)
@@ -79,13 +78,13 @@ def maps(form: Form, x: Inputs) -> tuple[Array, Array]:
             if form.segments:
                 clean(d.valid, k, v)
             (a,) = d.keys(dot(k, k, tb=True))
-            t = unit_lower_inverse(by_row(-beta, a), buffer).astype(jnp.bfloat16)
+            t = unit_lower_inverse(by_row(-beta, a), buffer["lower"], buffer["rest"], buffer["blocks"])
             v = jnp.where(w < values, gpu.load(v), 0.0)
             x = by_row(beta, v - by_row(d.enter, dot(k, buffer["state"])))
-            gpu.put(buffer["odd"], x)
-            u = dot(t, buffer["odd"], x)
-            gpu.put(buffer["even"], by_row(d.leave, u))
-            return dot(k, buffer["even"], s * d.keep, ta=True)
+            gpu.put(buffer["blocks"], x)
+            u = dot(t.astype(jnp.bfloat16), buffer["blocks"], x)
+            gpu.put(buffer["blocks"], by_row(d.leave, u))
+            return dot(k, buffer["blocks"], s * d.keep, ta=True)
 
         return s, chunk
 
@@ -108,7 +107,6 @@ def adjoints(form: Form, x: Inputs, t: Array, do: Array) -> Array:
     def gated_delta_rule_adjoints(index, given, made, buffer):
         def chunk(n, slot, refill, ds):
             q, k, do, t = (buffer[name].at[slot] for name in ("q", "k", "do", "t"))
-            gpu.wait_out(0)  # no warp still reads the slot before
             refill()
             d = decays(form, buffer, slot)
             if form.segments:

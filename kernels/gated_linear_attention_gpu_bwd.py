@@ -191,7 +191,6 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         # dv is written as soon as v has been read: few tiles are alive at once
         dk = dot(v, buffer["d_state"], tb=True)
         dv = dot(buffer["p"], do, by_row(d.leave, dot(k, buffer["d_state"])), ta=True)
-        gpu.commit()  # products have read v
         v[...] = stored(d, dv)
         dk = by_row(d.leave, dk if dz is None else dk + columns(dz))
         writes = jnp.sum(gpu.load(k) * dk, 1) if gate else None
@@ -213,7 +212,6 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             dz = d.keep * dz + jnp.sum(by_row(dl * d.enter_scaled, gpu.load(q)), 0)
         gpu.put(buffer["p"], by_row(reading, gpu.load(do)))
         ds = dot(q, buffer["p"], d.keep * ds, ta=True)
-        gpu.commit()  # products have read q
         q[...], k[...] = stored(d, dq), stored(d, dk)
         part = gpu.chunk_rows(n)
         copies = [(tile, made[x].at[b, part, h * blocks + w]) for tile, x in ((q, "q"), (k, "k"))]

@@ -163,8 +163,6 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         if denominator is not None:
             buffer["l"][...] = denominator
             o = by_row(1 / denominator_of(form, denominator, d.floor), o)
-        if "written" not in buffer:
-            gpu.commit()  # products have read v
         v[...] = stored(d, o)
         if summed:
             gpu.copy_out((buffer["l"], made["l"].at[b, h, n]), when=first)

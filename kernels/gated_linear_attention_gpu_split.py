@@ -221,7 +221,6 @@ def accumulate(
         def chunk(n, slot, refill, carry):
             s, z = carry
             x, y = buffer["x"].at[slot], buffer["y"].at[slot]
-            gpu.wait_out(0)  # no warp still reads the slot before
             refill()
             if codes is not None:
                 clean(lax.bitwise_and(gpu.load_rows(buffer["codes"].at[slot]), VALID) != 0, x, y)

@@ -159,12 +159,10 @@ def stream(
     """Run `carry = body(n, slot, refill, carry)` over chunks, their data copied `stages` ahead by TMA.
 
     sources: (chunk -> its part of global memory, shared memory [stages, ...]); `barrier` has `stages` barriers of
-    len(sources) arrivals. The body may overwrite its slot and copy it out. It calls `refill` once, behind the
-    `wait_out` for all that the previous chunk copied out: the previous slot is then loaded anew. With a single stage
-    that happens behind the body, and the copies are waited for: the SM's other programs run meanwhile.
+    len(sources) arrivals. The body may overwrite its slot and copy it out. It calls `refill` once, when all that the
+    previous chunk copied out has left shared memory: the previous slot is then loaded anew.
     """
-    if stages > 1:
-        stages = min(stages, chunks)
+    stages = min(stages, chunks)
 
     def fetch(step, slot):
         n = chunks - 1 - step if reverse else step
@@ -179,21 +177,11 @@ def stream(
         plgpu.barrier_wait(barrier.at[slot])
 
         def refill():
-            if stages > 1:
-
-                @pl.when((step >= 1) & (step + (stages - 1) < chunks))
-                def _():
-                    fetch(step + (stages - 1), lax.rem(step + (stages - 1), jnp.int32(stages)))
-
-        carry = body(chunks - 1 - step if reverse else step, slot, refill, carry)
-        if stages == 1:
-            wait_out(0)
-
-            @pl.when(step + 1 < chunks)
+            @pl.when((step >= 1) & (step + (stages - 1) < chunks))
             def _():
-                fetch(step + 1, slot)
+                fetch(step + (stages - 1), lax.rem(step + (stages - 1), jnp.int32(stages)))
 
-        return carry
+        return body(chunks - 1 - step if reverse else step, slot, refill, carry)
 
     return lax.fori_loop(jnp.int32(0), jnp.int32(chunks), turn, carry)
 
@@ -222,12 +210,7 @@ def copy_out(*copies: tuple[Ref, Ref], when: Array | bool = True) -> None:
 
 
 def commit() -> None:
-    """Make what was written to shared memory visible to products and copies, and wait for all warps.
-
-    Pallas would put a barrier before and after every store by itself; the kernels here ask it not to. So a tile may
-    only be written where a `commit`, `put`, `copy_out` or `wait_out` stands between that and the last product (or
-    load of columns) that read it: a warp may be past its part of a product while another still reads.
-    """
+    """Make what was written to shared memory visible to products and copies."""
     plgpu.commit_smem()
 
 
@@ -279,7 +262,6 @@ def launch(
             lowering_semantics=lane,
             approx_math=True,
             reduction_scratch_bytes=_REDUCTION_SCRATCH,
-            unsafe_no_auto_barriers=True,  # see `commit`
         )
         options = dict(grid=tuple(grid), grid_names=names, compiler_params=params)
     function = programs if interpreted() else program
