@@ -283,8 +283,9 @@ def _find(op: str, implementation: str, fresh: bool) -> Callable:
         definition = getattr(recurrence, op)
         return lambda arrays, state, options, _: definition(**arrays, **options, initial_state=state)
     if implementation == "chunked":
+        by_block = platform() == "cpu"
         return lambda arrays, state, options, chunk_size: _CHUNKED[op](
-            **arrays, **options, initial_state=state, chunk_size=chunk_size
+            **arrays, **options, initial_state=state, chunk_size=chunk_size, by_block=by_block
         )
     if implementation == "pallas":
         kernel = _pallas(op, fresh)

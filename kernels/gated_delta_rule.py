@@ -19,14 +19,12 @@ The recurrences are those of Yang et al. 2024 (arXiv 2406.06484; gated 2412.0646
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 
+from jaxlin.kernels.blocks import Walk, recurrence
 from jaxlin.kernels.chunk import (
     Decays,
     Segments,
@@ -36,16 +34,12 @@ from jaxlin.kernels.chunk import (
     chunk_length,
     crossing_sums,
     cumsum_before,
-    custom_vjp,
-    from_chunks,
     mask_padding,
     product,
     repeat_heads,
     reverse_cumsum,
     scalar_decays,
-    segment_masks,
     sum_heads,
-    to_chunks,
 )
 from jaxlin.kernels.triangular import unit_lower_inverse
 
@@ -61,28 +55,23 @@ def chunked(
     initial_state: Array,
     segment_ids: Array | None,
     chunk_size: int | None = None,
+    by_block: bool = False,
 ) -> tuple[Array, Array]:
     """The gated delta rule over chunks; differentiable in every array and through the final state.
 
     q, k [B, T, H, K]; v [B, T, HV, V]; beta [B, T, HV]; g None | [B, T, HV] | [B, T, HV, K], log decays <= 0;
     initial_state [B, HV, K, V], at least float32; segment_ids [B, T] or None, 0 is padding. Keys must have norm <= 1
-    for beta in [0, 2]: longer ones make the recurrence itself diverge. Returns o [B, T, HV, V] in the dtype of v, and
-    the final state.
+    for beta in [0, 2]: longer ones make the recurrence itself diverge. `by_block`: see `jaxlin.kernels.blocks`. Returns
+    o [B, T, HV, V] in the dtype of v, and the final state.
     """
-    length = chunk_length(q.shape[1], chunk_size)
     inputs = mask_padding(segment_ids, q, k, v, beta, g)
-    chunks = jax.tree.map(functools.partial(to_chunks, length=length), inputs)
-    o, final_state = _delta_rule(scale, *chunks, initial_state, segment_masks(segment_ids, length))
-    return from_chunks(o, q.shape[1]), final_state
+    walk = Walk(scale, chunk_length(q.shape[1], chunk_size), by_block)
+    return _delta_rule(walk, inputs, initial_state, segment_ids)
 
 
-@custom_vjp
-def _delta_rule(scale, q, k, v, beta, g, state, segments):
-    """`chunked` on arrays [N, B, H, C, ...]."""
-    return _forward(scale, q, k, v, beta, g, state, segments)[0]
-
-
-def _forward(scale, q, k, v, beta, g, state, segments):
+def _forward(scale, inputs, state, segments):
+    """(o [N, B, HV, C, V], final state, (states, T))."""
+    q, k, v, beta, g = inputs
     c = _prepare(q, k, v, beta, g, segments)
     t = unit_lower_inverse(c.beta * c.a)
     (qe, q_weight), (kb, kb_weight), (ke, ke_weight) = _decayed_rows(c)
@@ -96,14 +85,12 @@ def _forward(scale, q, k, v, beta, g, state, segments):
 
     xs = (c.operand(w), u0, c.operand(ke), ke_weight, c.decays.keep)
     final_state, (states, u) = lax.scan(chunk, state, xs)
-    states = checkpoint_name(states, "chunk_states")
     o = q_weight * c.dot("...ik,...kv->...iv", qe, states) + c.dot("...ij,...jv->...iv", c.p, u)
-    return ((scale * o).astype(v.dtype), final_state), (q, k, v, beta, g, segments, states, t)
+    return (scale * o).astype(v.dtype), final_state, (states, t)
 
 
-def _backward(scale, residuals, cotangents):
-    q, k, v, beta, g, segments, states, t = residuals
-    do, d_final = cotangents
+def _backward(scale, inputs, saved, segments, do, d_final):
+    (q, k, v, beta, g), (states, t) = inputs, saved
     c = _prepare(q, k, v, beta, g, segments)
     enter, leave, keep, *_ = c.decays
     (qe, q_weight), (kb, kb_weight), (ke, ke_weight) = _decayed_rows(c)
@@ -145,10 +132,10 @@ def _backward(scale, residuals, cotangents):
         dg = pairs.crossing + reverse_cumsum(reads) + cumsum_before(writes) + across[..., None, :]
         dg = dg.reshape(g.shape).astype(g.dtype)
     dq, dk = sum_heads(dq, q.shape[2]).astype(q.dtype), sum_heads(dk, k.shape[2]).astype(k.dtype)
-    return dq, dk, dv.astype(v.dtype), dbeta.astype(beta.dtype), dg, d_state, None
+    return (dq, dk, dv.astype(v.dtype), dbeta.astype(beta.dtype), dg), d_state
 
 
-_delta_rule.defvjp(_forward, _backward)
+_delta_rule = recurrence(_forward, _backward)
 
 
 class _Chunks(NamedTuple):

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxlin.kernels import chunk
+from jaxlin.kernels.blocks import Walk, recurrence
 from jaxlin.kernels.chunk import Decays, Segments, product
 
 NORMALIZER_EPS = 1e-10
@@ -31,30 +30,32 @@ def chunked(
     initial_state: Any,
     segment_ids: Array | None = None,
     chunk_size: int | None = None,
+    by_block: bool = False,
 ) -> tuple[Array, Array | tuple[Array, Array]]:
     """Gated linear attention over chunks; differentiable in every array, through the final state too.
 
     q, k [B, T, H, K]; v [B, T, HV, V]; g None | [HV] | [B, T, HV] | [B, T, HV, K], log decays <= 0; initial_state
     [B, HV, K, V], with `normalize` (S, z [B, HV, K]); segment_ids [B, T] or None, 0 is padding. `chunk_size` is rounded
-    up to a power of two. Returns o [B, T, HV, V] in the dtype of v, and the final state.
+    up to a power of two; `by_block` see `jaxlin.kernels.blocks`. Returns o [B, T, HV, V] in the dtype of v, and the
+    final state.
     """
-    time, length = q.shape[1], chunk.chunk_length(q.shape[1], chunk_size)
+    time = q.shape[1]
     if g is not None and g.ndim == 1:  # a constant decay needs one row of chunks, whatever the batch
         g = jnp.broadcast_to(g, (1 if segment_ids is None else q.shape[0], time, g.shape[0]))
-    arrays = chunk.mask_padding(segment_ids, q, k, v, g)
-    q, k, v, g = jax.tree.map(lambda x: chunk.to_chunks(x, length), arrays)
+    q, k, v, g = chunk.mask_padding(segment_ids, q, k, v, g)
     state = State(*initial_state) if normalize else State(initial_state, None)
     gates = Gates(None if g is None else g.astype(state.s.dtype))
-    out = attend(scale, q, k, v, gates, state, chunk.segment_masks(segment_ids, length))
-    o = out.n if out.l is None else out.n / (out.l + NORMALIZER_EPS)[..., None]
-    return chunk.from_chunks(o.astype(v.dtype), time), tuple(out.state) if normalize else out.state.s
+    walk = Walk(scale, chunk.chunk_length(time, chunk_size), by_block)
+    (n, l), state = attend(walk, (q, k, v, gates), state, segment_ids)  # noqa: E741
+    o = n if l is None else n / (l + NORMALIZER_EPS)[..., None]
+    return o.astype(v.dtype), tuple(state) if normalize else state.s
 
 
 class Gates(NamedTuple):
     """What weighs a token: its log decay and (per head, with a gate per head or none) its log input gate."""
 
-    g: Array | None  # [N, 1|B, HV, C] | [N, B, HV, C, K]
-    w: Array | None = None  # [N, B, HV, C]
+    g: Array | None  # [1|B, T, HV] | [B, T, HV, K]
+    w: Array | None = None  # [B, T, HV]
 
 
 class State(NamedTuple):
@@ -64,23 +65,10 @@ class State(NamedTuple):
     z: Array | None  # [..., K]
 
 
-class Output(NamedTuple):
-    """Numerators n [N, B, HV, C, V], denominators l [N, B, HV, C] (None without z), the final state."""
-
-    n: Array
-    l: Array | None  # noqa: E741
-    state: State
-
-
-@chunk.custom_vjp
-def attend(scale: float, q: Array, k: Array, v: Array, gates: Gates, state: State, segments: Segments | None) -> Output:
-    """The recurrence on chunks: q, k [N, B, H, C, K], v [N, B, HV, C, V]; sums in the dtype of the state."""
-    return _forward(scale, q, k, v, gates, state, segments)[0]
-
-
-def _forward(scale, q, k, v, gates, state, segments):
+def _forward(scale, inputs, state, segments):
+    """((numerators n [N, B, HV, C, V], denominators l [N, B, HV, C] or None), final state, (states, ()))."""
+    q, k, v, gates = inputs
     decays, dtype = _decays(gates, segments, q.shape[-2], state.s.dtype), q.dtype
-    inputs = (q, k, v, gates)
     q, k = (chunk.repeat_heads(x, v.shape[2]) for x in (q, k))
     p = _scores(scale, q, k, decays, segments)
     k_leave = decays.leave * k
@@ -92,16 +80,13 @@ def _forward(scale, q, k, v, gates, state, segments):
     l = None  # noqa: E741
     if received.z is not None:
         l = scale * jnp.sum(decays.enter * q * received.z[..., None, :], -1) + p.sum(-1)  # noqa: E741
-    received = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), received)
-    return Output(n, l, final), (*inputs, received, segments)
+    return (n, l), final, (received, ())
 
 
-def _backward(scale, residuals, cotangents):
-    q, k, v, gates, received, segments = residuals
-    dn, dl, dfinal = cotangents
+def _backward(scale, inputs, saved, segments, d_outputs, dfinal):
+    (q, k, v, gates), (received, _), (dn, dl) = inputs, saved, d_outputs
     heads, dtype = k.shape[2], q.dtype
     decays = _decays(gates, segments, q.shape[-2], received.s.dtype)
-    inputs = (q, k, v)
     q, k = (chunk.repeat_heads(x, v.shape[2]) for x in (q, k))
 
     # The adjoint of the state: d is what arrives at the end of each chunk.
@@ -155,11 +140,12 @@ def _backward(scale, residuals, cotangents):
         dg = crossing + chunk.reverse_cumsum(reads) + chunk.cumsum_before(writes) + through[..., None, :]
         dg = dg.reshape(*dg.shape[:3], *gates.g.shape[3:])
         dg = dg.sum(1, keepdims=True) if gates.g.shape[1] < dg.shape[1] else dg
-    dq, dk, dv = (x.astype(y.dtype) for x, y in zip((dq, dk, dv), inputs, strict=True))
-    return dq, dk, dv, Gates(dg, dw), dinitial, None
+    dq, dk, dv = (x.astype(y.dtype) for x, y in zip((dq, dk, dv), inputs[:3], strict=True))
+    return (dq, dk, dv, Gates(dg, dw)), dinitial
 
 
-attend.defvjp(_forward, _backward)
+attend = recurrence(_forward, _backward)
+"""(walk, (q, k, v, gates), state, segment_ids) -> ((n [B, T, HV, V], l [B, T, HV] or None), final state)."""
 
 
 def _decays(gates: Gates, segments: Segments | None, length: int, dtype: jnp.dtype) -> Decays:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxlin.kernels import chunk
+from jaxlin.kernels.blocks import Walk
 from jaxlin.kernels.gated_linear_attention import Gates, State, attend
 
 
@@ -25,19 +26,20 @@ def chunked(
     initial_state: tuple[Array, Array, Array],
     segment_ids: Array | None = None,
     chunk_size: int | None = None,
+    by_block: bool = False,
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     """The mLSTM over chunks; differentiable in every array, through the final C and n too.
 
     q, k [B, T, H, K]; v [B, T, HV, V]; i, f [B, T, HV] pre-activations; initial_state C [B, HV, K, V], n [B, HV, K],
-    m [B, HV]; segment_ids [B, T] or None, 0 is padding. Returns h [B, T, HV, V] in the dtype of v, final (C, n, m).
+    m [B, HV]; segment_ids [B, T] or None, 0 is padding; `by_block` see `jaxlin.kernels.blocks`. Returns h [B, T, HV, V]
+    in the dtype of v, final (C, n, m).
     """
-    time, length = q.shape[1], chunk.chunk_length(q.shape[1], chunk_size)
     g, w, m, (c, n, final_m) = gates(i, f, initial_state, segment_ids)
-    arrays = chunk.mask_padding(segment_ids, q, k, v, g, w)
-    q, k, v, g, w, m_chunks = (chunk.to_chunks(x, length) for x in (*arrays, m))
-    out = attend(scale, q, k, v, Gates(g, w), State(c, n), chunk.segment_masks(segment_ids, length))
-    h = out.n / jnp.maximum(jnp.abs(out.l), jnp.exp(-m_chunks))[..., None]
-    return chunk.from_chunks(h.astype(v.dtype), time), (*out.state, final_m)
+    q, k, v, g, w = chunk.mask_padding(segment_ids, q, k, v, g, w)
+    walk = Walk(scale, chunk.chunk_length(q.shape[1], chunk_size), by_block)
+    (numerator, l), state = attend(walk, (q, k, v, Gates(g, w)), State(c, n), segment_ids)  # noqa: E741
+    h = numerator / jnp.maximum(jnp.abs(l), jnp.exp(-m))[..., None]
+    return h.astype(v.dtype), (*state, final_m)
 
 
 def gates(
