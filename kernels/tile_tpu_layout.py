@@ -233,6 +233,7 @@ def specs(layout: Layout, reverse: bool = False) -> dict[str, pl.BlockSpec]:
         segments=pl.BlockSpec((1, 1, SEGMENT_ROWS, ROWS), lambda b, h, i: (b, chunk_of(i), 0, 0)),
         state=pl.BlockSpec((1, n.packs * n.pack, n.key, n.value), lambda b, h, i: (b, h, 0, 0)),
         normalizer=pl.BlockSpec((1, 1, n.packs, n.key_lanes), lambda b, h, i: (b, h, 0, 0)),
+        row=pl.BlockSpec((1, 1, n.packs, ROWS), lambda b, h, i: (b, h, 0, 0)),
     )
 
 
@@ -249,6 +250,7 @@ def shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
         normalizers=jax.ShapeDtypeStruct((*grid, n.key_lanes), float32),
         state=jax.ShapeDtypeStruct((n.batch, n.heads, n.key, n.value), float32),
         normalizer=jax.ShapeDtypeStruct((n.batch, n.blocks, n.packs, n.key_lanes), float32),
+        row=jax.ShapeDtypeStruct((n.batch, n.blocks, n.packs, ROWS), float32),
     )
 
 
