@@ -17,7 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import tile_tpu_layout as tiles
-from jaxlin.kernels.mlstm_tpu_stabilizer import stabilized
+from jaxlin.kernels.mlstm_tpu_stabilizer import previous, with_gates
 from jaxlin.kernels.tile_tpu_algebra import (
     NN,
     Masks,
@@ -49,21 +49,22 @@ class Inputs(NamedTuple):
     q: Array  # [B, T, HV * K]
     k: Array
     v: Array  # [B, T, HV * V]
-    g: Array | None  # rows: log decays per head; of the mLSTM log f, of which the forward kernel makes them
+    g: Array | None  # rows: log decays per head; log f where there is m
     g_channel: Array | None  # [B, T, HV * K]: log decays per channel
-    w: Array | None  # rows: log input gates, likewise of i
-    m: Array | None  # row: the mLSTM's stabiliser before the first token; rows: at every token
+    w: Array | None  # rows: log input gates; i where there is m
+    m: Array | None  # row: the mLSTM's stabiliser before the first token
     segments: Array | None
 
     def blocks(self) -> dict[str, tuple[str, Array | None]]:
-        kinds = dict(q="key", k="key", v="value", g="rows", g_channel="key", w="rows", m="rows", segments="segments")
-        return {name: (kinds[name], x) for name, x in self._asdict().items()}
+        kinds = dict(q="key", k="key", v="value", g="rows", g_channel="key", w="rows", m="row", segments="segments")
+        names = {} if self.m is None else dict(g="log_f", w="i", m="m0")
+        return {names.get(name, name): (kinds[name], x) for name, x in self._asdict().items()}
 
 
 def forward(layout: Layout, options: Options, x: Inputs, s: Array, z: Array | None, save: bool) -> dict[str, Array]:
     """o, the final s (and z, m), and with `save` what the backward pass reads.
 
-    That is the states (and normalizers) that each chunk receives, and of the mLSTM g, w and m of every token.
+    That is the states (and normalizers) that each chunk receives, and m_{t-1} of every token.
     """
     n = layout
     inputs = x.blocks() | dict(s0=("state", s), z0=("normalizer", z))
@@ -77,13 +78,10 @@ def forward(layout: Layout, options: Options, x: Inputs, s: Array, z: Array | No
         if save:
             outputs["normalizers"] = ("normalizers", None)
     if x.m is not None:
-        inputs |= dict(log_f=inputs.pop("g"), i=inputs.pop("w"), m0=("row", inputs.pop("m")[1]))
         outputs["m_end"] = ("row", None)
-        scratch["m_end"] = (n.packs, 1, tiles.ROWS)
+        scratch |= tiles.gate_scratch(layout) | dict(m_end=(n.packs, 1, tiles.ROWS))
         if save:
-            outputs |= dict.fromkeys("gwm", ("rows", None))
-        else:
-            scratch |= dict.fromkeys("gwm", (1, 1, 1, n.packs, tiles.ROWS))
+            outputs["before"] = ("rows", None)
     kernel = functools.partial(_kernel, layout, options)
     return tiles.call(kernel, layout, "gated_linear_attention_forward", inputs, outputs, scratch)
 
@@ -122,7 +120,11 @@ def _pack(
 ) -> None:  # fmt: skip
     scale = options.scale
     if "m0" in x:
-        x = stabilized(layout, masks, segments, x, out if "g" in out else scratch, scratch["m_end"], p)
+        log_f, i = (tiles.read_row(x[name], p) for name in ("log_f", "i"))
+        before, scratch["m_end"][p] = previous(layout, masks, segments, log_f, i, scratch["m_end"][p])
+        x = with_gates(segments, x, before, scratch, p)
+        if "before" in out:
+            tiles.write_row(out["before"], p, before)
     q, k = (tile.stacked(x[name], p, layout.key) for name in "qk")
     v = tile.stacked(x["v"], p, layout.value)
     s = scratch["s"][p]

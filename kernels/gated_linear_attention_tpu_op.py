@@ -102,7 +102,7 @@ def _attend(static: tuple[Layout, Options], x: Inputs, s: Array, z: Array | None
 def _forward(static, x, s, z):
     layout, options = static
     out = forward(layout, options, tiles.per_value_head(layout, options.heads, x), s, z, save=True)
-    kept = ("states", "normalizers", "g", "w", "m")
+    kept = ("states", "normalizers", "before")
     received = {n: checkpoint_name(out[n], "chunk_states") for n in kept if n in out}
     return (out["o"], out["s"], out.get("z"), out.get("m_end")), (x, received)
 
@@ -111,9 +111,7 @@ def _backward(static, residuals, cotangents):
     layout, options = static
     x, received = residuals
     do, ds, dz, _ = cotangents
-    gates = {n: received[n] for n in "gwm" if n in received}
-    repeated = tiles.per_value_head(layout, options.heads, x._replace(**gates))
-    out = backward(layout, options, repeated, received["states"], received.get("normalizers"), do, ds, dz)
+    out = backward(layout, options, tiles.per_value_head(layout, options.heads, x), received, do, ds, dz)
     dq, dk = (tiles.sum_value_heads(layout, options.heads, out[n]).astype(layout.dtype) for n in ("dq", "dk"))
     dm, dsegments = jax.tree.map(jnp.zeros_like, (x.m, x.segments))
     dx = Inputs(dq, dk, out["dv"], out.get("dg"), out.get("dg_channel"), out.get("dw"), dm, dsegments)

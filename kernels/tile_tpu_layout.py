@@ -163,8 +163,9 @@ def sum_value_heads(layout: Layout, heads: int, x: Array) -> Array:
 def to_rows(layout: Layout, x: Array) -> Array:
     """Per-token numbers [B, T, HV] -> [B, blocks, N, packs, 128] float32, zeros past the end."""
     n = layout
-    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, n.chunks * n.chunk - n.time), (0, n.heads_padded - n.heads)))
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, n.chunks * n.chunk - n.time), (0, 0)))
     x = x.reshape(n.batch, n.chunks, n.chunk, -1).swapaxes(2, 3)  # after this, whole rows move
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, n.heads_padded - n.heads), (0, 0)))
     return x.reshape(n.batch, n.chunks, n.blocks, n.packs, ROWS).swapaxes(1, 2)
 
 
@@ -252,6 +253,11 @@ def shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
         normalizer=jax.ShapeDtypeStruct((n.batch, n.blocks, n.packs, n.key_lanes), float32),
         row=jax.ShapeDtypeStruct((n.batch, n.blocks, n.packs, ROWS), float32),
     )
+
+
+def gate_scratch(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Room for the gates g and w and the stabiliser m of a chunk, shaped like a block of rows."""
+    return dict.fromkeys("gwm", (1, 1, 1, layout.packs, ROWS))
 
 
 def interpreted() -> bool:
