@@ -265,10 +265,10 @@ def _run(
 
 
 def _preference(time: int) -> tuple[str, ...]:
-    """The best first. The GPU kernels must be asked for by name until they have been measured on a GPU."""
-    if platform() != "tpu":
-        return ("scan",) if time == 1 else ("chunked", "scan")  # chunks have nothing to gain from one step
-    return ("pallas", "scan") if time == 1 else ("pallas", "chunked", "scan")
+    """The best first. Chunks have nothing to gain from one step; of that, only TPUs have a kernel."""
+    if time == 1:
+        return ("pallas", "scan") if platform() == "tpu" else ("scan",)
+    return ("pallas", "chunked", "scan") if platform() in ("tpu", "gpu") else ("chunked", "scan")
 
 
 def platform() -> str:

@@ -42,7 +42,7 @@ def pallas(
     q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; beta [B, T, HV]; g None | [B, T, HV]. Raises
     NotImplementedError for what the kernels do not serve.
     """
-    check(q, k, v, g)
+    check(scale, q, k, v, g)
     time, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
     q, k, v = (fill(x, (0, -time % CHUNK, 0, -x.shape[3] % 64)) for x in (q, k, v))
     s0 = None
