@@ -1,11 +1,17 @@
 """Linearize a pretrained Transformer: `python3 train.py --mixer gated_deltanet`. See `--help` for every setting."""
 
+import sys
+
 from jaxlin.config import parse_run, run_main
 
 
 def main() -> None:
-    """Train, then measure."""
+    """Train, then measure; or plan."""
     run = parse_run()  # before JAX is imported: --help and mistakes answer at once
+    if run.plan:
+        from jaxlin.plan import plan
+
+        sys.exit(0 if plan(run) else 1)
 
     from jaxlin.evaluation.report import report_run
     from jaxlin.trainer import Trainer

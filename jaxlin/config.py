@@ -231,7 +231,7 @@ class Stage3Config(StageConfig):
     temperature: float = 1.0
     """Softmax temperature of both models in the KL term."""
     chunk_tokens: int = 512
-    """Tokens whose logits exist at one time, in each sequence-sharded group."""
+    """Tokens whose logits exist at one time, on each device."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +316,8 @@ class RunConfig:
     """Rotating checkpoints kept."""
     milestone_tokens: int = 0
     """Tokens between checkpoints that are never deleted; 0 keeps none."""
+    plan: str = ""
+    """Train nothing: compile each stage for a TPU topology (v5e:4x4), print what it takes; exit code 1 if too much."""
     teacher_config: Annotated[ModelConfig | None, tyro.conf.Suppress] = None
     """Architecture the teacher must have; gives plans and random teachers their shape."""
 

@@ -5,12 +5,14 @@ The count is that of the whole step, so a loss does not depend on devices, packi
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlin import sharding
 from jaxlin.config import ModelConfig, Stage1Config, Stage2Config, Stage3Config
 from jaxlin.model import project
 
@@ -82,10 +84,18 @@ def logit_sums(
 ) -> LogitSums:
     """Compare two models' next-token distributions from their final hidden states, a chunk of tokens at a time.
 
-    Neither model's [B, T, V] logits ever exist: a chunk's are recomputed in the backward pass. The KL at temperature
-    tau is multiplied by tau^2, which keeps its gradient's size (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
+    Each device compares `chunk_tokens` of its own rows at a time. Neither model's [B, T, V] logits ever exist: those of
+    a chunk are recomputed in the backward pass. The KL at temperature tau is multiplied by tau^2, which keeps its
+    gradient's size (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
     """
-    batch, length = student.shape[:2]
+    sums = functools.partial(_logit_sums, config=config, temperature=temperature, chunk_tokens=chunk_tokens)
+    return sharding.summed_over_rows(sums, (student, teacher, at), (student_kernel, teacher_kernel))
+
+
+def _logit_sums(rows, kernels, *, config: ModelConfig, temperature: float, chunk_tokens: int) -> LogitSums:
+    """The sums of these rows: (student's hidden states, teacher's, `Targets`), each [B, T, ...]."""
+    student_kernel, teacher_kernel = kernels
+    batch, length = rows[0].shape[:2]
     size = max(d for d in range(1, length + 1) if length % d == 0 and (d == 1 or d * batch <= max(chunk_tokens, batch)))
 
     def split(a):
@@ -115,7 +125,7 @@ def logit_sums(
         ), None
 
     zero = LogitSums(*(jnp.zeros((), jnp.float32),) * 4)
-    return jax.lax.scan(chunk, zero, jax.tree.map(split, (student, teacher, at)))[0]
+    return jax.lax.scan(chunk, zero, jax.tree.map(split, rows))[0]
 
 
 def distillation_loss(sums: LogitSums, tokens, next_tokens, sequences, config: Stage3Config) -> Array:

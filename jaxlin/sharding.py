@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,37 @@ def kernel_mesh() -> jax.sharding.AbstractMesh | None:
     return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
 
 
+def by_rows(x: jax.Array) -> jax.Array:
+    """Keep x [B, ...] and its gradient split over the batch axes, where the mesh has several and they divide B.
+
+    Left to itself, the compiler may split activations as parameters are, along the width: then every device works on
+    the whole batch, and sums of whole activations cross the network instead of parameters.
+    """
+    mesh = kernel_mesh()
+    if mesh is None or x.shape[0] % batch_shards(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def summed_over_rows(function: Callable[[Any, Any], Any], rows: Any, whole: Any) -> Any:
+    """function(rows, whole), a tree of sums over rows: each device's own rows [B, ...] first, then over devices.
+
+    So `whole` is gathered once, however often `function` reads it, and its gradient is added up over devices once.
+    """
+    mesh = kernel_mesh()
+    if mesh is None or any(x.shape[0] % batch_shards(mesh) for x in jax.tree.leaves(rows)):
+        return function(rows, whole)
+
+    def local(rows, whole):
+        return jax.lax.psum(function(rows, whole), BATCH_AXES)
+
+    specs = (PartitionSpec(BATCH_AXES), PartitionSpec())
+    mapped = jax.shard_map(
+        local, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(BATCH_AXES), check_vma=False
+    )
+    return mapped(rows, whole)
+
+
 def param_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
     """Shardings of the parameters whose boxed shapes are `abstract`, from their logical axes."""
     specs = nn.get_partition_spec(abstract)
@@ -64,7 +95,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_shards(mesh: jax.sharding.Mesh) -> int:
+def batch_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Number of shares a batch is divided into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

@@ -12,6 +12,7 @@ import optax
 
 from jaxlin.config import ModelConfig, StageConfig
 from jaxlin.distill import counts, gradient_function, merge, trained_part
+from jaxlin.placement import homes
 
 
 def make_loss(stage: StageConfig, student: ModelConfig, teacher: ModelConfig) -> Callable[..., jax.Array]:
@@ -27,12 +28,17 @@ def make_loss(stage: StageConfig, student: ModelConfig, teacher: ModelConfig) ->
 
 
 def make_step(
-    stage: StageConfig, optimizer: optax.GradientTransformation, student: ModelConfig, teacher: ModelConfig, remat: str
-) -> Callable[..., tuple[Any, Any, dict[str, jax.Array]]]:
-    """The jitted update: (params, opt_state, teacher params, batch [A, B, T]) -> (params, opt_state, metrics)."""
-    gradients = gradient_function(stage, student, teacher, remat)
+    stage: StageConfig, optimizer: optax.GradientTransformation, student: ModelConfig, teacher: ModelConfig, remat: str,
+    *, placed: tuple[Any, Any] | None = None,
+) -> Callable[..., tuple[Any, Any, dict[str, jax.Array]]]:  # fmt: skip
+    """The jitted update: (params, opt_state, teacher params, batch [A, B, T]) -> (params, opt_state, metrics).
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    `placed` (see `placement`) says where the new params and opt_state live; without it the compiler decides.
+    """
+    gradients = gradient_function(stage, student, teacher, remat)
+    options: dict[str, Any] = {} if placed is None else dict(out_shardings=(*homes(placed), None))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), **options)
     def step(params, opt_state, teacher_params, batch):
         trained = trained_part(params, stage)
         count = counts({k: v.reshape(-1, v.shape[-1]) for k, v in batch.items()})

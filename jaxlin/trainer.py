@@ -15,10 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from flax import linen as nn
 from rich.console import Console
 
-from jaxlin import sharding
+from jaxlin import placement, sharding
 from jaxlin.calibrate import calibrate
 from jaxlin.checkpoint import Checkpoints
 from jaxlin.config import RunConfig, StageConfig, UserError
@@ -30,7 +29,7 @@ from jaxlin.metrics import MetricsLog, progress_bar
 from jaxlin.mixers import MIXERS
 from jaxlin.optimizer import make_optimizer, schedule
 from jaxlin.runs import Run, Teacher, check_folder, git_commit, load_teacher, new_run
-from jaxlin.student import abstract_params, init_student
+from jaxlin.student import init_student
 from jaxlin.train_step import make_loss, make_step
 
 CALIBRATION_TOKENS = 65_536
@@ -60,7 +59,7 @@ class Trainer:
         self.stages = run.stages()
         check_folder(run)
         self.mesh = sharding.make_mesh(run.mesh)
-        self._check_batches()
+        placement.check_batches(self.stages, self.mesh)
         with jax.set_mesh(self.mesh):
             self.teacher: Teacher = load_teacher(run, self.mesh)
             self._check_layers()
@@ -75,20 +74,10 @@ class Trainer:
         self.folder: Run = new_run(run, self.teacher.config)
         self.student = self.folder.student
         self.checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.keep)
-        self.shardings = sharding.param_shardings(abstract_params(self.student), self.mesh)
+        self.placed = placement.parameters(self.student, run.param_dtype, self.mesh)
         self.progress = Progress()
         self.params: Any = None
         self.opt_state: Any = None
-
-    def _check_batches(self) -> None:
-        shards = sharding.batch_shards(self.mesh)
-        for n, stage in self.stages.items():
-            rows = stage.batch_size // stage.accumulation
-            if rows * stage.accumulation != stage.batch_size or rows % shards:
-                raise UserError(
-                    f"--stage{n}.batch-size {stage.batch_size}: must be a multiple of accumulation x data x fsdp "
-                    f"= {stage.accumulation * shards}"
-                )
 
     def _check_layers(self) -> None:
         layers = self.teacher.config.num_hidden_layers
@@ -136,7 +125,7 @@ class Trainer:
             lambda teacher, key: jax.tree.map(
                 lambda a: a.astype(self.run.param_dtype), init_student(teacher, self.student, key)
             ),
-            out_shardings=self.shardings,
+            out_shardings=placement.homes(self.placed),
         )
         self.params = init(self.teacher.params, jax.random.key(self.run.seed))
         self._calibrate()
@@ -149,33 +138,19 @@ class Trainer:
 
     def _abstract_state(self, extra: dict[str, Any]) -> dict[str, Any]:
         """The shapes of a checkpoint: Adam's moments are of the stage it was written in."""
-        params = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, self.run.param_dtype, sharding=s),
-            nn.unbox(abstract_params(self.student)), self.shardings,
-        )  # fmt: skip
         n = extra["progress"]["stage"]
         stage = {1: self.run.stage1, 2: self.run.stage2, 3: self.run.stage3}[n]
-        optimizer = self._optimizer(stage, 1)
-        opt_state = jax.eval_shape(optimizer.init, trained_part(params, stage))
-        return {"params": params, "opt_state": self._place_moments(opt_state, trained_part(self.shardings, stage))}
+        return {"params": self.placed, "opt_state": self._placed_moments(stage, self._optimizer(stage, 1))}
 
-    def _place_moments(self, opt_state: Any, shardings: Any) -> Any:
-        """Adam's moments live where their parameters do; counters everywhere."""
-        whole = sharding.replicated(self.mesh)
-        return optax.tree.map_params(
-            lambda _: opt_state,
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            opt_state,
-            shardings,
-            transform_non_params=lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole),
-        )
+    def _placed_moments(self, stage: StageConfig, optimizer: optax.GradientTransformation) -> Any:
+        return placement.optimizer_state(optimizer, trained_part(self.placed, stage), self.mesh)
 
     def _calibrate(self) -> None:
         wanted = min(CALIBRATION_TOKENS, self.run.data.eval_tokens)
         batches = self.heldout[: max(1, wanted // self.heldout[0]["tokens"].size)]
         batches = [put(batch, self.mesh) for batch in batches]
         params = calibrate(self.params, self.student, self.teacher.config, self.teacher.params, batches)
-        self.params = jax.device_put(params, self.shardings)
+        self.params = jax.device_put(params, placement.homes(self.placed))
 
     def _optimizer(self, stage: StageConfig, steps: int) -> optax.GradientTransformation:
         return make_optimizer(stage, steps, self.student.num_hidden_layers, self.student.period)
@@ -183,12 +158,17 @@ class Trainer:
     def _run_stage(self, n: int, stage: StageConfig) -> None:
         steps = self._steps(stage)
         optimizer = self._optimizer(stage, steps)
+        moments = self._placed_moments(stage, optimizer)
         loss = make_loss(stage, self.student, self.teacher.config)
         if n != self.progress.stage:
             self.progress.stage, self.progress.stage_step = n, 0
-            self.opt_state = jax.jit(optimizer.init)(trained_part(self.params, stage))
+            self.opt_state = jax.jit(optimizer.init, out_shardings=placement.homes(moments))(
+                trained_part(self.params, stage)
+            )
             self._measure(n, loss, self.progress.step + 1)
-        step_fn = make_step(stage, optimizer, self.student, self.teacher.config, self.run.remat)
+        step_fn = make_step(
+            stage, optimizer, self.student, self.teacher.config, self.run.remat, placed=(self.placed, moments)
+        )
         rate = schedule(stage, steps)
         tokens_per_step = stage.batch_size * self.run.data.seq_len
         since, since_step = time.perf_counter(), self.progress.stage_step

@@ -19,35 +19,16 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU machine to ask for metadata
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one a process: none of them opens a device
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlin import config, ops, sharding
 from jaxlin.kernels import hlo_tpu_traffic as hlo
+from jaxlin.kernels import topology
 
-
-class Chip(NamedTuple):
-    """Published figures of one device."""
-
-    hbm_gb_per_s: float
-    bf16_tflops: float
-
-
-# cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}; a TPU7x chip is two devices.
-CHIPS = {
-    "v5e": Chip(819, 197),
-    "v5p": Chip(2765, 459),
-    "v6e": Chip(1640, 918),
-    "tpu7x": Chip(7380 / 2, 2307 / 2),
-}
 SCOPED_VMEM = 16 << 20
 """What the compiler gives one kernel unless asked for more; every chip has at least four times as much."""
 MAX_VMEM = 0.8
@@ -104,8 +85,11 @@ def main(settings: Settings) -> int:
     for name, known in (("mixer", MIXERS), ("shape", SHAPES)):
         if unknown := set(getattr(settings, name)) - set(known):
             raise config.UserError(f"--{name} {' '.join(sorted(unknown))}: expected any of {', '.join(known)}")
-    if unknown := {t for t in settings.target if t.split(":")[0] not in CHIPS}:
-        raise config.UserError(f"--target {' '.join(sorted(unknown))}: the chip must be one of {', '.join(CHIPS)}")
+    try:
+        for target in settings.target:
+            topology.chip(target)
+    except ValueError as error:
+        raise config.UserError(f"--target {error}") from None
     cases = list(itertools.product(settings.target, settings.shape, settings.mixer))
     print(f"{'target':12} {'shape':5} {'mixer':17} {'pass':17} {'VMEM':>9} {'HBM':>9} {'x floor':>7} {'GFLOP':>7}"
           f" {'memory':>9} {'matmul':>9} {'compiled':>8}")  # fmt: skip
@@ -123,7 +107,7 @@ def main(settings: Settings) -> int:
 
 def line(target: str, shape: str, mixer: str, name: str, r: Report) -> str:
     """One row of the table, with its problems behind it."""
-    chip = CHIPS[target.split(":")[0]]
+    chip = topology.chip(target)
     memory, matmul = r.hbm / chip.hbm_gb_per_s / 1e3, r.passes / chip.bf16_tflops / 1e6
     row = (
         f"{target:12} {shape:5} {mixer:17} {name:17} {r.vmem / 2**20:5.1f} MiB {r.hbm / 1e6:6.0f} MB"
@@ -134,7 +118,7 @@ def line(target: str, shape: str, mixer: str, name: str, r: Report) -> str:
 
 def compile_case(target: str, shape: str, mixer: str, segments: bool) -> dict[str, Report]:
     """The forward program of a mixer, the forward and backward one, and the one of a single token."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+    devices = topology.devices(target)
     mesh = sharding.make_mesh(config.MeshConfig(), devices)
     with jax.set_mesh(mesh):
         arrays, forward = program(MIXERS[mixer], SHAPES[shape], len(devices), segments)

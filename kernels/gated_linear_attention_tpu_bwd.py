@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 
 from jaxlin.kernels import tile_tpu_layout as tiles
 from jaxlin.kernels.gated_linear_attention_tpu_fwd import Inputs, Options, denominator
+from jaxlin.kernels.mlstm_tpu_stabilizer import with_gates
 from jaxlin.kernels.tile_tpu_algebra import (
     NT,
     TN,
@@ -37,18 +38,18 @@ from jaxlin.kernels.tile_tpu_layout import Layout
 
 
 def backward(
-    layout: Layout, options: Options, x: Inputs, states: Array, normalizers: Array | None,
-    do: Array, ds: Array, dz: Array | None,
-) -> dict[str, Array]:  # fmt: skip
+    layout: Layout, options: Options, x: Inputs, saved: dict[str, Array], do: Array, ds: Array, dz: Array | None
+) -> dict[str, Array]:
     """dq, dk, dv, dg, dw (those there are), and ds, dz of the initial state.
 
-    `states` and `normalizers` are what each chunk received; do, ds, dz the cotangents of o and of the final state.
+    `saved` is what `forward` saved; do, ds, dz the cotangents of o and of the final state.
     """
     n = layout
     inputs = x.blocks() | dict(
-        states=("states", states), normalizers=("normalizers", normalizers), do=("value", do),
-        ds=("state", ds), dz=("normalizer", dz),
+        states=("states", saved["states"]), normalizers=("normalizers", saved.get("normalizers")),
+        before=("rows", saved.get("before")), do=("value", do), ds=("state", ds), dz=("normalizer", dz),
     )  # fmt: skip
+    inputs.pop("m0", None)
     key_dtype = n.dtype if options.heads == n.heads else jnp.float32  # summed over value heads before it is rounded
     outputs: dict[str, tuple[str, Any]] = dict(
         dq=("key", key_dtype), dk=("key", key_dtype), dv=("value", None), ds=("state", None)
@@ -59,6 +60,8 @@ def backward(
     if dz is not None:
         outputs["dz"] = ("normalizer", None)
         scratch["dz"] = (n.packs, 1, n.key_lanes)
+    if x.m is not None:
+        scratch |= tiles.gate_scratch(layout)
     kernel = functools.partial(_kernel, layout, options)
     return tiles.call(kernel, layout, "gated_linear_attention_backward", inputs, outputs, scratch, reverse=True)
 
@@ -94,6 +97,8 @@ def _pack(
     x: dict, out: dict, scratch: dict, p: Any,
 ) -> None:  # fmt: skip
     dtype, scale = layout.dtype, options.scale
+    if "before" in x:
+        x = with_gates(segments, x, tiles.read_row(x["before"], p), scratch, p)
     q, k = (tile.stacked(x[name], p, layout.key) for name in "qk")
     v, do = (tile.stacked(x[name], p, layout.value) for name in ("v", "do"))
     s, ds = tiles.expand(x["states"][0, 0, 0, p], layout), scratch["ds"][p]

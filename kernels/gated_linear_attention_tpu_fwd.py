@@ -17,6 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import tile_tpu_layout as tiles
+from jaxlin.kernels.mlstm_tpu_stabilizer import previous, with_gates
 from jaxlin.kernels.tile_tpu_algebra import (
     NN,
     Masks,
@@ -48,19 +49,23 @@ class Inputs(NamedTuple):
     q: Array  # [B, T, HV * K]
     k: Array
     v: Array  # [B, T, HV * V]
-    g: Array | None  # rows: log decays per head
+    g: Array | None  # rows: log decays per head; log f where there is m
     g_channel: Array | None  # [B, T, HV * K]: log decays per channel
-    w: Array | None  # rows: log input gates
-    m: Array | None  # rows: the mLSTM's stabiliser
+    w: Array | None  # rows: log input gates; i where there is m
+    m: Array | None  # row: the mLSTM's stabiliser before the first token
     segments: Array | None
 
     def blocks(self) -> dict[str, tuple[str, Array | None]]:
-        kinds = dict(q="key", k="key", v="value", g="rows", g_channel="key", w="rows", m="rows", segments="segments")
-        return {name: (kinds[name], x) for name, x in self._asdict().items()}
+        kinds = dict(q="key", k="key", v="value", g="rows", g_channel="key", w="rows", m="row", segments="segments")
+        names = {} if self.m is None else dict(g="log_f", w="i", m="m0")
+        return {names.get(name, name): (kinds[name], x) for name, x in self._asdict().items()}
 
 
 def forward(layout: Layout, options: Options, x: Inputs, s: Array, z: Array | None, save: bool) -> dict[str, Array]:
-    """o, the final s (and z), and with `save` the states (and normalizers) that each chunk receives."""
+    """o, the final s (and z, m), and with `save` what the backward pass reads.
+
+    That is the states (and normalizers) that each chunk receives, and m_{t-1} of every token.
+    """
     n = layout
     inputs = x.blocks() | dict(s0=("state", s), z0=("normalizer", z))
     outputs: dict[str, tuple[str, Any]] = dict(o=("value", None), s=("state", None))
@@ -72,6 +77,11 @@ def forward(layout: Layout, options: Options, x: Inputs, s: Array, z: Array | No
         scratch["z"] = (n.packs, 1, n.key_lanes)
         if save:
             outputs["normalizers"] = ("normalizers", None)
+    if x.m is not None:
+        outputs["m_end"] = ("row", None)
+        scratch |= tiles.gate_scratch(layout) | dict(m_end=(n.packs, 1, tiles.ROWS))
+        if save:
+            outputs["before"] = ("rows", None)
     kernel = functools.partial(_kernel, layout, options)
     return tiles.call(kernel, layout, "gated_linear_attention_forward", inputs, outputs, scratch)
 
@@ -85,8 +95,9 @@ def _kernel(layout: Layout, options: Options, x: dict, out: dict, scratch: dict)
     def _():
         def load(p):
             scratch["s"][p] = tile.state(x["s0"], p)
-            if "z" in scratch:
-                scratch["z"][p] = x["z0"][0, 0, pl.ds(p, 1), :]
+            for name in ("z", "m_end"):
+                if name in scratch:
+                    scratch[name][p] = x[f"{name[0]}0"][0, 0, pl.ds(p, 1), :]
 
         tiles.each_pack(layout, load)
 
@@ -96,8 +107,9 @@ def _kernel(layout: Layout, options: Options, x: dict, out: dict, scratch: dict)
     def _():
         def store(p):
             tile.store_state(out["s"], p, scratch["s"][p])
-            if "z" in scratch:
-                out["z"][0, 0, pl.ds(p, 1), :] = scratch["z"][p]
+            for name in ("z", "m_end"):
+                if name in scratch:
+                    out[name][0, 0, pl.ds(p, 1), :] = scratch[name][p]
 
         tiles.each_pack(layout, store)
 
@@ -107,6 +119,12 @@ def _pack(
     x: dict, out: dict, scratch: dict, p: Any,
 ) -> None:  # fmt: skip
     scale = options.scale
+    if "m0" in x:
+        log_f, i = (tiles.read_row(x[name], p) for name in ("log_f", "i"))
+        before, scratch["m_end"][p] = previous(layout, masks, segments, log_f, i, scratch["m_end"][p])
+        x = with_gates(segments, x, before, scratch, p)
+        if "before" in out:
+            tiles.write_row(out["before"], p, before)
     q, k = (tile.stacked(x[name], p, layout.key) for name in "qk")
     v = tile.stacked(x["v"], p, layout.value)
     s = scratch["s"][p]

@@ -41,7 +41,9 @@ def pallas(
         if z is not None:
             o = o / (state[2] + NORMALIZER_EPS)[..., None]
         return o[:, None].astype(v.dtype), state[:2] if normalize else state[0]
-    o, s, z = attend(q, k, v, g, None, None, s, z, segment_ids, scale=scale, denominator="sum" if normalize else None)
+    o, s, z, _ = attend(
+        q, k, v, g, None, None, s, z, segment_ids, scale=scale, denominator="sum" if normalize else None
+    )
     return o, (s, z) if normalize else s
 
 
@@ -66,11 +68,11 @@ def step(
 def attend(
     q: Array, k: Array, v: Array, g: Array | None, w: Array | None, m: Array | None, s: Array, z: Array | None,
     segment_ids: Array | None, *, scale: float, denominator: Literal["sum", "max"] | None,
-) -> tuple[Array, Array, Any]:  # fmt: skip
-    """(o, final s, final z), differentiable in all but m; see `gated_linear_attention_tpu_fwd`.
+) -> tuple[Array, Array, Any, Any]:  # fmt: skip
+    """(o, final s, final z, final m), differentiable in all but m; see `gated_linear_attention_tpu_fwd`.
 
-    q, k [B, T, H, K]; v [B, T, HV, V]; g [B, T, HV] or [B, T, HV, K]; w, m [B, T, HV]; s [B, HV, K, V]; z [B, HV, K].
-    Padding may hold anything.
+    q, k [B, T, H, K]; v [B, T, HV, V]; g [B, T, HV] or [B, T, HV, K]; w [B, T, HV]; m [B, HV]; s [B, HV, K, V];
+    z [B, HV, K]. With m (the mLSTM), g is log f and w is i. Padding may hold anything.
     """
     batch, time, heads, value = v.shape
     key = q.shape[-1]
@@ -78,37 +80,38 @@ def attend(
     inputs = Inputs(
         **tiles.token_arrays(layout, q, k, v), **tiles.gate_arrays(layout, segment_ids, g),
         w=None if w is None else tiles.to_rows(layout, *chunk.mask_padding(segment_ids, w)),
-        m=None if m is None else tiles.to_rows(layout, m),
+        m=None if m is None else tiles.to_packs(layout, jnp.broadcast_to(m[..., None], (*m.shape, layout.chunk))),
         segments=tiles.segment_rows(layout, segment_ids),
     )  # fmt: skip
     z = None if z is None else tiles.to_packs(layout, tiles.pad_last(z, layout.key))
     options = Options(scale, denominator, q.shape[2])
-    o, s, z = _attend((layout, options), inputs, tiles.pad_state(layout, s), z)
+    o, s, z, m = _attend((layout, options), inputs, tiles.pad_state(layout, s), z)
     o = o.reshape(batch, time, heads, layout.value)[..., :value].astype(v.dtype)
     z = None if z is None else tiles.from_packs(layout, z)[..., :key]
-    return o, s[..., :key, :value], z
+    m = None if m is None else tiles.from_packs(layout, m)[..., 0]
+    return o, s[..., :key, :value], z, m
 
 
 @chunk.custom_vjp
 def _attend(static: tuple[Layout, Options], x: Inputs, s: Array, z: Array | None):
     layout, options = static
     out = forward(layout, options, tiles.per_value_head(layout, options.heads, x), s, z, save=False)
-    return out["o"], out["s"], out.get("z")
+    return out["o"], out["s"], out.get("z"), out.get("m_end")
 
 
 def _forward(static, x, s, z):
     layout, options = static
     out = forward(layout, options, tiles.per_value_head(layout, options.heads, x), s, z, save=True)
-    received = {n: checkpoint_name(out[n], "chunk_states") for n in ("states", "normalizers") if n in out}
-    return (out["o"], out["s"], out.get("z")), (x, received)
+    kept = ("states", "normalizers", "before")
+    received = {n: checkpoint_name(out[n], "chunk_states") for n in kept if n in out}
+    return (out["o"], out["s"], out.get("z"), out.get("m_end")), (x, received)
 
 
 def _backward(static, residuals, cotangents):
     layout, options = static
     x, received = residuals
-    do, ds, dz = cotangents
-    repeated = tiles.per_value_head(layout, options.heads, x)
-    out = backward(layout, options, repeated, received["states"], received.get("normalizers"), do, ds, dz)
+    do, ds, dz, _ = cotangents
+    out = backward(layout, options, tiles.per_value_head(layout, options.heads, x), received, do, ds, dz)
     dq, dk = (tiles.sum_value_heads(layout, options.heads, out[n]).astype(layout.dtype) for n in ("dq", "dk"))
     dm, dsegments = jax.tree.map(jnp.zeros_like, (x.m, x.segments))
     dx = Inputs(dq, dk, out["dv"], out.get("dg"), out.get("dg_channel"), out.get("dw"), dm, dsegments)

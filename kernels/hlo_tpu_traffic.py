@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
+from jax.interpreters.partial_eval import dce_jaxpr
 
 SCHEDULED = re.compile(r"^\s*(?:ROOT )?(%[\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -56,7 +57,13 @@ def stored_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 def flops(call: Any, count_passes: bool) -> float:
     """Of the matrix products of a call; with `count_passes` weighted by the bfloat16 passes each takes."""
-    return math.prod(call.params["grid_mapping"].grid) * _flops(call.params["jaxpr"], count_passes)
+    return _repeats(call) * _flops(call.params["jaxpr"], count_passes)
+
+
+def program_flops(jaxpr: Any) -> float:
+    """Of the matrix products of a whole traced program, on all devices together; what nobody uses is left out."""
+    used, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    return _flops(used, False)
 
 
 def _visits(block: Any, steps: np.ndarray) -> int:
@@ -79,9 +86,17 @@ def _flops(jaxpr: Any, count_passes: bool) -> float:
             x = equation.invars[0].aval
             passes = 6 if count_passes and equation.params["precision"][0] == lax.Precision.HIGHEST else 1
             total += 2 * passes * math.prod(equation.outvars[0].aval.shape) * math.prod(x.shape[i] for i in contracted)
-        repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        total += repeats * sum(_flops(sub, count_passes) for sub in _subjaxprs(equation))
+        total += _repeats(equation) * sum(_flops(sub, count_passes) for sub in _subjaxprs(equation))
     return total
+
+
+def _repeats(equation: Any) -> int:
+    """How often the program inside an equation runs: steps of a scan or a grid, devices of a shard_map."""
+    if equation.primitive.name == "pallas_call":
+        return math.prod(equation.params["grid_mapping"].grid)
+    if equation.primitive.name == "shard_map":
+        return math.prod(equation.params["mesh"].shape[axis] for axis in equation.params["newly_manual_axes"])
+    return equation.params["length"] if equation.primitive.name == "scan" else 1
 
 
 def _subjaxprs(equation: Any) -> Iterator[Any]:
@@ -123,6 +138,12 @@ def entry(text: str) -> tuple[list[Kernel], list[Around]]:
             moves = op in ("copy", "transpose") or (op == "fusion" and bool(re.search("copy|transpose", name)))
             around.append(Around(name, written[name] + read, moves))
     return kernels, around
+
+
+def kernel_names(text: str) -> list[str]:
+    """The Pallas kernels of a whole compiled program, loops included: one name for each call."""
+    calls = (line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line)
+    return [re.sub(r"[.\d]+$", "", line.split(" = ")[0].split("%")[-1]) for line in calls]
 
 
 def _vmem(custom_call: str) -> int:

@@ -46,14 +46,27 @@ def gates(
     i: Array, f: Array, state: tuple[Array, Array, Array], segment_ids: Array | None
 ) -> tuple[Array, Array, Array, tuple[Array, Array, Array]]:
     """Log decay g and log input gate w, both <= 0, m [B, T, HV] each; the state C, n to start from and the final m."""
-    c, n, m0 = state
+    m0 = state[2]
     i, log_f = i.astype(m0.dtype), jax.nn.log_sigmoid(f.astype(m0.dtype))
     before, m = stabilizer(*lax.stop_gradient((i, log_f, m0)), segment_ids)
-    final_m = m[:, -1]
-    if segment_ids is not None:  # a row of nothing but padding hands all three on
-        empty = ~jnp.any(segment_ids != 0, axis=1, keepdims=True)
-        final_m, m0 = jnp.where(empty, m0, final_m), jnp.where(empty, lax.stop_gradient(m0), m0)
-    return log_f + before - m, i - m, m, (*_in_units_of(c, n, m0), final_m)
+    return log_f + before - m, i - m, m, (*start(state, segment_ids), end(m0, m[:, -1], segment_ids))
+
+
+def start(state: tuple[Array, Array, Array], segment_ids: Array | None) -> tuple[Array, Array]:
+    """C and n to start from, which give the initial m its gradient."""
+    c, n, m0 = state
+    if segment_ids is not None:
+        m0 = jnp.where(_empty(segment_ids), lax.stop_gradient(m0), m0)
+    return _in_units_of(c, n, m0)
+
+
+def end(m0: Array, m: Array, segment_ids: Array | None) -> Array:
+    """The final m [B, HV]; a row of nothing but padding hands on the initial one."""
+    return m if segment_ids is None else jnp.where(_empty(segment_ids), m0, m)
+
+
+def _empty(segment_ids: Array) -> Array:
+    return ~jnp.any(segment_ids != 0, axis=1, keepdims=True)
 
 
 @jax.custom_vjp

@@ -1,11 +1,12 @@
-"""The mLSTM on the TPU: the gates of `mlstm.gates` in XLA, the rest is family A's kernel with a denominator."""
+"""The mLSTM on the TPU: family A's kernels with a stabiliser and a denominator."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from jaxlin.kernels import mlstm
+from jaxlin.kernels import chunk, mlstm
 from jaxlin.kernels.gated_linear_attention_tpu_op import attend, step
 
 
@@ -23,10 +24,15 @@ def pallas(
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     """`mlstm.chunked` as a TPU kernel: same arguments, same results; `chunk_size` changes nothing."""
     del chunk_size
-    g, w, m, (c, n, final_m) = mlstm.gates(i, f, initial_state, segment_ids)
     if q.shape[1] == 1:
+        g, w, m, (c, n, final_m) = mlstm.gates(i, f, initial_state, segment_ids)
         o, (c, n, denominator) = step(q, k, v, g, w, c, n, segment_ids, scale=scale)
         h = o / jnp.maximum(jnp.abs(denominator), jnp.exp(-m[:, 0]))[..., None]
         return h[:, None].astype(v.dtype), (c, n, final_m)
-    h, c, n = attend(q, k, v, g, w, m, c, n, segment_ids, scale=scale, denominator="max")
-    return h, (c, n, final_m)
+    i, f = chunk.mask_padding(segment_ids, i, f)
+    log_f, i = jax.nn.log_sigmoid(f.astype(jnp.float32)), i.astype(jnp.float32)
+    c, n = mlstm.start(initial_state, segment_ids)
+    m0 = initial_state[2]
+    m = lax.stop_gradient(m0)
+    h, c, n, m = attend(q, k, v, log_f, i, m, c, n, segment_ids, scale=scale, denominator="max")
+    return h, (c, n, mlstm.end(m0, m, segment_ids))

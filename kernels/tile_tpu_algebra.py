@@ -96,6 +96,9 @@ class Segments(NamedTuple):
     same: Array  # [128, 128] row i and token j
     enter: Array  # [128, 1]
     leave: Array  # [128, 1] of tokens: padding writes nothing
+    run: Array  # [128, 128] row i and row j, padding too
+    continues: Array  # [1, 128] the row's run began before the chunk
+    tokens: Array  # [1, 128] the row is a token
 
 
 def read_segments(ref: Any, masks: Masks) -> Segments | None:
@@ -104,7 +107,10 @@ def read_segments(ref: Any, masks: Masks) -> Segments | None:
         return None
     run, carry, valid = (ref[0, 0, i : i + 1, :] for i in range(3))
     run_i, token = to_column(run, masks), to_column(valid, masks) > 0
-    return Segments(token, (run_i == run) & (valid > 0), run_i == carry[:, :1], (run_i == run[:, -1:]) & token)
+    same = run_i == run
+    return Segments(
+        token, same & (valid > 0), run_i == carry[:, :1], (run_i == run[:, -1:]) & token, same, run == carry, valid > 0
+    )
 
 
 def to_column(row: Array, masks: Masks) -> Array:

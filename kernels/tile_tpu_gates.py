@@ -62,7 +62,7 @@ class HeadGate:
             self.enter = jnp.where(segments.enter, self.enter, 0.0)
             self.leave = jnp.where(segments.leave, self.leave, 0.0)
         last = [self.enter[(h + 1) * layout.chunk - 1 : (h + 1) * layout.chunk] for h in range(layout.pack)]
-        self.keep, self.keep_row = (_halves(last, shape) for shape in ((layout.key_lanes, 1), (1, layout.key_lanes)))
+        self.keep, self.keep_row = (halves(last, shape) for shape in ((layout.key_lanes, 1), (1, layout.key_lanes)))
 
     def scores(self, x: Array, k: Array) -> Array:
         """sum_k x_ik k_jk D_ij for j <= i, else 0."""
@@ -112,7 +112,7 @@ class HeadGate:
         return self._totals(self.keep_row * z * dz)
 
     def _totals(self, row: Array) -> Array:
-        return _halves([row_sum(x) for x in _split(row, self.layout)], (1, ROWS))
+        return halves([row_sum(x) for x in _split(row, self.layout)], (1, ROWS))
 
     def store(self, ref: Any, tile: Reader, pack: Any, dg: Array) -> None:
         write_row(ref, pack, dg)
@@ -230,7 +230,7 @@ def _split(row: Array, layout: Layout) -> list[Array]:
     return [jnp.where(left, row, 0.0), jnp.where(left, 0.0, row)]
 
 
-def _halves(values: list[Array], shape: tuple[int, int]) -> Array:
+def halves(values: list[Array], shape: tuple[int, int]) -> Array:
     """One value a head [1, 1], over that head's share of a row or a column of `shape`."""
     if len(values) == 1:
         return jnp.broadcast_to(values[0], shape)

@@ -163,8 +163,9 @@ def sum_value_heads(layout: Layout, heads: int, x: Array) -> Array:
 def to_rows(layout: Layout, x: Array) -> Array:
     """Per-token numbers [B, T, HV] -> [B, blocks, N, packs, 128] float32, zeros past the end."""
     n = layout
-    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, n.chunks * n.chunk - n.time), (0, n.heads_padded - n.heads)))
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, n.chunks * n.chunk - n.time), (0, 0)))
     x = x.reshape(n.batch, n.chunks, n.chunk, -1).swapaxes(2, 3)  # after this, whole rows move
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, n.heads_padded - n.heads), (0, 0)))
     return x.reshape(n.batch, n.chunks, n.blocks, n.packs, ROWS).swapaxes(1, 2)
 
 
@@ -233,6 +234,7 @@ def specs(layout: Layout, reverse: bool = False) -> dict[str, pl.BlockSpec]:
         segments=pl.BlockSpec((1, 1, SEGMENT_ROWS, ROWS), lambda b, h, i: (b, chunk_of(i), 0, 0)),
         state=pl.BlockSpec((1, n.packs * n.pack, n.key, n.value), lambda b, h, i: (b, h, 0, 0)),
         normalizer=pl.BlockSpec((1, 1, n.packs, n.key_lanes), lambda b, h, i: (b, h, 0, 0)),
+        row=pl.BlockSpec((1, 1, n.packs, ROWS), lambda b, h, i: (b, h, 0, 0)),
     )
 
 
@@ -249,7 +251,13 @@ def shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
         normalizers=jax.ShapeDtypeStruct((*grid, n.key_lanes), float32),
         state=jax.ShapeDtypeStruct((n.batch, n.heads, n.key, n.value), float32),
         normalizer=jax.ShapeDtypeStruct((n.batch, n.blocks, n.packs, n.key_lanes), float32),
+        row=jax.ShapeDtypeStruct((n.batch, n.blocks, n.packs, ROWS), float32),
     )
+
+
+def gate_scratch(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Room for the gates g and w and the stabiliser m of a chunk, shaped like a block of rows."""
+    return dict.fromkeys("gwm", (1, 1, 1, layout.packs, ROWS))
 
 
 def interpreted() -> bool:

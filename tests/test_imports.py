@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"train", "eval"},
-    {"trainer"},
+    {"trainer", "plan"},
     {"evaluation", "generate"},
     {"runs", "train_step"},
-    {"optimizer"},
+    {"optimizer", "placement"},
     {"distill", "calibrate"},
     {"layer_local"},
     {"data", "streams", "split", "sources", "checkpoint", "convert", "hf_files", "gguf_teacher", "student", "metrics"},

@@ -1,4 +1,4 @@
-"""The chunked ops over a pairwise cover of their settings: any two values of any two settings meet in some case.
+"""Chunked forms and TPU kernels over a pairwise cover of settings: any two values of any two meet in some case.
 
 Outputs and all gradients against the float64 definition, in float64 and in float32. The corners that have a name, and
 bfloat16, are in the tests of each op.
@@ -69,21 +69,37 @@ def blind_to_q(case: Case, normalize: bool) -> bool:
     return normalize and (case.strength == "strong" or (one_value and not case.state))
 
 
-def check(op: str, case: Case, normalize: bool = False) -> None:
+LIMITS = {jnp.float64: grid.FLOAT64, jnp.float32: grid.FLOAT32}
+
+
+def check(op: str, case: Case, normalize: bool = False, dtypes=tuple(LIMITS), implementation: str = "chunked") -> None:
     args, skip = grid.inputs(op, case, normalize), ("dq",) if blind_to_q(case, normalize) else ()
-    for dtype, limit in ((jnp.float64, grid.FLOAT64), (jnp.float32, grid.FLOAT32)):
-        grid.check(getattr(ops, op), args, dtype, skip=skip)
+    for dtype in dtypes:
+        grid.check(getattr(ops, op), args, dtype, skip=skip, implementation=implementation)
         if skip:
-            found = grid.outputs_and_gradients(getattr(ops, op), args, dtype, implementation="chunked")
-            assert np.abs(found["dq"]).max() <= limit * np.abs(found["dk"]).max()
+            found = grid.outputs_and_gradients(getattr(ops, op), args, dtype, implementation=implementation)
+            assert np.abs(found["dq"]).max() <= LIMITS[dtype] * np.abs(found["dk"]).max()
+
+
+def check_point(op: str, point: dict, **options) -> None:
+    """One case of the cover."""
+    point = dict(point)
+    heads, normalize = point.pop("heads"), point.pop("normalize", False)
+    check(op, Case(B=batch(point["segments"]), H=heads[0], HV=heads[1], **point), normalize, **options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op, point", [case for op in FIELDS for case in cases(op)])
 def test_pairwise(op, point):
-    point = dict(point)
-    heads, normalize = point.pop("heads"), point.pop("normalize", False)
-    check(op, Case(B=batch(point["segments"]), H=heads[0], HV=heads[1], **point), normalize)
+    check_point(op, point)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op, point", [case for op in FIELDS for case in cases(op)])
+def test_pairwise_tpu(op, point, monkeypatch):
+    """The same cover through the TPU kernels, interpreted."""
+    monkeypatch.setenv("JAXLIN_INTERPRET", "tpu")
+    check_point(op, point, dtypes=(jnp.float32,), implementation="pallas")
 
 
 @pytest.mark.slow

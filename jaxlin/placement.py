@@ -1,0 +1,61 @@
+"""Shapes and homes of what a training step takes and gives back: parameters, optimizer state, batches.
+
+Nothing here holds numbers: the trainer places what it makes by these, and a plan compiles a step from them alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from jaxlin import sharding
+from jaxlin.config import ModelConfig, StageConfig, UserError
+from jaxlin.student import abstract_params
+
+
+def parameters(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Any:
+    """A model's parameters, each split as its logical axes say."""
+    boxed = abstract_params(config)
+    return jax.tree.map(
+        lambda a, home: jax.ShapeDtypeStruct(a.shape, dtype, sharding=home),
+        nn.unbox(boxed),
+        sharding.param_shardings(boxed, mesh),
+    )
+
+
+def optimizer_state(optimizer: optax.GradientTransformation, trained: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The optimizer's state for placed parameters: moments live with their parameters, counters everywhere."""
+    return optax.tree.map_params(
+        optimizer,
+        lambda a, parameter: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parameter.sharding),
+        jax.eval_shape(optimizer.init, trained),
+        trained,
+        transform_non_params=lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
+    )
+
+
+def batch(stage: StageConfig, seq_len: int, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Tokens and segment ids of one optimizer step, [A, B, T]: A micro-batches, B split over devices."""
+    shape = (stage.accumulation, stage.batch_size // stage.accumulation, seq_len)
+    array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, 1))
+    return {"tokens": array, "segment_ids": array}
+
+
+def check_batches(stages: dict[int, StageConfig], mesh: jax.sharding.Mesh) -> None:
+    """Refuse batches that accumulation and the mesh do not divide."""
+    shards = sharding.batch_shards(mesh)
+    for n, stage in stages.items():
+        if stage.batch_size % (stage.accumulation * shards):
+            raise UserError(
+                f"--stage{n}.batch-size {stage.batch_size}: must be a multiple of accumulation x data x fsdp "
+                f"= {stage.accumulation * shards}"
+            )
+
+
+def homes(tree: Any) -> Any:
+    """The shardings of placed arrays, abstract or real."""
+    return jax.tree.map(lambda a: a.sharding, tree)
