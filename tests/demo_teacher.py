@@ -42,12 +42,15 @@ def essay(data: Path) -> list[str]:
 
 
 def both(folder: Path) -> tuple[Any, Teacher]:
-    """The demo teacher in transformers (float32, on a GPU where torch has one) and ours, with the same weights."""
+    """The demo teacher in transformers (float32, on a GPU where torch has one) and ours, with the same weights.
+
+    The tokenizer is exported too: without it transformers' model does not know the token that ends a text.
+    """
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from transformers import LlamaForCausalLM
 
     config, params, tokenizer = convert.load_teacher(require_demo(), dtype="float32")
-    convert.export_hf(params, config, folder)
+    convert.export_hf(params, config, folder, tokenizer=tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     return model, Teacher(config, params, tokenizer)
