@@ -40,7 +40,7 @@ pack() {
   n=3
   if [ "${1:-}" = --eval ]; then
     mkdir .carry/$n && download .carry/$n $EVAL_WHEELS
-    tar -chJf .carry/$n/data.tar.xz -C "$2" .
+    tar -chzf .carry/$n/data.tar.gz -C "$2" .
     n=$((n + 1)) && shift 2
   fi
   for file in "$@"; do
@@ -58,8 +58,8 @@ unpack() {
     fi
     find "$folder" -maxdepth 1 -type f ! -name '*.whl' -exec cp {} /tmp/carry/ \;
   done
-  if [ ! -d /tmp/carry/data ] && [ -f /tmp/carry/data.tar.xz ]; then
-    mkdir /tmp/carry/data && tar -xJf /tmp/carry/data.tar.xz -C /tmp/carry/data
+  if [ ! -d /tmp/carry/data ] && [ -f /tmp/carry/data.tar.gz ]; then
+    mkdir /tmp/carry/data && tar -xzf /tmp/carry/data.tar.gz -C /tmp/carry/data
   fi
   if [ ! -f /tmp/carry/demo.gguf ] && [ -f /tmp/carry/demo.gguf.part0 ] && [ -f /tmp/carry/demo.gguf.part1 ]; then
     cat /tmp/carry/demo.gguf.part? > /tmp/carry/demo.gguf
