@@ -34,7 +34,8 @@ class Settings:
     predict_only: tyro.conf.UseCounterAction[int] = 0
     """Keep what the models answer to the benchmarks, and do not score it."""
     out: str = ""
-    """Folder where the benchmarks' finished tasks are kept; by default the run folder's evaluation."""
+    """Folder where the benchmarks' finished tasks are kept; by default the run folder's evaluation, for a teacher
+    runs/teacher-NAME/evaluation."""
     batch_tokens: int | None = None
     """Padded tokens in a batch of the benchmarks; by default what suits the device."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
@@ -96,11 +97,18 @@ def benchmark(settings: Settings) -> dict:
     subject = open_subject(settings.run, settings.teacher, mesh=options.mesh)
     if options.chat and not subject.measured.tokenizer.chat_template:
         raise UserError(f"--chat: the tokenizer of {subject.config.teacher} has no chat template")
-    folder = Path(settings.out) if settings.out else subject.run and subject.run.folder / "evaluation"
     try:
-        return report.benchmark(subject, settings.suite, options, tasks=settings.tasks, folder=folder)
+        return report.benchmark(subject, settings.suite, options, tasks=settings.tasks, folder=kept_in(settings))
     finally:
         bars.close()
+
+
+def kept_in(settings: Settings) -> Path:
+    """Where finished tasks are kept."""
+    if settings.out:
+        return Path(settings.out)
+    run = settings.run or f"runs/teacher-{settings.teacher.strip('/').replace('/', '--')}"
+    return Path(run) / "evaluation"
 
 
 if __name__ == "__main__":

@@ -1,15 +1,31 @@
 #!/usr/bin/env bash
 # Run jaxlin on a GPU host that reaches no network and takes its files in pieces of at most 64 MiB.
 #
-# Here:   benchmarks/offline_host.sh pack [FILE...]     writes .carry/1, .carry/2, ... (ignored by git): the Python wheels
-#         that such hosts lack, the peers that benchmarks compare with, the demo teacher in two parts, then each FILE
-#         (prepared tokens: python -m jaxlin.data).
-# There:  source benchmarks/offline_host.sh unpack      after each piece arrived; installs the wheels, joins the parts
-#         under /tmp/carry, and sets PYTHONPATH and JAXLIN_DEMO_GGUF. Then any command of this repository, and
-#         kernel_tests [pytest's arguments]              the tests that need a GPU, without the CPU settings of conftest.py.
+# Here:   benchmarks/offline_host.sh pack [--eval DATA] [FILE...]     writes .carry/1, .carry/2, ... (ignored by git): the
+#         Python wheels that such hosts lack, the peers that benchmarks compare with, the demo teacher in two parts; with
+#         --eval the packages and the data of eval.py's benchmarks (DATA as in `eval.py --data DATA`, with nltk_data and
+#         ruler/haystack.txt); then each FILE (prepared tokens: python -m jaxlin.data).
+# There:  source benchmarks/offline_host.sh unpack      after each piece arrived; installs the wheels, joins the parts and
+#         unpacks the data (/tmp/carry/data) under /tmp/carry, and sets PYTHONPATH and JAXLIN_DEMO_GGUF. Then any command
+#         of this repository (`python3 eval.py --teacher demo --suite all --data /tmp/carry/data`), and
+#         kernel_tests [pytest's arguments]              the tests that need a GPU, without the CPU settings of conftest.py,
+#         parity_tests [pytest's arguments]              the demo teacher beside transformers on the same GPU.
 WHEELS="tyro==1.0.17 gguf==0.19.0 grain==0.2.18 array-record cloudpickle docstring-parser typeguard tensorboardX
   importlib_resources etils portpicker flash-linear-attention==0.6.0 fla-core==0.6.0 mlstm_kernels==2.0.6"
+EVAL_WHEELS="lm-eval==0.4.13 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 xxhash pandas python-dateutil six
+  sacrebleu portalocker tabulate colorama lxml jinja2 markupsafe wonderwords==3.0.1 nltk==3.10.4 defusedxml joblib
+  immutabledict langdetect==1.0.9"
 PLATFORMS="manylinux_2_28_x86_64 manylinux_2_24_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64"
+
+download() {  # FOLDER NAME...: wheels for the host's Python; of packages without one, which are pure Python, made here
+  folder=$1 && shift
+  for name in "$@"; do
+    python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+      $(printf -- '--platform %s ' $PLATFORMS) -d "$folder" "$name" 2> "$folder/error" ||
+      python3 -m pip wheel -q --no-deps -w "$folder" "$name" || { cat "$folder/error"; return 1; }
+  done
+  rm -f "$folder/error"
+}
 
 pack() {
   set -euo pipefail
@@ -17,14 +33,16 @@ pack() {
   exclude=$(git rev-parse --git-common-dir)/info/exclude
   mkdir -p "$(dirname "$exclude")"
   grep -qs '^/.carry/' "$exclude" || echo /.carry/ >> "$exclude"
-  for name in $WHEELS; do
-    python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
-      $(printf -- '--platform %s ' $PLATFORMS) -d .carry/1 "$name"
-  done
+  download .carry/1 $WHEELS
   gguf=$(python3 -c 'from jaxlin.gguf_teacher import demo_file; print(demo_file())')
   split -b 48m -d -a 1 "$gguf" .carry/demo.gguf.part
   mv .carry/demo.gguf.part0 .carry/1/ && mv .carry/demo.gguf.part1 .carry/2/
   n=3
+  if [ "${1:-}" = --eval ]; then
+    mkdir .carry/$n && download .carry/$n $EVAL_WHEELS
+    tar -chzf .carry/$n/data.tar.gz -C "$2" .
+    n=$((n + 1)) && shift 2
+  fi
   for file in "$@"; do
     mkdir .carry/$n && cp "$file" .carry/$n/ && n=$((n + 1))
   done
@@ -33,20 +51,35 @@ pack() {
 
 unpack() {
   mkdir -p /tmp/carry
-  for folder in .carry/*; do cp -r "$folder"/. /tmp/carry/; done
-  if [ ! -d /tmp/carry/site ] && ls /tmp/carry/*.whl > /dev/null 2>&1; then
-    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/carry/site /tmp/carry/*.whl
+  for folder in .carry/*; do
+    site=/tmp/carry/site-${folder#.carry/}
+    if [ ! -d "$site" ] && ls "$folder"/*.whl > /dev/null 2>&1; then
+      python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$folder"/*.whl
+    fi
+    find "$folder" -maxdepth 1 -type f ! -name '*.whl' -exec cp {} /tmp/carry/ \;
+  done
+  if [ ! -d /tmp/carry/data ] && [ -f /tmp/carry/data.tar.gz ]; then
+    mkdir /tmp/carry/data && tar -xzf /tmp/carry/data.tar.gz -C /tmp/carry/data
   fi
   if [ ! -f /tmp/carry/demo.gguf ] && [ -f /tmp/carry/demo.gguf.part0 ] && [ -f /tmp/carry/demo.gguf.part1 ]; then
     cat /tmp/carry/demo.gguf.part? > /tmp/carry/demo.gguf
   fi
-  export PYTHONPATH=/tmp/carry/site:$PWD JAXLIN_DEMO_GGUF=/tmp/carry/demo.gguf PYTHONUNBUFFERED=1
+  sites=$(printf '%s:' /tmp/carry/site-*)
+  export PYTHONPATH=$sites$PWD JAXLIN_DEMO_GGUF=/tmp/carry/demo.gguf PYTHONUNBUFFERED=1
+  export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+}
+
+gpu_tests() {
+  JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false python3 -m pytest --noconftest -o addopts= \
+    -o filterwarnings=default -p no:cacheprovider -q "$@"
 }
 
 kernel_tests() {
-  JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false python3 -m pytest --noconftest -o addopts= \
-    -o filterwarnings=default -p no:cacheprovider -q -m gpu "$@" \
-    tests/test_gated_linear_attention_gpu.py tests/test_gated_delta_rule_gpu.py
+  gpu_tests -m gpu "$@" tests/test_gated_linear_attention_gpu.py tests/test_gated_delta_rule_gpu.py
+}
+
+parity_tests() {
+  JAXLIN_DATA=/tmp/carry/data gpu_tests -s "$@" tests/test_harness_parity.py tests/test_needle_parity.py
 }
 
 "$@"

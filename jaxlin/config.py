@@ -421,7 +421,7 @@ def parse(cls: type[T], args: Sequence[str] | None = None, *, default: T | None 
 
 
 def run_main(main: Callable[[], Any]) -> None:
-    """Call `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    """Call `main`; a `UserError`, or too little memory, becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
@@ -430,3 +430,8 @@ def run_main(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:  # JAX's own error is one, and is not imported here
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)

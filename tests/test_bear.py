@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +19,7 @@ from jaxlin.evaluation.scoring import loglikelihoods
 from jaxlin.evaluation.task import Options
 from jaxlin.runs import Teacher
 from jaxlin.student import abstract_params
+from tests import demo_teacher
 from tests.models import TEACHER, logits
 
 TOKENIZER = convert.byte_tokenizer()
@@ -163,28 +162,18 @@ def test_fetched_once(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_equal_to_lm_pub_quiz(tmp_path):
     """Every score of the demo teacher on three relations' first subjects, within 1e-3 relative; the same accuracy."""
-    pytest.importorskip("torch", reason="torch is not installed")
     quiz = pytest.importorskip("lm_pub_quiz", reason="lm-pub-quiz is not installed")
-    data = os.environ.get("JAXLIN_DATA")
-    if not data:
-        pytest.skip("JAXLIN_DATA: no BEAR")
-    from transformers import AutoModelForCausalLM
-
-    config, params, tokenizer = convert.load_teacher("demo", dtype="float32")
-    convert.export_hf(params, config, tmp_path)
-    evaluator = quiz.Evaluator.from_model(
-        AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32"), model_type="CLM", tokenizer=tokenizer
-    )
-    folder = Path(data) / "eval" / "bear" / "BEAR"
+    folder = demo_teacher.require_data() / "eval" / "bear" / "BEAR"
+    theirs, model = demo_teacher.both(tmp_path)
+    evaluator = quiz.Evaluator.from_model(theirs, model_type="CLM", tokenizer=model.tokenizer)
     codes = ("P105", "P412", "P403")
     dataset = quiz.Dataset.from_path(folder)
-    model = Teacher(config, params, tokenizer)
     for relation in bear.load(folder, 4):
         if relation.code not in codes:
             continue
         subset = dataset[relation.code].filter_subset(range(4), keep_answer_space=True)
         expected = evaluator.evaluate_relation(subset, batch_size=8, metric="accuracy")
         table = expected.instance_table
-        found = scores(relation, tokenizer, lambda pairs: loglikelihoods(model, pairs))
+        found = scores(relation, model.tokenizer, lambda pairs: loglikelihoods(model, pairs))
         np.testing.assert_allclose(found, np.array(table["pll_scores"].tolist()).reshape(found.shape), rtol=1e-3)
         assert hits(relation, found).mean() == pytest.approx(expected.metric_values["accuracy"])

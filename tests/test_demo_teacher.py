@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 import zipfile
 from functools import partial
@@ -18,6 +17,7 @@ from jaxlin.config import UserError
 from jaxlin.convert import export_hf, load_teacher, load_tokenizer
 from jaxlin.gguf_teacher import demo_file
 from jaxlin.model import LanguageModel
+from tests import demo_teacher
 from tests.goldens.make_llama_goldens import run
 from tests.tiny_llama import assert_same, hf_tensors
 
@@ -120,11 +120,7 @@ def test_demo_cache_cannot_be_written(small_demo, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def demo():
-    """The demo teacher's file; not fetched for a test."""
-    cache = Path(os.environ.get("JAXLIN_CACHE") or "~/.cache/jaxlin").expanduser()
-    if not os.environ.get("JAXLIN_DEMO_GGUF") and not (cache / Path(gguf_teacher.DEMO_MEMBER).name).is_file():
-        pytest.skip("the demo teacher is not in the cache: set JAXLIN_DEMO_GGUF")
-    return str(demo_file())
+    return demo_teacher.require_demo()
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +136,7 @@ def test_demo_tokenizer_golden(demo_tokenizer):
 
 def test_demo_tokenizer_is_the_reference(demo_tokenizer):
     """Equal to the corrected tokenizer.json on a few hundred kB of text, and in its special tokens."""
-    if not (data := os.environ.get("JAXLIN_DATA")):
-        pytest.skip("JAXLIN_DATA is not set: no reference tokenizer")
-    reference = load_tokenizer(str(Path(data) / "teacher"))
+    reference = load_tokenizer(str(demo_teacher.require_data() / "teacher"))
     assert demo_tokenizer.get_vocab() == reference.get_vocab()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"):
         assert getattr(demo_tokenizer, name) == getattr(reference, name), name

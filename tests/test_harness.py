@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from lm_eval.api.registry import get_model
 
 import eval as eval_script
 from jaxlin import convert
-from jaxlin.config import RunConfig, UserError
+from jaxlin.config import RunConfig, UserError, run_main
 from jaxlin.evaluation import benchmarks, report, suite
 from jaxlin.evaluation.harness import JaxLM
 from jaxlin.evaluation.scoring import continuations, loglikelihoods
@@ -343,3 +344,29 @@ def test_bars():
 def test_failures_in_one_line():
     assert report.failure({"a": "no data"}) == "no data"
     assert report.failure({"a": "x", "b": "x", "c": "y"}) == "a, b: x; c: y"
+    assert report.failure({"a": "no folder a in it", "b": "no folder b in it"}) == "no folder a, b in it"
+    assert report.failure({"a": "d/a: bad", "b": "d/b: bad"}) == "a: d/a: bad; b: d/b: bad"
+
+
+def test_out_of_memory_outside_batches(capsys):
+    """A model that does not fit is one line, too; other errors of JAX are shown whole."""
+
+    def load(why):
+        raise jax.errors.JaxRuntimeError(why)
+
+    with pytest.raises(SystemExit, match="2"):
+        run_main(lambda: load("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\nBuffers:"))
+    assert capsys.readouterr().err == ("error: out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.\n")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        run_main(lambda: load("INTERNAL: other"))
+
+
+def test_where_results_are_kept():
+    kept_in = {
+        Path("runs/x/evaluation"): dict(run="runs/x"),
+        Path("runs/teacher-demo/evaluation"): dict(teacher="demo"),
+        Path("runs/teacher-org--name/evaluation"): dict(teacher="org/name"),
+        Path("there"): dict(teacher="demo", out="there"),
+    }
+    for folder, settings in kept_in.items():
+        assert eval_script.kept_in(eval_script.Settings(**settings)) == folder

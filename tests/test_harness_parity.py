@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +11,13 @@ import pytest
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.evaluator import evaluate
 
-from jaxlin import convert, gguf_teacher
 from jaxlin.evaluation import benchmarks
 from jaxlin.evaluation.harness import JaxLM
 from jaxlin.evaluation.task import Options, data_folder, read_jsonl
-from jaxlin.runs import Teacher
+from tests import demo_teacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 TASKS = ("lambada_openai", "piqa", "arc_easy", "hellaswag")
@@ -29,28 +27,21 @@ PROMPTS = 64
 
 @pytest.fixture(scope="module")
 def data():
-    if not (folder := os.environ.get("JAXLIN_DATA")):
-        pytest.skip("JAXLIN_DATA is not set: no benchmark files")
-    return Options(data=Path(folder), limit=EXAMPLES)
+    return Options(data=demo_teacher.require_data(), limit=EXAMPLES)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """(theirs, ours) of the demo teacher."""
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    hflm = pytest.importorskip("lm_eval.models.huggingface", reason="the harness's hf model needs accelerate")
-    from transformers import LlamaForCausalLM
-
-    cache = Path(os.environ.get("JAXLIN_CACHE") or "~/.cache/jaxlin").expanduser()
-    if not os.environ.get("JAXLIN_DEMO_GGUF") and not (cache / Path(gguf_teacher.DEMO_MEMBER).name).is_file():
-        pytest.skip("the demo teacher is not in the cache: set JAXLIN_DEMO_GGUF")
-    config, params, tokenizer = convert.load_teacher("demo", dtype="float32")
-    folder = tmp_path_factory.mktemp("hf")
-    convert.export_hf(params, config, folder)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    theirs = hflm.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=32, device="cpu", max_length=2048)
-    ours = JaxLM(model=Teacher(replace(config, dtype="float32"), params, tokenizer), max_length=2048)
-    return theirs, ours
+    hflm = pytest.importorskip("lm_eval.models.huggingface", reason="the harness's hf model needs torch, accelerate")
+    model, teacher = demo_teacher.both(tmp_path_factory.mktemp("hf"))
+    size = 32 if model.device.type == "cpu" else 64
+    theirs = hflm.HFLM(
+        pretrained=model, tokenizer=teacher.tokenizer, batch_size=size, device=str(model.device), max_length=2048
+    )
+    if (folder := demo_teacher.parity_cache()) is not None:
+        theirs = CachingLM(theirs, str(folder / "harness.db"))
+    return theirs, JaxLM(model=teacher, max_length=2048)
 
 
 @functools.cache
@@ -68,7 +59,7 @@ def test_greedy_continuations(models, data):
     prompts = [f"Question: {q['question']}\nAnswer:" for q in questions] + [s["text"] for s in stories]
     settings = {"until": ["Question:"], "max_gen_toks": 48, "do_sample": False}
     requests = [Instance("generate_until", {}, (prompt, settings), i) for i, prompt in enumerate(prompts)]
-    theirs, ours = (lm.generate_until(requests, disable_tqdm=True) for lm in models)
+    theirs, ours = (lm.generate_until(requests) for lm in models)
     same = sum(a == b for a, b in zip(theirs, ours, strict=True))
     print(f"\n{same} of {len(prompts)} greedy continuations are identical")
     assert same >= 0.95 * len(prompts)

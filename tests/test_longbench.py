@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +13,7 @@ from jaxlin.config import UserError
 from jaxlin.evaluation import longbench, records
 from jaxlin.evaluation.longbench import SUBSETS, classification, f1
 from jaxlin.evaluation.task import Options, read_jsonl
+from tests import demo_teacher
 
 TOKENIZER = convert.byte_tokenizer()
 
@@ -131,11 +130,9 @@ def test_prompts_are_longbenchs():
 
     The sample was cut out of those prompts, and TriviaQA's contexts lost the line break that they end with.
     """
-    data = os.environ.get("JAXLIN_DATA")
-    if not data:
-        pytest.skip("JAXLIN_DATA: no LongBench prompts")
+    data = demo_teacher.require_data()
     for name, subset in SUBSETS.items():
-        path = Path(data) / "eval" / "longbench_mini" / f"{name}.jsonl"
+        path = data / "eval" / "longbench_mini" / f"{name}.jsonl"
         stored = [row["prompt"].replace("\n\n\nPassage:", "\n\nPassage:") for row in read_jsonl(path)]
         prompts = [subset.prompt(question) for question in longbench.load(name, path)]
         assert [prompt.replace("asconcisely", "as concisely") for prompt in prompts] == stored

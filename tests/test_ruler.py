@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +12,8 @@ from jaxlin import convert
 from jaxlin.config import UserError
 from jaxlin.evaluation import haystack, ruler
 from jaxlin.evaluation.punkt import require_punkt
-from jaxlin.evaluation.scoring import continuations
-from jaxlin.evaluation.task import Options, read_jsonl
-from jaxlin.runs import Teacher
+from jaxlin.evaluation.task import Options
+from tests import demo_teacher
 from tests.goldens import make_ruler_goldens as goldens
 
 TOKENIZER = convert.byte_tokenizer()
@@ -46,16 +43,13 @@ def test_prompts_with_real_words_and_text():
     pytest.importorskip("wonderwords", reason="wonderwords is not installed")
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     pytest.importorskip("nltk", reason="nltk is not installed")
-    data = os.environ.get("JAXLIN_DATA")
-    if not data:
-        pytest.skip("JAXLIN_DATA: no tokenizer and no text")
-    require_punkt(Path(data))
+    data = demo_teacher.require_data()
+    require_punkt(data)
     from transformers import PreTrainedTokenizerFast
 
     prepare = pytest.importorskip("lm_eval.tasks.ruler.prepare_niah", reason="RULER's requirements are not installed")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{data}/teacher/tokenizer.json")
-    stories = read_jsonl(Path(f"{data}/eval/longbench_mini/narrativeqa.jsonl"))
-    essay = haystack.split_words(" ".join(row["context"] for row in stories))
+    essay = demo_teacher.essay(data)
     keys = haystack.word_pairs()
     assert len(keys) == len(prepare.WORDS)
     assert all(keys[i] == prepare.WORDS[i] for i in random.Random(0).sample(range(len(keys)), 2000))
@@ -165,28 +159,3 @@ def test_reading_haystacks(tmp_path):
         haystack.read_haystack(path)
     with pytest.raises(UserError, match="cannot be read"):
         haystack.read_haystack(tmp_path / "missing.txt")
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_needles_are_found_as_transformers_does(tmp_path):
-    """The demo teacher's greedy answers beside `generate` of transformers, token by token."""
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    if not os.environ.get("JAXLIN_DATA"):
-        pytest.skip("JAXLIN_DATA: the demo teacher is only compared where there is data")
-    from transformers import AutoModelForCausalLM
-
-    config, params, tokenizer = convert.load_teacher("demo", dtype="float32")
-    convert.export_hf(params, config, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
-    questions = ruler.samples(ruler.VARIANTS["niah_single_1"], tokenizer, 512, 4, keys=goldens.KEYS)
-    prompts, stop = [question.tokens for question in questions], tokenizer.eos_token_id
-    found = continuations(Teacher(config, params, tokenizer), prompts, 24, stop_ids=(stop,))
-    for question, prompt, answer in zip(questions, prompts, found, strict=True):
-        whole = model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=24, do_sample=False, eos_token_id=stop, pad_token_id=stop,
-        )[0].tolist()  # fmt: skip
-        expected = whole[len(prompt) :]
-        assert answer == (expected[:-1] if expected[-1] == stop else expected)
-        assert question.answered(tokenizer.decode(answer))

@@ -200,9 +200,12 @@ def test_out_of_memory(capsys):
         scoring._in_batches([60], Budget(64), 1, broken, None)
 
 
-def test_padded_lengths():
+def test_padded_lengths(monkeypatch):
     found = sorted({padded_length(n) for n in range(1, 4097)})
     assert found == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
+    assert all(n <= padded_length(n) < max(2 * n, 17) for n in range(1, 4097))
+    monkeypatch.setattr(scoring, "HALF_STEPS", {})  # as on an accelerator
+    assert sorted({padded_length(n) for n in range(1, 1025)}) == [16, 32, 64, 128, 256, 384, 512, 768, 1024]
     assert all(n <= padded_length(n) < max(2 * n, 17) for n in range(1, 4097))
 
 

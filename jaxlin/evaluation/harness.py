@@ -134,16 +134,17 @@ class JaxLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The greedy continuation of each request, up to the first of its stop strings, which is left out."""
+        arguments: list[tuple[Any, ...]] = [request.args for request in requests]
         groups: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        for i, (_, settings) in enumerate(arguments):
+            groups.setdefault(json.dumps(settings, sort_keys=True), []).append(i)
         results = [""] * len(requests)
         progress = self._progress("answering", len(requests), disable_tqdm)
         for key, members in groups.items():
-            texts = self._generate([requests[i].args[0] for i in members], json.loads(key), progress)
+            texts = self._generate([arguments[i][0] for i in members], json.loads(key), progress)
             for i, text in zip(members, texts, strict=True):
                 results[i] = text
-                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                self.cache_hook.add_partial("generate_until", arguments[i], text)
         return results
 
     def _generate(self, contexts: list[str], settings: dict[str, Any], progress: Progress) -> list[str]:

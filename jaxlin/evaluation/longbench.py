@@ -200,11 +200,7 @@ def measure(name: str, model: Teacher, options: Options) -> Result:
 def _file(name: str, options: Options) -> Path | None:
     if options.data is None:
         return None
-    try:
-        folder = data_folder(options, "longbench")
-    except UserError:
-        folder = data_folder(options, MINI)
-    return folder / f"{name}.jsonl"
+    return data_folder(options, "longbench", MINI) / f"{name}.jsonl"
 
 
 def fingerprint(name: str, options: Options) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 
 from jaxlin.config import UserError
@@ -22,7 +24,9 @@ def require_punkt(data: Path | None) -> None:
     try:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError:
-        if not nltk.download("punkt_tab", quiet=True):
+        with contextlib.redirect_stderr(io.StringIO()):  # its errors are four lines
+            found = nltk.download("punkt_tab", quiet=True)
+        if not found:
             raise UserError(
                 "nltk's punkt_tab is missing: put it in DIR/nltk_data of --data DIR, "
                 "or run python -m nltk.downloader punkt_tab"

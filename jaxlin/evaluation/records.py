@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,20 @@ def from_hub(name: str, config: str | None, split: str) -> list[dict[str, Any]]:
     import datasets
 
     try:
-        return [dict(row) for row in datasets.load_dataset(name, config, split=split)]
+        with quiet_hub():
+            return [dict(row) for row in datasets.load_dataset(name, config, split=split)]
     except Exception as error:  # the hub's clients raise many kinds
         reason = str(error).partition("\n")[0]
         raise UserError(f"{name}: not to be had from the hub ({reason}); give local files by --data DIR") from error
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without the lines about each attempt to reach the hub: what cannot be had is said once."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,16 @@ def benchmark(
 
 
 def failure(failed: Mapping[str, str]) -> str:
-    """What failed, in one line; tasks that failed for the same reason together."""
+    """What failed, in one line; tasks that failed for one reason, or one that differs in their names only, together."""
     reasons: dict[str, list[str]] = {}
     for task, why in failed.items():
-        reasons.setdefault(why, []).append(task)
-    return "; ".join(why if len(reasons) == 1 else f"{', '.join(names)}: {why}" for why, names in reasons.items())
+        pattern, times = re.subn(rf"(?<![\w/.-]){re.escape(task)}(?![\w/.-])", "\0", why)
+        reasons.setdefault(pattern if times == 1 else why, []).append(task)
+    lines = []
+    for why, tasks in reasons.items():
+        names = ", ".join(tasks)
+        lines.append(why.replace("\0", names) if "\0" in why or len(reasons) == 1 else f"{names}: {why}")
+    return "; ".join(lines)
 
 
 def _what(subject: Subject, name: str) -> dict[str, Any]:

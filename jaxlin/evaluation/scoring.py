@@ -24,6 +24,8 @@ from jaxlin.runs import Teacher
 from jaxlin.sharding import batch_sharding, batch_shards, kernel_mesh
 
 SHORTEST = 16  # tokens; every padded length is a multiple of it
+HALF_STEPS = {"cpu": 48}  # the shortest padded length that is no power of two, by platform
+ACCELERATOR_HALF_STEPS = 384  # below, a program more takes longer to compile than it saves
 BATCH_TOKENS = {"cpu": 2048}  # padded tokens in a batch, by platform
 ACCELERATOR_TOKENS = 32_768
 HEAD_TOKENS = 1024  # positions whose logits exist at one time, about 200 MB of float32 for a vocabulary of 50,000
@@ -170,12 +172,15 @@ def continuations(
 
 
 def padded_length(length: int) -> int:
-    """The next of 16, 32, 48, 64, 96, 128, 192, 256, ...: two lengths an octave, so at most half is padding."""
+    """The next of 16, 32, 48, 64, 96, 128, 192, 256, ...: two lengths an octave, so at most half is padding.
+
+    On accelerators one an octave up to 256: the programs of short sequences take longer to compile than to run.
+    """
     power = SHORTEST
     while power < length:
         power *= 2
-    shorter = power * 3 // 4
-    return shorter if power > 2 * SHORTEST and length <= shorter else power
+    shorter, least = power * 3 // 4, HALF_STEPS.get(jax.default_backend(), ACCELERATOR_HALF_STEPS)
+    return shorter if shorter >= least and length <= shorter else power
 
 
 def _in_batches(

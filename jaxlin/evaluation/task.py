@@ -85,13 +85,14 @@ class Task:
     called before a model is loaded."""
 
 
-def data_folder(options: Options, name: str) -> Path:
-    """The folder `name` of --data, or of its folder eval. Raises UserError where there is none."""
+def data_folder(options: Options, *names: str) -> Path:
+    """The first folder of `names` in --data, or in its folder eval. Raises UserError where there is none."""
     assert options.data is not None
-    for folder in (options.data / name, options.data / "eval" / name):
-        if folder.is_dir():
-            return folder
-    raise UserError(f"--data {options.data}: no folder {name} in it, nor in its folder eval")
+    for name in names:
+        for folder in (options.data / name, options.data / "eval" / name):
+            if folder.is_dir():
+                return folder
+    raise UserError(f"--data {options.data}: no folder {' or '.join(names)} in it, nor in its folder eval")
 
 
 def read_jsonl(path: Path, fields: Iterable[str] = ()) -> list[dict[str, Any]]:
