@@ -66,6 +66,17 @@ STEPS: dict[str, tuple] = {
     "B none, in parts": (B, replace(BASE, gate="none", T=4096, B=1)),
     "B scalar, in parts, packed": (B, replace(BASE, gate="scalar", T=4096, B=1, segments="packed")),
     "B scalar, 128": (B, replace(BASE, gate="scalar", K=128, V=128)),
+    "KDA, one chunk": (B, replace(ONE, gate="channel")),
+    "KDA": (B, replace(BASE, gate="channel")),
+    "KDA, mixed gates": (B, replace(BASE, gate="channel", strength="mixed")),
+    "KDA, strong gates": (B, replace(BASE, gate="channel", strength="strong")),
+    "KDA, weak gates": (B, replace(BASE, gate="channel", strength="weak")),
+    "KDA, correlated": (B, replace(BASE, gate="channel", corr=0.9, beta=1.0)),
+    "KDA, HV = 2H, ragged, state": (B, replace(BASE, gate="channel", HV=6, T=301, state=True)),
+    "KDA, gaps, state": (B, replace(BASE, gate="channel", segments="gaps", state=True)),
+    "KDA, long": (B, replace(BASE, gate="channel", T=4096, B=1, segments="packed")),
+    "KDA, V = 128": (B, replace(BASE, gate="channel", V=128)),
+    "KDA, 128": (B, replace(BASE, gate="channel", K=128, V=128)),
 }
 
 

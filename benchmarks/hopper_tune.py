@@ -36,6 +36,8 @@ VARIANTS: dict[str, tuple] = {
     "B backward 3 stages": ("gated_delta_rule_gpu_bwd", "STAGES", 3),
     "GLA forward 1 stage": ("gated_linear_attention_gpu_channel_fwd", "STAGES", {64: 1, 128: 1}),
     "GLA backward 2 stages": ("gated_linear_attention_gpu_channel_bwd", "STAGES", 2),
+    "KDA forward 2 stages": ("gated_delta_rule_gpu_channel_fwd", "STAGES", 2),
+    "KDA backward 2 stages": ("gated_delta_rule_gpu_channel_bwd", "STAGES", 2),
     "no automatic barriers": ("options", "unsafe_no_auto_barriers", True),
 }
 PROGRAMS = {
@@ -45,6 +47,7 @@ PROGRAMS = {
     "GLA": "GLA",
     "DeltaNet": "B",
     "Gated DeltaNet": "B",
+    "KDA": "KDA",
 }
 """Each with what the names of its variants begin with."""
 
@@ -138,6 +141,7 @@ def program(name: str, shape: tuple[int, int, int, int]) -> tuple:
         "GLA": (lambda q, k, v, g: a(q, k, v, g, scale=scale)[0], (q, k, v, channels)),
         "DeltaNet": (lambda q, k, v, w: delta(q, k, v, w, None, scale=scale)[0], (q, k, v, beta)),
         "Gated DeltaNet": (lambda q, k, v, w, g: delta(q, k, v, w, g, scale=scale)[0], (q, k, v, beta, gate)),
+        "KDA": (lambda q, k, v, w, g: delta(q, k, v, w, g, scale=scale)[0], (q, k, v, beta, channels)),
     }[name]
 
 

@@ -1,4 +1,4 @@
-"""Family A forward on Hopper, a gate per channel (GLA): one warpgroup walks the chunks of a (batch, value head, 64 values).
+"""Family A forward on Hopper, a gate per channel (GLA): one warpgroup has a (batch, value head, 64 values), in chunks.
 
     P_ij = scale sum_k q_ik k_jk e^{b_ik - b_jk}, i >= j ;  o = scale (e^b q) S + P V
     S' = e^{b_C} S + (e^{b_C - b} k)^T V
@@ -48,7 +48,7 @@ def forward(
         k=gpu.tile(stages, CHUNK, key_dim),
         v=gpu.tile(stages, CHUNK, BLOCK),
         g=gpu.float_tile(stages, CHUNK, key_dim),
-        **channel.pieces(key_dim),
+        **channel.pieces("high", "low", key_dim=key_dim),
         decayed=gpu.tile(CHUNK, CHUNK),
         total=gpu.vector(CHUNK),
         barrier=gpu.barrier(4 + form.segments, min(stages, chunks)),

@@ -70,7 +70,7 @@ def pallas(
     return o, (s, z) if normalize else s
 
 
-def check(q: Array, k: Array, v: Array, g: Array | None = None) -> None:
+def check(q: Array, k: Array, v: Array) -> None:
     """Raise NotImplementedError, with the reason, for inputs that these kernels do not take."""
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
         raise NotImplementedError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; the GPU kernels take bfloat16")
@@ -79,8 +79,6 @@ def check(q: Array, k: Array, v: Array, g: Array | None = None) -> None:
             f"head sizes of keys and values are {q.shape[-1]} and {v.shape[-1]}; the GPU kernels take up to"
             f" {LARGEST_KEY} and {LARGEST_VALUE}"
         )
-    if g is not None and g.ndim == 4:
-        raise NotImplementedError("gates are per channel; the GPU kernels take gates per head")
 
 
 class Gates(NamedTuple):

@@ -61,6 +61,12 @@ def put_pieces(x: Array, high: gpu.Ref, low: gpu.Ref) -> None:
     gpu.put(low, x - rounded.astype(jnp.float32))
 
 
+def dot_pieces(x: Array, b: gpu.Ref, acc: Array | None = None) -> Array:
+    """acc + x @ b with a float32 tile x, to 16 bits: two products."""
+    high = x.astype(jnp.bfloat16)
+    return dot((x - high.astype(jnp.float32)).astype(jnp.bfloat16), b, dot(high, b, acc))
+
+
 # ---- sums over rows ----
 
 
@@ -151,9 +157,9 @@ def diagonal(product: Array) -> Array:
 # ---- programs ----
 
 
-def pieces(key_dim: int) -> dict:
-    """Shared memory for g in two pieces, 64 channels each."""
-    return {f"{name}{c}": gpu.tile(CHUNK, CHUNK) for name in ("high", "low") for c in range(key_dim // CHUNK)}
+def pieces(*names: str, key_dim: int) -> dict:
+    """Shared memory for tiles of 64 channels each: name0, name1."""
+    return {f"{name}{c}": gpu.tile(CHUNK, CHUNK) for name in names for c in range(key_dim // CHUNK)}
 
 
 def key_rows(c: int) -> Any:

@@ -35,6 +35,13 @@ def run(case: Case):
         pytest.param(replace(BASE, gate="scalar", corr=1.0, beta=2.0, segments="packed", HV=2), marks=slow),
         pytest.param(replace(BASE, gate="scalar", K=128, V=128), marks=slow),
         replace(BASE, T=7, K=16, V=24, gate="none", corr=0.9, beta=0.0, state=False),
+        replace(BASE, gate="channel", strength="mixed", segments="gaps", B=2, HV=2),
+        replace(BASE, gate="channel", T=7, K=16, V=24, corr=0.9, beta=0.0, state=False),
+        pytest.param(replace(BASE, gate="channel", strength="strong"), marks=slow),
+        pytest.param(replace(BASE, gate="channel", strength="weak"), marks=slow),
+        pytest.param(replace(BASE, gate="channel", corr=1.0, beta=2.0, segments="packed", HV=2), marks=slow),
+        pytest.param(replace(BASE, gate="channel", strength="zero", segments="single"), marks=slow),
+        pytest.param(replace(BASE, gate="channel", K=128, V=128, segments="middle"), marks=slow),
     ],
     ids=str,
 )
@@ -50,14 +57,15 @@ def test_interpreted_in_parts(case, interpreted, monkeypatch):
 
 
 @slow
-def test_padding_may_hold_anything(interpreted):
-    hopper.check_padding("gated_delta_rule", replace(BASE, segments="gaps", B=2), "q k v beta g")
+@pytest.mark.parametrize("gate", ("scalar", "channel"))
+def test_padding_may_hold_anything(gate, interpreted):
+    hopper.check_padding("gated_delta_rule", replace(BASE, gate=gate, segments="gaps", B=2), "q k v beta g")
 
 
 @pytest.mark.parametrize("segments", (False, True))
-@pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("gate", ("none", "scalar", "channel"))
 @pytest.mark.parametrize("size", (64, 128))
-def test_lowers_for_cuda(size, gated, segments, monkeypatch):
+def test_lowers_for_cuda(size, gate, segments, monkeypatch):
     hopper.pretend(monkeypatch)
     q, v = (jax.ShapeDtypeStruct((2, 256, heads, size), jnp.bfloat16) for heads in (2, 4))
     beta = jax.ShapeDtypeStruct((2, 256, 4), jnp.float32)
@@ -70,7 +78,8 @@ def test_lowers_for_cuda(size, gated, segments, monkeypatch):
     def s0(args):
         return jnp.zeros((2, 4, size, size)) + args[3][0, 0, 0]
 
-    args = (q, q, v, beta, beta if gated else None)
+    g = {"none": None, "scalar": beta, "channel": jax.ShapeDtypeStruct((2, 256, 4, size), jnp.float32)}[gate]
+    args = (q, q, v, beta, g)
     assert kernels_of(loss, args, ids) == 1
     assert kernels_of(jax.grad(loss), args, ids) == 2
 
@@ -92,7 +101,7 @@ def test_lowers_for_cuda(size, gated, segments, monkeypatch):
     ),
     ids=str,
 )
-@pytest.mark.parametrize("gate", ("none", "scalar"))
+@pytest.mark.parametrize("gate", ("none", "scalar", "channel"))
 def test_grid(case, gate):
     run(replace(case, gate=gate))
 
@@ -110,18 +119,19 @@ def test_parts_lower_for_cuda(size, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gate", ("none", "scalar"))
+@pytest.mark.parametrize("gate", ("none", "scalar", "channel"))
 @pytest.mark.parametrize("size", (64, 128))
 def test_grid_in_parts(size, gate):
     run(replace(BASE, T=4096, K=size, V=size, HV=2, segments="packed", gate=gate))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gate", ("none", "scalar"))
+@pytest.mark.parametrize("gate", ("none", "scalar", "channel"))
 def test_reruns_are_bit_equal(gate):
     hopper.check_reruns("gated_delta_rule", replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate=gate))
 
 
 @pytest.mark.gpu
-def test_padding_may_hold_anything_on_the_gpu():
-    hopper.check_padding("gated_delta_rule", replace(BASE, segments="gaps", B=2), "q k v beta g")
+@pytest.mark.parametrize("gate", ("scalar", "channel"))
+def test_padding_may_hold_anything_on_the_gpu(gate):
+    hopper.check_padding("gated_delta_rule", replace(BASE, gate=gate, segments="gaps", B=2), "q k v beta g")

@@ -1,0 +1,225 @@
+"""Family B backward on Hopper, a gate per channel (KDA): one warpgroup walks the chunks in reverse, dS in registers.
+
+S, T - I and P come from the forward pass in bfloat16. First what the values go through, for all channels,
+
+    Z = V - (e^b k) S ;  U = T (beta Z) ;  dU = P^T do + (e^{b_C - b} k) dS' ;  Y = T^T dU ;  dV = beta Y
+    W_P = scale do U^T ;  W_L = -Y U^T       (below the diagonal; on it W_P alone: dq += W_ii k_i, dk += W_ii q_i)
+
+then what keys and gates get, 64 channels at a time, with F = W_P u_q and L = W_L u_k of each level, on both sides of
+the diagonal (`tile_gpu_channel`; u_q is q e_s in second halves, k e_s in first ones; u_k is beta k e_s, k e_s):
+
+    dbeta_i = y_i.z_i + sum k e_s L (second halves) ;  dS = e^{b_C} dS' + scale (e^b q)^T do - (e^b k)^T dV
+    dq = scale e^b (do S^T) + sum e_s F (second halves)
+    dk = -e^b (dV S^T) + e^{b_C - b} (U dS'^T) + sum e_s (beta L (second halves), F + L (first halves))
+    R = sum u_q F + u_k L (second halves), the same negative (first halves)
+    dg_t = sum_{i >= t} (R_i + reads_i) + sum_{j < t} writes_j + e^{b_C} (S dS'^T)_kk
+
+reads are q.dq and k.dk through S, writes k.dk through dS', by channel.
+
+Budget at K = V = 64: dS, dq, dk, R, a decay, a product and pieces of tiles in registers. Shared memory: q, k, v, do, S,
+T, P of 8 KB and g of 16 KB in one stage, with the gradients written over q, k, v, g, the Ws over P and T, the writes
+over S (72 KB); dS', U, Y, and a piece of g (32 KB): two programs an SM.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import tile_gpu_channel as channel
+from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import RUN, Form, Inputs, clean, decays, present, sources, stored
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, columns, dot, rows
+from jaxlin.kernels.tile_gpu_channel import half
+
+STAGES = 1
+
+
+class Gradients(NamedTuple):
+    """dq, dk, dg for each value head and block of values [B, T, HV * V/64, K], dg float32; dv [B, T, HV, V]; dbeta
+    [V/64, B, HV, N, C]; of the initial S."""
+
+    q: Array
+    k: Array
+    v: Array
+    g: Array
+    beta: Array
+    s: Array
+
+
+def backward(
+    form: Form, x: Inputs, g: Array, states: Array, t: Array, p: Array, do: Array, ds: Array | None
+) -> Gradients:
+    """The gradients of `forward`, whose chunk states, T - I and P come in; ds None is zero."""
+    batch, time, _, key_dim = x.q.shape
+    heads, value_dim = x.v.shape[2:]
+    chunks, blocks = time // CHUNK, value_dim // BLOCK
+    flat = present(q=x.q, k=x.k, v=x.v, g=g, vectors=x.vectors, codes=x.codes, do=do, states=states, t=t, p=p, ds=ds)
+    shape = jax.ShapeDtypeStruct
+    per_key = (batch, time, heads * blocks, key_dim)
+    out = dict(
+        q=shape(per_key, x.q.dtype),
+        k=shape(per_key, x.k.dtype),
+        v=shape(x.v.shape, x.v.dtype),
+        g=shape(per_key, jnp.float32),
+        beta=shape((blocks, batch, heads, chunks, CHUNK), jnp.float32),
+        s=shape((batch, heads, key_dim, value_dim), jnp.float32),
+    )
+    scratch = dict(
+        q=gpu.tile(STAGES, CHUNK, key_dim),
+        k=gpu.tile(STAGES, CHUNK, key_dim),
+        v=gpu.tile(STAGES, CHUNK, BLOCK),
+        g=gpu.float_tile(STAGES, CHUNK, key_dim),
+        do=gpu.tile(STAGES, CHUNK, BLOCK),
+        states=gpu.tile(STAGES, key_dim, BLOCK),
+        t=gpu.tile(STAGES, CHUNK, CHUNK),
+        p=gpu.tile(STAGES, CHUNK, CHUNK),
+        vectors=gpu.vector(STAGES, form.vectors, CHUNK),
+        **channel.pieces("d_state", key_dim=key_dim),
+        **{name: gpu.tile(CHUNK, CHUNK) for name in ("u", "y", "low", *(("u_q",) if key_dim > CHUNK else ()))},
+        vector=gpu.vector(CHUNK),
+        beta=gpu.vector(CHUNK),
+        barrier=gpu.barrier(9 + form.segments, min(STAGES, chunks)),
+    )
+    if form.segments:
+        scratch |= dict(codes=gpu.vector(STAGES, CHUNK, dtype=jnp.int32))
+
+    def gated_delta_rule_channel_bwd(index, inputs, outputs, buffers):
+        given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
+        _program(form, index, given, made, dict(zip(scratch, buffers, strict=True)), chunks)
+
+    grid = (batch, heads, blocks)
+    return Gradients(
+        *gpu.launch(gated_delta_rule_channel_bwd, list(flat.values()), list(out.values()), grid, list(scratch.values()))
+    )
+
+
+def _program(form: Form, index, given, made, buffer, chunks) -> None:
+    b, h, w = index
+    block, blocks, key_dim = gpu.block(w), given["v"].shape[3] // BLOCK, given["q"].shape[3]
+    halves = range(key_dim // CHUNK)
+    d_state = [buffer[f"d_state{c}"] for c in halves]
+    u, y, low, vector = (buffer[x] for x in ("u", "y", "low", "vector"))
+    high, u_q = y, buffer.get("u_q", u)  # the pieces of g take turns with Y; with one half, u_q comes after U
+
+    def chunk(n, slot, refill, d_states):
+        q, k, g = ([half(buffer[name].at[slot], c) for c in halves] for name in "qkg")
+        state = [buffer["states"].at[slot, channel.key_rows(c)] for c in halves]
+        v, do, t, p = (buffer[name].at[slot] for name in ("v", "do", "t", "p"))
+        if len(halves) == 1:
+            state = [buffer["states"].at[slot]]
+        d = decays(form, buffer, slot)
+        beta = beta_of(form, buffer, slot)
+        if form.segments:
+            clean(d.valid, *q, *k, v, do)
+        gpu.wait_out(0)
+        refill()
+
+        # U, dU and Y
+        z, du = gpu.load(v), None
+        for c in halves:
+            gpu.put(d_state[c], d_states[c])
+            channel.split(g[c], d.valid, high, low, vector)
+            enter, leave = by_row(d.enter, decay(channel.enter())), by_row(d.leave, decay(channel.leave()))
+            z = z - channel.dot_pieces(enter * gpu.load(k[c]), state[c])
+            du = channel.dot_pieces(leave * gpu.load(k[c]), d_state[c], du)
+        x = by_row(beta, z)
+        gpu.put(y, x)
+        gpu.put(u, dot(t, y, x))
+        du = dot(p, do, du, ta=True)
+        gpu.put(y, du)
+        du = dot(t, y, du, ta=True)  # Y from here on
+        d_beta = jnp.sum(du * z, 1)
+        gpu.put(y, du)
+        v[...] = stored(d, by_row(beta, du))
+        gpu.commit()
+        dv = v
+
+        # the cotangents of P and L, over P and T
+        same = channel.same_run(buffer["codes"].at[slot], RUN) if form.segments else None
+        dp = dot(do, u, tb=True)
+        own = form.scale * channel.diagonal(dp)
+        channel.put_symmetric(p, dp, dot(u, do, tb=True), same, form.scale)
+        channel.put_symmetric(t, dot(y, u, tb=True), dot(u, y, tb=True), same, -1.0)
+
+        new = []
+        for c in halves:
+            ds = d_states[c]
+            keep = by_row(d.keep, rows(channel.split(g[c], d.valid, high, low, vector)))
+            carried = jnp.sum(keep * gpu.load(state[c]) * ds, 1)
+
+            # rows written to the next state, then rows that read this one
+            dk = by_row(d.leave, decay(channel.leave())) * dot(u, d_state[c], tb=True)
+            enter = by_row(d.enter, decay(channel.enter()))
+            dq = form.scale * enter * dot(do, state[c], tb=True)
+            dk_read = -enter * dot(dv, state[c], tb=True)
+            gpu.put(state[c], gpu.load(k[c]) * dk)  # the writes: S is not read again
+            r = gpu.load(q[c]) * dq + gpu.load(k[c]) * dk_read
+            dk = dk + dk_read + by_row(own, gpu.load(q[c]))
+            dq = dq + by_row(own, gpu.load(k[c]))
+            gpu.put(u_q, form.scale * enter * gpu.load(q[c]))
+            ds = dot(u_q, do, keep * ds, ta=True)
+            channel.put_pieces(enter * gpu.load(k[c]), u_q, d_state[c])
+            new.append(ds - dot(d_state[c], dv, dot(u_q, dv, ta=True), ta=True))
+
+            tiles = (q[c], k[c], p, t, u_q, d_state[c], high, low)
+            dq, dk, r, d_beta = inside(tiles, beta, (dq, dk, r, d_beta))
+
+            channel.put_pieces(r, high, low)
+            vector[...] = carried
+            gpu.commit()
+            dg = channel.sums(high, low, channel.onward(), columns(gpu.load_columns(vector)))
+            dg = channel.sums(state[c], None, channel.before(), dg)
+            g[c][...] = dg if d.valid is None else jnp.where(rows(d.valid), dg, 0.0)
+            q[c][...], k[c][...] = stored(d, dq), stored(d, dk)
+        buffer["beta"][...] = d_beta
+        part = gpu.chunk_rows(n)
+        copies = [(buffer[x].at[slot], made[x].at[b, part, h * blocks + w]) for x in "qkg"]
+        copies += [(v, made["v"].at[b, part, h, block]), (buffer["beta"], made["beta"].at[w, b, h, n])]
+        gpu.copy_out(*copies)
+        return tuple(new)
+
+    def decay(over):
+        return channel.decay(high, low, over)
+
+    extra = (
+        channel.source(given, buffer, index),
+        (lambda n: given["do"].at[b, gpu.chunk_rows(n), h, block], buffer["do"]),
+        (lambda n: given["states"].at[b, h, n, :, block], buffer["states"]),
+        (lambda n: given["t"].at[b, h, n], buffer["t"]),
+        (lambda n: given["p"].at[b, h, n], buffer["p"]),
+    )
+    parts = sources(given, buffer, index, extra)
+    ds = channel.start(given, "ds", index, key_dim)
+    ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES, reverse=True)
+    channel.finish(made["s"], ds, index)
+    gpu.wait_out(0, read=False)
+
+
+def inside(tiles, beta: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    """dq, dk, R and dbeta with what the pairs of the chunk add, level by level; u_q and u_k are tiles to use."""
+    q, k, w_p, w_l, u_q, u_k, high, low = tiles
+
+    def level(s, carry):
+        dq, dk, r, d_beta = carry
+        second = channel.second_half(s)
+        e = channel.decay(high, low, channel.level(s))
+        decayed = gpu.load(k) * e
+        u_q[...] = jnp.where(second, gpu.load(q) * e, decayed).astype(jnp.bfloat16)
+        gpu.put(u_k, jnp.where(second, rows(beta), 1.0) * decayed)
+        sign = jnp.where(second, 1.0, -1.0)
+        f = dot(channel.at_corners(w_p, s), u_q)
+        r = r + sign * gpu.load(u_q) * f
+        f = e * f
+        dq, dk = dq + jnp.where(second, f, 0.0), dk + jnp.where(second, 0.0, f)
+        f = dot(channel.at_corners(w_l, s), u_k)
+        r = r + sign * gpu.load(u_k) * f
+        f = e * f
+        d_beta = d_beta + jnp.sum(jnp.where(second, gpu.load(k) * f, 0.0), 1)
+        return dq, dk + jnp.where(second, rows(beta), 1.0) * f, r, d_beta
+
+    return channel.over_levels(level, carry)
