@@ -16,9 +16,9 @@ the diagonal (`tile_gpu_channel`; u_q is q e_s in second halves, k e_s in first 
 
 reads are q.dq and k.dk through S, writes k.dk through dS', by channel.
 
-Budget at K = V = 64: dS, dq, dk, R, a decay, a product and pieces of tiles in registers. Shared memory: q, k, v, do, S,
-T, P of 8 KB and g of 16 KB in one stage, with the gradients written over q, k, v, g, the Ws over P and T, the writes
-over S (72 KB); dS', U, Y, and a piece of g (32 KB): two programs an SM.
+Budget at K = V = 64: dq, dk, R, a decay, a product and pieces of tiles in registers. Shared memory: q, k, v, do, S, T,
+P of 8 KB and g of 16 KB in one stage, with the gradients written over q, k, v, g (dS waits there meanwhile), beta Z and
+dU over v, Y over T, the Ws over P and T, writes over S (72 KB); dS', U, g in two pieces (32 KB): two programs an SM.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def backward(
         t=gpu.tile(STAGES, CHUNK, CHUNK),
         p=gpu.tile(STAGES, CHUNK, CHUNK),
         vectors=gpu.vector(STAGES, form.vectors, CHUNK),
-        **channel.pieces("d_state", key_dim=key_dim),
-        **{name: gpu.tile(CHUNK, CHUNK) for name in ("u", "y", "low", *(("u_q",) if key_dim > CHUNK else ()))},
+        **channel.pieces("d_state", "high", "low", key_dim=key_dim),
+        **{name: gpu.tile(CHUNK, CHUNK) for name in ("u", *(("u_q",) if key_dim > CHUNK else ()))},
         vector=gpu.vector(CHUNK),
         beta=gpu.vector(CHUNK),
         barrier=gpu.barrier(9 + form.segments, min(STAGES, chunks)),
@@ -102,9 +102,9 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     b, h, w = index
     block, blocks, key_dim = gpu.block(w), given["v"].shape[3] // BLOCK, given["q"].shape[3]
     halves = range(key_dim // CHUNK)
-    d_state = [buffer[f"d_state{c}"] for c in halves]
-    u, y, low, vector = (buffer[x] for x in ("u", "y", "low", "vector"))
-    high, u_q = y, buffer.get("u_q", u)  # the pieces of g take turns with Y; with one half, u_q comes after U
+    d_state, high, low = ([buffer[f"{x}{c}"] for c in halves] for x in ("d_state", "high", "low"))
+    u, vector = buffer["u"], buffer["vector"]
+    u_q = buffer.get("u_q", u)  # with one half, u_q comes after U
 
     def chunk(n, slot, refill, d_states):
         q, k, g = ([half(buffer[name].at[slot], c) for c in halves] for name in "qkg")
@@ -120,71 +120,66 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         refill()
 
         # U, dU and Y
-        z, du = gpu.load(v), None
+        z, du, keep, carried = gpu.load(v), None, [], []
         for c in halves:
             gpu.put(d_state[c], d_states[c])
-            channel.split(g[c], d.valid, high, low, vector)
-            enter, leave = by_row(d.enter, decay(channel.enter())), by_row(d.leave, decay(channel.leave()))
+            keep.append(by_row(d.keep, rows(channel.split(g[c], d.valid, high[c], low[c], vector))))
+            carried.append(jnp.sum(keep[c] * gpu.load(state[c]) * d_states[c], 1))
+            g[c][...] = keep[c] * d_states[c]  # dS waits where g was: too many tiles are alive
+            enter = by_row(d.enter, channel.decay(high[c], low[c], channel.enter()))
             z = z - channel.dot_pieces(enter * gpu.load(k[c]), state[c])
+            leave = by_row(d.leave, channel.decay(high[c], low[c], channel.leave()))
             du = channel.dot_pieces(leave * gpu.load(k[c]), d_state[c], du)
         x = by_row(beta, z)
-        gpu.put(y, x)
-        gpu.put(u, dot(t, y, x))
+        gpu.put(v, x)
+        gpu.put(u, dot(t, v, x))
         du = dot(p, do, du, ta=True)
-        gpu.put(y, du)
-        du = dot(t, y, du, ta=True)  # Y from here on
-        d_beta = jnp.sum(du * z, 1)
-        gpu.put(y, du)
-        v[...] = stored(d, by_row(beta, du))
-        gpu.commit()
-        dv = v
+        gpu.put(v, du)
+        y = dot(t, v, du, ta=True)
+        d_beta = jnp.sum(y * z, 1)
+        gpu.put(t, y)
+        gpu.put(v, stored(d, by_row(beta, y)))
 
         # the cotangents of P and L, over P and T
         same = channel.same_run(buffer["codes"].at[slot], RUN) if form.segments else None
         dp = dot(do, u, tb=True)
         own = form.scale * channel.diagonal(dp)
         channel.put_symmetric(p, dp, dot(u, do, tb=True), same, form.scale)
-        channel.put_symmetric(t, dot(y, u, tb=True), dot(u, y, tb=True), same, -1.0)
+        channel.put_symmetric(t, dot(t, u, tb=True), dot(u, t, tb=True), same, -1.0)
 
         new = []
         for c in halves:
-            ds = d_states[c]
-            keep = by_row(d.keep, rows(channel.split(g[c], d.valid, high, low, vector)))
-            carried = jnp.sum(keep * gpu.load(state[c]) * ds, 1)
-
             # rows written to the next state, then rows that read this one
-            dk = by_row(d.leave, decay(channel.leave())) * dot(u, d_state[c], tb=True)
-            enter = by_row(d.enter, decay(channel.enter()))
+            dk = by_row(d.leave, channel.decay(high[c], low[c], channel.leave())) * dot(u, d_state[c], tb=True)
+            enter = by_row(d.enter, channel.decay(high[c], low[c], channel.enter()))
             dq = form.scale * enter * dot(do, state[c], tb=True)
-            dk_read = -enter * dot(dv, state[c], tb=True)
+            dk_read = -enter * dot(v, state[c], tb=True)
             gpu.put(state[c], gpu.load(k[c]) * dk)  # the writes: S is not read again
             r = gpu.load(q[c]) * dq + gpu.load(k[c]) * dk_read
             dk = dk + dk_read + by_row(own, gpu.load(q[c]))
             dq = dq + by_row(own, gpu.load(k[c]))
             gpu.put(u_q, form.scale * enter * gpu.load(q[c]))
-            ds = dot(u_q, do, keep * ds, ta=True)
-            channel.put_pieces(enter * gpu.load(k[c]), u_q, d_state[c])
-            new.append(ds - dot(d_state[c], dv, dot(u_q, dv, ta=True), ta=True))
+            ds = dot(u_q, do, gpu.load(g[c]), ta=True)
+            channel.put_pieces(-enter * gpu.load(k[c]), u_q, d_state[c])
+            g[c][...] = dot(d_state[c], v, dot(u_q, v, ds, ta=True), ta=True)
 
-            tiles = (q[c], k[c], p, t, u_q, d_state[c], high, low)
+            tiles = (q[c], k[c], p, t, u_q, d_state[c], high[c], low[c])
             dq, dk, r, d_beta = inside(tiles, beta, (dq, dk, r, d_beta))
 
-            channel.put_pieces(r, high, low)
-            vector[...] = carried
-            gpu.commit()
-            dg = channel.sums(high, low, channel.onward(), columns(gpu.load_columns(vector)))
-            dg = channel.sums(state[c], None, channel.before(), dg)
-            g[c][...] = dg if d.valid is None else jnp.where(rows(d.valid), dg, 0.0)
             q[c][...], k[c][...] = stored(d, dq), stored(d, dk)
+            channel.put_pieces(r, high[c], low[c])
+            vector[...] = carried[c]
+            gpu.commit()
+            dg = channel.sums(high[c], low[c], channel.onward(), columns(gpu.load_columns(vector)))
+            dg = channel.sums(state[c], None, channel.before(), dg)
+            new.append(gpu.load(g[c]))
+            g[c][...] = dg if d.valid is None else jnp.where(rows(d.valid), dg, 0.0)
         buffer["beta"][...] = d_beta
         part = gpu.chunk_rows(n)
         copies = [(buffer[x].at[slot], made[x].at[b, part, h * blocks + w]) for x in "qkg"]
         copies += [(v, made["v"].at[b, part, h, block]), (buffer["beta"], made["beta"].at[w, b, h, n])]
         gpu.copy_out(*copies)
         return tuple(new)
-
-    def decay(over):
-        return channel.decay(high, low, over)
 
     extra = (
         channel.source(given, buffer, index),

@@ -81,13 +81,15 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     p_tile, lower_tile, u, u_rest = high[0], buffer["lower"], buffer["u"], buffer["u_rest"]
 
     def chunk(n, slot, refill, state):
-        q, k = ([half(buffer[name].at[slot], c) for c in halves] for name in "qk")
-        v, g = (buffer[name].at[slot] for name in "vg")
+        q, k, g = ([half(buffer[name].at[slot], c) for c in halves] for name in "qkg")
+        v = buffer["v"].at[slot]
         gpu.wait_out(0)
         refill()
         d = decays(form, buffer, slot)
         beta = beta_of(form, buffer, slot)
-        keep = [channel.split(half(g, c), d.valid, high[c], low[c], buffer["total"]) for c in halves]
+        keep = [channel.split(g[c], d.valid, high[c], low[c], buffer["total"]) for c in halves]
+        for c in halves:
+            g[c][...] = state[c]  # S waits where g was: too many tiles are alive
         if form.segments:
             clean(d.valid, *k, v)
 
@@ -111,7 +113,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             leave = by_row(d.leave, channel.decay(high[c], low[c], channel.leave()))
             channel.put_pieces(leave * gpu.load(k[c]), leaving[c], rest[c])
             enter = channel.decay(high[c], low[c], channel.enter())
-            gpu.put(low[c], state[c])
+            gpu.put(low[c], gpu.load(g[c]))
             read = channel.dot_pieces(by_row(d.enter, enter) * gpu.load(k[c]), low[c], read)
             o = channel.dot_pieces(by_row(d.enter_scaled, enter) * gpu.load(q[c]), low[c], o)
         x = by_row(beta, gpu.load(v) - read)
@@ -130,7 +132,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         gpu.copy_out((v, made["o"].at[b, gpu.chunk_rows(n), h, block]))
         new = []
         for c in halves:
-            s = by_row(d.keep, rows(keep[c])) * state[c]
+            s = by_row(d.keep, rows(keep[c])) * gpu.load(g[c])
             for x, y in ((leaving[c], u), (leaving[c], u_rest), (rest[c], u)):
                 s = dot(x, y, s, ta=True)
             new.append(s)

@@ -10,7 +10,8 @@ With W = scale (do V^T) on and below the diagonal, P and S from the forward pass
 
 all by channel. dg is written where g was: neither its sums nor those of gates are seen by anything else.
 
-Budget at K = V = 64: dS, dq, dk, R, a decay and a product in registers, 192 a thread and pieces of tiles, of 255.
+Budget at K = V = 64: dq, dk, R, a decay and a product in registers, 160 a thread and pieces of tiles, of 255; dS waits
+in shared memory, where g was.
 Shared memory: q, k, v, do, S, P of 8 KB and g of 16 KB in one stage, with dq, dk, dv, dg written over q, k, v, g
 (64 KB); dS', u, W and g in two pieces as operands (40 KB): two programs an SM, one computes while the other loads.
 Keys of 128 are taken in halves, one after the other; one program an SM.
@@ -67,7 +68,8 @@ def backward(form: Form, x: Inputs, g: Array, states: Array, p: Array, do: Array
         do=gpu.tile(STAGES, CHUNK, BLOCK),
         states=gpu.tile(STAGES, key_dim, BLOCK),
         p=gpu.tile(STAGES, CHUNK, CHUNK),
-        **{name: gpu.tile(CHUNK, CHUNK) for name in ("d_state", "u", "w", "high", "low")},
+        **channel.pieces("high", "low", key_dim=key_dim),
+        **{name: gpu.tile(CHUNK, CHUNK) for name in ("d_state", "u", "w")},
         vector=gpu.vector(CHUNK),
         barrier=gpu.barrier(7 + form.segments, min(STAGES, chunks)),
     )
@@ -90,7 +92,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     b, h, w = index
     block, blocks, key_dim = gpu.block(w), given["v"].shape[3] // BLOCK, given["q"].shape[3]
     halves = range(key_dim // CHUNK)
-    d_state, u, w_tile, high, low, vector = (buffer[x] for x in ("d_state", "u", "w", "high", "low", "vector"))
+    d_state, u, w_tile, vector = (buffer[x] for x in ("d_state", "u", "w", "vector"))
 
     def chunk(n, slot, refill, d_states):
         v, do, p = (buffer[name].at[slot] for name in ("v", "do", "p"))
@@ -108,7 +110,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         for c in halves:
             q, k, g = (half(buffer[name].at[slot], c) for name in "qkg")
             state = buffer["states"].at[slot, channel.key_rows(c)] if len(halves) > 1 else buffer["states"].at[slot]
-            ds = d_states[c]
+            ds, high, low = d_states[c], buffer[f"high{c}"], buffer[f"low{c}"]
             keep = by_row(d.keep, rows(channel.split(g, d.valid, high, low, vector)))
             gpu.put(d_state, ds)
             carried = jnp.sum(keep * gpu.load(state) * ds, 1)
@@ -117,7 +119,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             enter = by_row(d.enter_scaled, channel.decay(high, low, channel.enter()))
             dq = enter * dot(do, state, tb=True)
             gpu.put(u, enter * gpu.load(q))
-            new.append(dot(u, do, keep * ds, ta=True))
+            g[...] = dot(u, do, keep * ds, ta=True)  # dS waits where g was: too many tiles are alive
             r = gpu.load(q) * dq
 
             # rows that are written to the next one
@@ -125,6 +127,8 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             dk = leave * dot(v, d_state, tb=True)
             gpu.put(u, leave * gpu.load(k))
             dv = dot(u, d_state, dv)
+            if c == halves[-1]:
+                v[...] = stored(d, dv)
             gpu.put(d_state, gpu.load(k) * dk)  # the writes: dS' is not read again
 
             # rows that meet inside the chunk
@@ -132,14 +136,14 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             dk = dk + by_row(own, gpu.load(q))
             dq, dk, r = inside(q, k, w_tile, u, high, low, (dq, dk, r))
 
+            q[...], k[...] = stored(d, dq), stored(d, dk)
             channel.put_pieces(r, high, low)
             vector[...] = carried
             gpu.commit()
             dg = channel.sums(high, low, channel.onward(), columns(gpu.load_columns(vector)))
             dg = channel.sums(d_state, None, channel.before(), dg)
+            new.append(gpu.load(g))
             g[...] = dg if d.valid is None else jnp.where(rows(d.valid), dg, 0.0)
-            q[...], k[...] = stored(d, dq), stored(d, dk)
-        v[...] = stored(d, dv)
         part = gpu.chunk_rows(n)
         copies = [(buffer[x].at[slot], made[x].at[b, part, h * blocks + w]) for x in "qkg"]
         gpu.copy_out(*copies, (v, made["v"].at[b, part, h, block]))

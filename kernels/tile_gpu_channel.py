@@ -34,8 +34,8 @@ from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, dot, rows
 
 LEVELS = 6
 """log2(CHUNK): s = 1, 2, 4 ... 32."""
-Range = tuple[Array | int, Array | int]
-"""first and last: rows [first_i, last_i) for every row i of a tile."""
+Range = tuple[Array | None, Array | None]
+"""first and last: rows [first_i, last_i) for every row i of a tile; None is the start or the end of the chunk."""
 
 
 def half(ref: gpu.Ref, c: int) -> gpu.Ref:
@@ -72,35 +72,36 @@ def dot_pieces(x: Array, b: gpu.Ref, acc: Array | None = None) -> Array:
 
 def enter() -> Range:
     """From the chunk's start to row i, inclusive."""
-    return 0, gpu.indices()[0] + 1
+    return None, gpu.indices()[0] + 1
 
 
 def leave() -> Range:
     """From behind row i to the chunk's end."""
-    return gpu.indices()[0] + 1, CHUNK
+    return gpu.indices()[0] + 1, None
 
 
 def level(s: Array) -> Range:
     """In the second half of a block of 2s rows from its start to row i, in the first from behind row i to its end."""
     i, second = gpu.indices()[0], second_half(s)
-    start = i - (i & (s - 1))
+    start = i & -s
     return jnp.where(second, start, i + 1), jnp.where(second, i + 1, start + s)
 
 
 def before() -> Range:
     """All rows before row i: the transpose of `leave`."""
-    return 0, gpu.indices()[0]
+    return None, gpu.indices()[0]
 
 
 def onward() -> Range:
     """Row i and all behind it: the transpose of `enter`."""
-    return gpu.indices()[0], CHUNK
+    return gpu.indices()[0], None
 
 
 def sums(high: gpu.Ref, low: gpu.Ref | None, over: Range, acc: Array | None = None) -> Array:
     """acc + the sums of the rows of high + low over a range of rows for each row."""
-    t = gpu.indices()[1]
-    chosen = jnp.where((t >= over[0]) & (t < over[1]), 1.0, 0.0).astype(jnp.bfloat16)
+    t, (first, last) = gpu.indices()[1], over
+    chosen = t < last if first is None else t >= first if last is None else (t >= first) & (t < last)
+    chosen = jnp.where(chosen, 1.0, 0.0).astype(jnp.bfloat16)
     found = dot(chosen, high, acc)
     return found if low is None else dot(chosen, low, found)
 
@@ -121,7 +122,7 @@ def second_half(s: Array) -> Array:
 def corners(s: Array) -> Array:
     """Where row and column lie in the two halves of one block of 2s rows, on either side of the diagonal."""
     i, j = gpu.indices()
-    return (lax.bitwise_xor(i, j) ^ s) < s
+    return (i & -s) ^ s == j & -s  # a number by row, a number by column: one comparison an entry
 
 
 def over_levels(body, carry):
