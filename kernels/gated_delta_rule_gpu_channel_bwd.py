@@ -201,20 +201,20 @@ def inside(tiles, beta: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
 
     def level(s, carry):
         dq, dk, r, d_beta = carry
-        second = channel.second_half(s)
+        second, first = channel.roles(s)
+        weight = jnp.where(channel.second_half(s), rows(beta), 1.0)
         e = channel.decay(high, low, channel.level(s))
         decayed = gpu.load(k) * e
-        u_q[...] = jnp.where(second, gpu.load(q) * e, decayed).astype(jnp.bfloat16)
-        gpu.put(u_k, jnp.where(second, rows(beta), 1.0) * decayed)
-        sign = jnp.where(second, 1.0, -1.0)
+        u_q[...] = jnp.where(channel.second_half(s), gpu.load(q) * e, decayed).astype(jnp.bfloat16)
+        gpu.put(u_k, weight * decayed)
         f = dot(channel.at_corners(w_p, s), u_q)
-        r = r + sign * gpu.load(u_q) * f
+        r = r + (second - first) * (gpu.load(u_q) * f)
         f = e * f
-        dq, dk = dq + jnp.where(second, f, 0.0), dk + jnp.where(second, 0.0, f)
+        dq, dk = dq + second * f, dk + first * f
         f = dot(channel.at_corners(w_l, s), u_k)
-        r = r + sign * gpu.load(u_k) * f
+        r = r + (second - first) * (gpu.load(u_k) * f)
         f = e * f
-        d_beta = d_beta + jnp.sum(jnp.where(second, gpu.load(k) * f, 0.0), 1)
-        return dq, dk + jnp.where(second, rows(beta), 1.0) * f, r, d_beta
+        d_beta = d_beta + jnp.sum(second * (gpu.load(k) * f), 1)
+        return dq, dk + weight * f, r, d_beta
 
     return channel.over_levels(level, carry)

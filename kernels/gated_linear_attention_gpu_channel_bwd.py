@@ -167,12 +167,12 @@ def inside(q, k, w, u, high, low, carry: tuple[Array, Array, Array]) -> tuple[Ar
 
     def level(s, carry):
         dq, dk, r = carry
-        second = channel.second_half(s)
+        second, first = channel.roles(s)
         e = channel.decay(high, low, channel.level(s))
-        gpu.put(u, jnp.where(second, gpu.load(q), gpu.load(k)) * e)
+        gpu.put(u, jnp.where(channel.second_half(s), gpu.load(q), gpu.load(k)) * e)
         f = dot(channel.at_corners(w, s), u)
-        r = r + jnp.where(second, 1.0, -1.0) * gpu.load(u) * f
+        r = r + (second - first) * (gpu.load(u) * f)
         f = e * f
-        return dq + jnp.where(second, f, 0.0), dk + jnp.where(second, 0.0, f), r
+        return dq + second * f, dk + first * f, r
 
     return channel.over_levels(level, carry)

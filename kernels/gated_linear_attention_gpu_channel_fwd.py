@@ -86,9 +86,9 @@ def _program(form: Form, index, given, made, buffer, chunks, stages) -> None:
             product = None
             for c in halves:
                 e = channel.decay(high[c], low[c], channel.level(s))
-                gpu.put(buffer["decayed"], gpu.load(half(k, c)) * e)
-                x = (gpu.load(half(q, c)) * e).astype(jnp.bfloat16)
-                product = dot(x, buffer["decayed"], product, tb=True)
+                u = jnp.where(channel.second_half(s), gpu.load(half(q, c)), gpu.load(half(k, c))) * e
+                gpu.put(buffer["decayed"], u)
+                product = dot(u.astype(jnp.bfloat16), buffer["decayed"], product, tb=True)
             return jnp.where(channel.corners(s), product, p)
 
         p = d.pair(channel.over_levels(level, dot(q, k, tb=True)))

@@ -22,6 +22,7 @@ rounding, so that the pairs on one side of t cancel in dg_t = sum_{i >= t} R_i b
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,14 +45,17 @@ def half(ref: gpu.Ref, c: int) -> gpu.Ref:
 
 
 def split(g: gpu.Ref, valid: Array | None, high: gpu.Ref, low: gpu.Ref, total: gpu.Ref) -> Array:
-    """Write log gates, none in padding, as the pieces that `sums` reads; e^{b_C} [K], for the rows of the state."""
-    x = jnp.maximum(gpu.load(g), MIN_GATE)
+    """Write log gates, none in padding, as the pieces that `sums` reads; e^{b_C} [K], for the rows of the state.
+
+    The pieces are those of log2(e) g: `decay` is a power of two.
+    """
+    x = jnp.maximum(gpu.load(g), MIN_GATE) * math.log2(math.e)
     if valid is not None:
         x = jnp.where(rows(valid), x, 0.0)
     put_pieces(x, high, low)
     total[...] = jnp.sum(x, 0)
     gpu.commit()
-    return jnp.exp(gpu.load_rows(total))
+    return jnp.exp2(gpu.load_rows(total))
 
 
 def put_pieces(x: Array, high: gpu.Ref, low: gpu.Ref) -> None:
@@ -107,8 +111,8 @@ def sums(high: gpu.Ref, low: gpu.Ref | None, over: Range, acc: Array | None = No
 
 
 def decay(high: gpu.Ref, low: gpu.Ref, over: Range) -> Array:
-    """e to the sums of gates."""
-    return jnp.exp(sums(high, low, over))
+    """e to the sums of gates, from their pieces as `split` writes them."""
+    return jnp.exp2(sums(high, low, over))
 
 
 # ---- levels ----
@@ -117,6 +121,12 @@ def decay(high: gpu.Ref, low: gpu.Ref, over: Range) -> Array:
 def second_half(s: Array) -> Array:
     """Where a row lies in the second half of its block of 2s rows, all along the row."""
     return (gpu.indices()[0] & s) != 0
+
+
+def roles(s: Array) -> tuple[Array, Array]:
+    """1 in the rows of second halves and 0 in others, and the opposite: for multiply-adds."""
+    second = jnp.where(second_half(s), 1.0, 0.0)
+    return second, 1.0 - second
 
 
 def corners(s: Array) -> Array:
