@@ -55,7 +55,7 @@ STEPS: dict[str, tuple] = {
     "GLA, strong gates": (A, replace(BASE, gate="channel", strength="strong")),
     "GLA, HV = 2H, ragged, state": (A, replace(BASE, gate="channel", HV=6, T=301, state=True)),
     "GLA, gaps, state": (A, replace(BASE, gate="channel", segments="gaps", state=True)),
-    "GLA, long": (A, replace(BASE, gate="channel", T=4096, B=1, segments="packed")),
+    "GLA, in parts, packed": (A, replace(BASE, gate="channel", T=4096, B=1, segments="packed")),
     "GLA, V = 128": (A, replace(BASE, gate="channel", V=128)),
     "GLA, 128": (A, replace(BASE, gate="channel", K=128, V=128)),
     "B none, one chunk": (B, replace(ONE, gate="none")),
@@ -74,7 +74,7 @@ STEPS: dict[str, tuple] = {
     "KDA, correlated": (B, replace(BASE, gate="channel", corr=0.9, beta=1.0)),
     "KDA, HV = 2H, ragged, state": (B, replace(BASE, gate="channel", HV=6, T=301, state=True)),
     "KDA, gaps, state": (B, replace(BASE, gate="channel", segments="gaps", state=True)),
-    "KDA, long": (B, replace(BASE, gate="channel", T=4096, B=1, segments="packed")),
+    "KDA, in parts, packed": (B, replace(BASE, gate="channel", T=4096, B=1, segments="packed")),
     "KDA, V = 128": (B, replace(BASE, gate="channel", V=128)),
     "KDA, 128": (B, replace(BASE, gate="channel", K=128, V=128)),
 }

@@ -50,7 +50,9 @@ def test_interpreted(case, interpreted):
 
 
 @slow
-@pytest.mark.parametrize("case", [Case(gate="none"), Case(gate="scalar", HV=2, segments="packed")], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(gate="none"), *(Case(gate=gate, HV=2, segments="packed") for gate in ("scalar", "channel"))], ids=str
+)
 def test_interpreted_in_parts(case, interpreted, monkeypatch):
     monkeypatch.setattr(gated_linear_attention_gpu_split, "LEAST_CHUNKS", 1)
     run(replace(case, T=256, K=64, V=64, B=1, strength="mild"))
@@ -106,16 +108,18 @@ def test_grid(case, gate):
     run(replace(case, gate=gate))
 
 
+@pytest.mark.parametrize("gate", ("scalar", "channel"))
 @pytest.mark.parametrize("size", (64, 128))
-def test_parts_lower_for_cuda(size, monkeypatch):
+def test_parts_lower_for_cuda(size, gate, monkeypatch):
     hopper.pretend(monkeypatch)
     x = jax.ShapeDtypeStruct((1, 1024, 2, size), jnp.bfloat16)
-    g = jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32)
+    beta = jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32)
+    g = jax.ShapeDtypeStruct((1, 1024, 2, size), jnp.float32) if gate == "channel" else beta
 
-    def loss(x, g):
-        return ops.gated_delta_rule(x, x, x, g, g, implementation="pallas")[0].astype(jnp.float32).sum()
+    def loss(x, beta, g):
+        return ops.gated_delta_rule(x, x, x, beta, g, implementation="pallas")[0].astype(jnp.float32).sum()
 
-    assert kernels_of(jax.grad(loss), x, g) == 4
+    assert kernels_of(jax.grad(loss), x, beta, g) == 4
 
 
 @pytest.mark.gpu

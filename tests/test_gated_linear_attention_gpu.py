@@ -88,7 +88,9 @@ def test_interpreted_mlstm(case, interpreted):
     run("mlstm", case)
 
 
-@pytest.mark.parametrize("form", (pytest.param("constant", marks=slow), pytest.param("normalize", marks=slow), "mlstm"))
+@pytest.mark.parametrize(
+    "form", (pytest.param("constant", marks=slow), "channel", pytest.param("normalize", marks=slow), "mlstm")
+)
 def test_interpreted_in_parts(form, interpreted, monkeypatch):
     """Long sequences are cut into parts where there are few of them."""
     monkeypatch.setattr(gated_linear_attention_gpu_split, "LEAST_CHUNKS", 1)
@@ -145,11 +147,12 @@ def test_lowers_for_cuda(form, size, all_options, monkeypatch):
     assert kernels_of(jax.grad(loss), args, ids) == 2
 
 
-@pytest.mark.parametrize("form", ("none", "scalar", "normalize"))
+@pytest.mark.parametrize("form", ("none", "scalar", "channel", "normalize"))
 def test_parts_lower_for_cuda(form, monkeypatch):
     hopper.pretend(monkeypatch)
     x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
-    g = jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32) if form == "scalar" else None
+    shape = {"scalar": (1, 1024, 2), "channel": (1, 1024, 2, 64)}.get(form)
+    g = None if shape is None else jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def loss(x, g):
         return ops.gated_linear_attention(
