@@ -35,6 +35,8 @@ from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, dot, rows
 
 LEVELS = 6
 """log2(CHUNK): s = 1, 2, 4 ... 32."""
+UNROLL = False
+"""Levels one after the other in the code: a third fewer instructions, but more registers than there are."""
 Range = tuple[Array | None, Array | None]
 """first and last: rows [first_i, last_i) for every row i of a tile; None is the start or the end of the chunk."""
 
@@ -136,7 +138,11 @@ def corners(s: Array) -> Array:
 
 
 def over_levels(body, carry):
-    """carry = body(s, carry) for s = 1, 2, 4 ... 32: a loop, which keeps the code short."""
+    """carry = body(s, carry) for s = 1, 2, 4 ... 32."""
+    if UNROLL:
+        for n in range(LEVELS):
+            carry = body(jnp.int32(1 << n), carry)
+        return carry
     return lax.fori_loop(
         jnp.int32(0), jnp.int32(LEVELS), lambda n, carry: body(lax.shift_left(jnp.int32(1), n), carry), carry
     )
