@@ -91,7 +91,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         for c in halves:
             g[c][...] = state[c]  # S waits where g was: too many tiles are alive
         if form.segments:
-            clean(d.valid, *k, v)
+            clean(d.valid, *q, *k, v)
 
         def level(s, carry):
             p = a = None

@@ -80,7 +80,7 @@ def _program(form: Form, index, given, made, buffer, chunks, stages) -> None:
         gpu.wait_out(1)  # the states and P of the chunk before
         keep = [channel.split(half(g, c), d.valid, high[c], low[c], buffer["total"]) for c in halves]
         if form.segments:
-            clean(d.valid, k, v)
+            clean(d.valid, q, k, v)
 
         def level(s, p):
             product = None
