@@ -1,7 +1,7 @@
 """Times of the GPU kernels and their variants on one Hopper GPU: python benchmarks/hopper_tune.py --help
 
-One process for each kernel, shape and variant: they compile side by side, but only one at a time is timed. A line has
-the seconds of compilation, the milliseconds of the forward pass and of both passes, and for each kernel what ptxas says
+One process for each kernel, shape and variant: they compile side by side, then one at a time is timed. A line has the
+seconds of compilation, the milliseconds of the forward pass and of both passes, and for each kernel what ptxas says
 of registers and spilled bytes. Needs jax and this repository on PYTHONPATH, nothing else. A faster variant still has to
 pass the ladder.
 """
@@ -33,7 +33,7 @@ VARIANTS: dict[str, tuple] = {
     "A forward 4 stages": ("gated_linear_attention_gpu_fwd", "STAGES", {64: 4, 128: 3}),
     "A backward 3 stages": ("gated_linear_attention_gpu_bwd", "STAGES", 3),
     "B forward 3 stages": ("gated_delta_rule_gpu_fwd", "STAGES", 3),
-    "B backward 3 stages": ("gated_delta_rule_gpu_bwd", "STAGES", 3),
+    "B backward 2 stages": ("gated_delta_rule_gpu_bwd", "STAGES", 2),
     "GLA forward 1 stage": ("gated_linear_attention_gpu_channel_fwd", "STAGES", {64: 1, 128: 1}),
     "GLA backward 2 stages": ("gated_linear_attention_gpu_channel_bwd", "STAGES", 2),
     "GLA unrolled": ("tile_gpu_channel", "UNROLL", True),
@@ -103,7 +103,7 @@ def one(name: str, shape: str, variant: str) -> None:
     change = VARIANTS[variant]
     if change and change[0] == "options":
         params = plgpu.CompilerParams
-        plgpu.CompilerParams = lambda **options: params(**options, **{change[1]: change[2]})
+        plgpu.CompilerParams = lambda **options: params(**(options | {change[1]: change[2]}))
     elif change:
         import importlib
 
@@ -115,9 +115,10 @@ def one(name: str, shape: str, variant: str) -> None:
         return vjp(o)
 
     start = time.perf_counter()
-    compiled = [jax.jit(f).lower(*args).compile() for f in (function, both)]
+    with lock(fcntl.LOCK_SH):  # many compile side by side
+        compiled = [jax.jit(f).lower(*args).compile() for f in (function, both)]
     seconds = time.perf_counter() - start
-    with only_one():
+    with lock(fcntl.LOCK_EX):  # while nobody compiles, one is timed
         times = [milliseconds(f, args) for f in compiled]
     print(f"ms {times[0]:8.3f} {times[1]:8.3f}   compiled in {seconds:.0f} s")
 
@@ -162,10 +163,10 @@ def milliseconds(compiled, args) -> float:
 
 
 @contextlib.contextmanager
-def only_one():
-    """Wait for the other processes that time."""
-    with open(Path(tempfile.gettempdir()) / "hopper_tune.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def lock(kind: int):
+    """Hold the lock that this script's processes share."""
+    with open(Path(tempfile.gettempdir()) / "hopper_tune.lock", "w") as file:
+        fcntl.flock(file, kind)
         yield
 
 

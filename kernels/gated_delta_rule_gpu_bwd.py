@@ -14,9 +14,9 @@ with ~ for "times the decays". For the gate each row i gets, in float32 and with
 (reads = q.dQ + k.dK through S, writes = k.dK through dS') and each channel k keep (S dS'^T)_kk, so that
 dg = revcumsum(rows - columns) + sum(writes) + sum(channels). All is a sum over the programs that share a head.
 
-Budget at K = V = 64: dS, dK and up to three products in registers, 160 a thread. Shared memory: q, k, v, do, S, T of
-8 KB in 2 stages, dq, dk, dv written over q, k, v (96 KB); dS, U and four tiles for operands that must lie there (48 KB)
-and vectors (9 KB): one program an SM.
+Budget at K = V = 64: dS, dK and up to three products in registers, 160 a thread. Shared memory: q, k, v, do, S, T - I
+of 8 KB in 2 stages, dq, dk, dv written over q, k, v (96 KB); dS, U and four tiles for operands that must lie there
+(48 KB) and vectors (5 KB): one program an SM. Two programs with one stage each were slower (0.78 against 0.61 ms).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
-from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, strict
+from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present, sources, stored
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
 
@@ -74,7 +74,7 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
         vectors=gpu.vector(STAGES, form.vectors, CHUNK),
         d_state=gpu.tile(key_dim, BLOCK),
         u=gpu.tile(CHUNK, BLOCK),
-        **{name: gpu.tile(CHUNK, CHUNK) for name in ("p", "a", "x", "y")},
+        **{name: gpu.tile(CHUNK, CHUNK) for name in ("p", "dp", "x", "y")},
         made=gpu.vector(size),
         barrier=gpu.barrier(7 + form.segments, min(STAGES, chunks)),
     )
@@ -106,8 +106,8 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
 
     def chunk(n, slot, refill, ds):
         q, k, v, do, state, t = (buffer[name].at[slot] for name in ("q", "k", "v", "do", "states", "t"))
-        u_tile, p_tile, a_tile, x_tile, y_tile = (buffer[name] for name in "upaxy")
-        d_state = buffer["d_state"]
+        d_state, u_tile, p_tile, dp_tile, x_tile = (buffer[name] for name in ("d_state", "u", "p", "dp", "x"))
+        y_tile = da_tile = buffer["y"]  # one after the other
         d = decays(form, buffer, slot)
         beta = beta_of(form, buffer, slot)
         if form.segments:
@@ -115,41 +115,42 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         gpu.put(d_state, ds)
         through = d.keep * jnp.sum(gpu.load(state) * ds, 1) if gate else None
 
-        # U, dU and Y
+        # U; what of P and dP follows; dU and Y
         z = gpu.load(v) - by_row(d.enter, dot(k, state))
         x = by_row(beta, z)
         gpu.put(x_tile, x)
         gpu.put(u_tile, dot(t, x_tile, x))
-        p = d.pair(dot(q, k, tb=True))
-        gpu.put(p_tile, p)
+        dp = dot(do, u_tile, tb=True)
+        p, dp_decayed = d.pair(dot(q, k, tb=True), dp)
+        if gate:
+            i, j = gpu.indices()
+            e = jnp.where(i > j, dp * p, 0.0)
+        p_tile[...] = p.astype(jnp.bfloat16)
+        gpu.put(dp_tile, dp_decayed)
         du = dot(p_tile, do, by_row(d.leave, dot(k, d_state)), ta=True)
         gpu.put(y_tile, du)
         gpu.wait_out(0)
         refill()
         y = dot(t, y_tile, du, ta=True)
         d_beta = jnp.sum(y * z, 1)
-        gpu.put(y_tile, y)
+        gpu.put(x_tile, y)
         dv = by_row(beta, y)
         v[...] = stored(d, dv)
 
-        # inside the chunk
-        dp = dot(do, u_tile, tb=True)
-        e = strict(dp * p) if gate else None
-        gpu.put(p_tile, d.pair(dp))
-        dl = strict(dot(y_tile, u_tile, tb=True), -1.0)
-        a = d.pair(dot(k, k, tb=True)) * (1 / form.scale)
+        # -dA is beta times what is here called dl
+        dl = dot(x_tile, u_tile, tb=True)
+        a, dl_decayed = d.keys(dot(k, k, tb=True), dl)
         dl_a = dl * a
-        made_vector(BETA)[...] = d_beta + jnp.sum(dl_a, 1)
-        da = by_row(beta, dl)
+        made_vector(BETA)[...] = d_beta - jnp.sum(dl_a, 1)
         if gate:
-            e = e + by_row(beta, dl_a)
+            e = e - by_row(beta, dl_a)
             made_vector(COLUMNS)[...] = jnp.sum(e, 0)
             e_rows = jnp.sum(e, 1)
-        gpu.put(a_tile, d.pair(da) * (1 / form.scale))
+        gpu.put(da_tile, by_row(-beta, dl_decayed))
 
         # rows reading the state, then rows written to the next one
-        gpu.put(y_tile, by_row(d.enter, dv))
-        dk = dot(y_tile, state, tb=True) * -1.0
+        gpu.put(x_tile, by_row(-d.enter, dv))
+        dk = dot(x_tile, state, tb=True)
         dq = by_row(d.enter_scaled, dot(do, state, tb=True))
         reads = jnp.sum(gpu.load(q) * dq, 1) + jnp.sum(gpu.load(k) * dk, 1) if gate else None
         dk_leave = by_row(d.leave, dot(u_tile, d_state, tb=True))
@@ -158,13 +159,13 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
             made_vector(ROWS)[...] = e_rows + reads - writes
             made_vector(WRITES)[...] = writes
             buffer["made"].at[pl.ds(4 * CHUNK, q.shape[1])][...] = through
-        dk = dot(a_tile, k, dk + dk_leave)
-        dk = dot(p_tile, q, dk, ta=True)
-        dk = dot(a_tile, k, dk, ta=True)
-        dq = dot(p_tile, k, dq)
+        dk = dot(da_tile, k, dk + dk_leave)
+        dk = dot(dp_tile, q, dk, ta=True)
+        dk = dot(da_tile, k, dk, ta=True)
+        dq = dot(dp_tile, k, dq)
 
-        gpu.put(x_tile, by_row(d.enter_scaled, gpu.load(do)))
-        ds = dot(q, x_tile, d.keep * ds, ta=True) - dot(k, y_tile, ta=True)
+        gpu.put(p_tile, by_row(d.enter_scaled, gpu.load(do)))
+        ds = dot(k, x_tile, dot(q, p_tile, d.keep * ds, ta=True), ta=True)
         q[...], k[...] = stored(d, dq), stored(d, dk)
         part = gpu.chunk_rows(n)
         copies = [(tile, made[x].at[b, part, h * blocks + w]) for tile, x in ((q, "q"), (k, "k"))]

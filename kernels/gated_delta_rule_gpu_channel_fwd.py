@@ -23,7 +23,7 @@ from jax import Array
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import tile_gpu_channel as channel
-from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, strict, unit_lower_inverse
+from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, unit_lower_inverse
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present, sources, stored
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot, rows
 from jaxlin.kernels.tile_gpu_channel import half
@@ -117,9 +117,9 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             read = channel.dot_pieces(by_row(d.enter, enter) * gpu.load(k[c]), low[c], read)
             o = channel.dot_pieces(by_row(d.enter_scaled, enter) * gpu.load(q[c]), low[c], o)
         x = by_row(beta, gpu.load(v) - read)
-        gpu.put(p_tile, d.pair(p))
-        lower = by_row(beta, strict(d.pair(a), 1 / form.scale))
-        t = unit_lower_inverse(lower, lower_tile, u).astype(jnp.bfloat16)
+        (p,), (a,) = d.pair(p), d.keys(a)
+        gpu.put(p_tile, p)
+        t = unit_lower_inverse(by_row(-beta, a), lower_tile, u_rest, u).astype(jnp.bfloat16)
         if save:
             gpu.put(lower_tile, t)
             gpu.copy_out((lower_tile, made["t"].at[b, h, n]), (p_tile, made["p"].at[b, h, n]), when=w == 0)

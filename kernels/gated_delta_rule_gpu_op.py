@@ -43,7 +43,7 @@ def pallas(
     q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; beta [B, T, HV]; g None | [B, T, HV] |
     [B, T, HV, K]. Raises NotImplementedError for what the kernels do not serve.
     """
-    check(q, k, v)
+    check(scale, q, k, v)
     if g is not None and g.ndim == 4:
         return delta_rule_by_channel(scale, q, k, v, beta, g, initial_state, segment_ids)
     time, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]

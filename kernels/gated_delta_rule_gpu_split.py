@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_delta_rule_gpu_bwd import Gradients
-from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, strict, unit_lower_inverse
+from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, unit_lower_inverse
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
 from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
@@ -62,7 +62,7 @@ def maps(form: Form, x: Inputs) -> tuple[Array, Array]:
     heads, value_dim = x.v.shape[2:]
     values = value_dim // BLOCK  # blocks of N; those of M follow
     tiles = dict(k=(CHUNK, key_dim), v=(CHUNK, BLOCK))
-    own = dict(state=gpu.tile(key_dim, BLOCK), lower=gpu.tile(CHUNK, CHUNK), blocks=gpu.tile(CHUNK, CHUNK))
+    own = dict(state=gpu.tile(key_dim, BLOCK)) | {x: gpu.tile(CHUNK, CHUNK) for x in ("lower", "rest", "blocks")}
 
     def gated_delta_rule_maps(index, given, made, buffer):
         _, _, w = index
@@ -77,12 +77,12 @@ def maps(form: Form, x: Inputs) -> tuple[Array, Array]:
             beta = beta_of(form, buffer, slot)
             if form.segments:
                 clean(d.valid, k, v)
-            lower = by_row(beta, strict(d.pair(dot(k, k, tb=True)), 1 / form.scale))
-            t = unit_lower_inverse(lower, buffer["lower"], buffer["blocks"]).astype(jnp.bfloat16)
+            (a,) = d.keys(dot(k, k, tb=True))
+            t = unit_lower_inverse(by_row(-beta, a), buffer["lower"], buffer["rest"], buffer["blocks"])
             v = jnp.where(w < values, gpu.load(v), 0.0)
             x = by_row(beta, v - by_row(d.enter, dot(k, buffer["state"])))
             gpu.put(buffer["blocks"], x)
-            u = dot(t, buffer["blocks"], x)
+            u = dot(t.astype(jnp.bfloat16), buffer["blocks"], x)
             gpu.put(buffer["blocks"], by_row(d.leave, u))
             return dot(k, buffer["blocks"], s * d.keep, ta=True)
 
@@ -112,7 +112,8 @@ def adjoints(form: Form, x: Inputs, t: Array, do: Array) -> Array:
             if form.segments:
                 clean(d.valid, q, k, do)
             gpu.put(buffer["state"], ds)
-            gpu.put(buffer["p"], d.pair(dot(q, k, tb=True)))
+            (p,) = d.pair(dot(q, k, tb=True))
+            gpu.put(buffer["p"], p)
             du = dot(buffer["p"], do, by_row(d.leave, dot(k, buffer["state"])), ta=True)
             gpu.put(buffer["y"], du)
             y = dot(t, buffer["y"], du, ta=True)

@@ -160,11 +160,10 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         gpu.put(buffer["d_state"], ds)
         through = d.keep * jnp.sum(gpu.load(state) * ds, 1) if gate else None
 
-        p = d.pair(dot(q, k, tb=True))
-        a = dot(do, v, tb=True)
         r = dl = None
-        reading = d.enter_scaled
+        reading, a, qk = d.enter_scaled, dot(do, v, tb=True), dot(q, k, tb=True)
         if summed:
+            (p,) = d.pair(qk)
             l = gpu.load_rows(buffer["l"].at[slot])  # noqa: E741
             r = 1 / denominator_of(form, l, d.floor)
             reading, a = reading * r, by_row(r, a)
@@ -175,10 +174,13 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
                 if form.denominator == "max":
                     dl = jnp.where(jnp.abs(l) >= d.floor, jnp.where(l < 0, -dl, dl), 0.0)
             a = a + rows(dl)
+            (decayed,) = d.pair(a)
+        else:
+            p, decayed = d.pair(qk, a)
         gpu.wait_out(0)
         refill()
         buffer["p"][...] = (p if r is None else by_row(r, p)).astype(jnp.bfloat16)
-        gpu.put(buffer["a"], d.pair(a))
+        gpu.put(buffer["a"], decayed)
         if gate:
             i, j = gpu.indices()
             e = a * p

@@ -91,7 +91,7 @@ def _program(form: Form, index, given, made, buffer, chunks, stages) -> None:
                 product = dot(u.astype(jnp.bfloat16), buffer["decayed"], product, tb=True)
             return jnp.where(channel.corners(s), product, p)
 
-        p = d.pair(channel.over_levels(level, dot(q, k, tb=True)))
+        (p,) = d.pair(channel.over_levels(level, dot(q, k, tb=True)))
         gpu.wait_out(0)
         refill()
 

@@ -3,9 +3,9 @@
     P_ij = scale q_i.k_j e^{b_i - c_j}, i >= j ;  n = scale e^b (Q S) + P V ;  l_i = scale e^{b_i} q_i.z + sum_j P_ij
     o = n | n / (l + eps) | n / max(|l|, floor) ;  S' = e^{b_C} S + K^T (e^{b_C - c} V) ;  z' likewise with V = 1
 
-b is the cumulative log decay of the chunk and c = b - w, w the log input gate. Masks of segments multiply the decays.
-Every exponent is a difference of float32 sums of at most 64 gates, each clamped at `MIN_GATE`: its error stays below
-1e-3, which bfloat16 operands hide (they cost 4e-3).
+b is the cumulative log decay of the chunk and c = b - w, w the log input gate, both in powers of two, for which the
+hardware has an instruction. Masks of segments multiply the decays. Every exponent is a difference of float32 sums of at
+most 64 gates, each clamped at `MIN_GATE`: its error stays below 1e-3, which bfloat16 operands hide (they cost 4e-3).
 
 Budget at K = 64, of 65536 registers and 227 KB of shared memory an SM: S, P, n in registers, 96 a thread, and
 pieces of tiles; the compiler takes 255, so two programs share an SM. Shared memory a program: q, k, v tiles of 8 KB,
@@ -14,6 +14,8 @@ pieces of tiles; the compiler takes 255, so two programs share an SM. Shared mem
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -144,7 +146,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         d = decays(form, buffer, slot)
         if form.segments:
             clean(d.valid, k, v)
-        p = d.pair(dot(q, k, tb=True))
+        (p,) = d.pair(dot(q, k, tb=True))
         o = by_row(d.enter_scaled, dot(q, buffer["state"]))
         denominator = None
         if z is not None:
@@ -191,7 +193,8 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
 class Decays(NamedTuple):
     """The decays of a chunk in registers, masked; of row i from the chunk's start, of row j to its end."""
 
-    pair: object  # [C, C] products -> scale * product * decay from row j to row i, 0 where i < j
+    pair: Callable[..., list[Array]]  # products [C, C] -> scale * product * decay from row j to row i, 0 where i < j
+    keys: Callable[..., list[Array]]  # likewise without scale, and 0 where i <= j
     enter: Array  # [C] of rows, or a scalar where it is the same for all
     enter_scaled: Array  # scale * enter
     leave: Array  # like enter
@@ -203,35 +206,42 @@ class Decays(NamedTuple):
 def decays(form: Form, buffer: dict, slot: Array) -> Decays:
     """The decays of the chunk in `slot`, from its vectors and segment codes."""
     i, j = gpu.indices()
-    mask, valid, floor = i >= j, None, None
+    valid = floor = b = columns_c = together = None
     enter = leave = keep = jnp.float32(1)
-    exponent = None
     if form.gated:
         vectors = buffer["vectors"].at[slot]
         row = 1 if form.write else 0
         b, c = gpu.load_rows(vectors.at[0]), gpu.load_rows(vectors.at[row])
+        columns_c = gpu.load_columns(vectors.at[row])
         last = vectors[0, CHUNK - 1]
-        enter, leave, keep = jnp.exp(b), jnp.exp(last - c), jnp.exp(last)
-        exponent = rows(b) - columns(gpu.load_columns(vectors.at[row]))
+        enter, leave, keep = jnp.exp2(b), jnp.exp2(last - c), jnp.exp2(last)
     if form.denominator == "max":
         floor = gpu.load_rows(buffer["vectors"].at[slot, form.gated + form.write])
     if form.segments:
         codes = buffer["codes"].at[slot]
         code = gpu.load_rows(codes)
-        mask = mask & (lax.bitwise_xor(rows(code), columns(gpu.load_columns(codes))) < RUN)
+        together = lax.bitwise_xor(rows(code), columns(gpu.load_columns(codes))) < RUN
         valid = lax.bitwise_and(code, VALID) != 0
         enter, leave = (
             jnp.where(lax.bitwise_and(code, bit) != 0, x, 0.0) for bit, x in ((ENTER, enter), (LEAVE, leave))
         )
         keep = jnp.where(lax.bitwise_and(codes[0], KEEP) != 0, keep, 0.0)
 
-    def pair(product):
-        if exponent is None:
-            return jnp.where(mask, form.scale * product, 0.0)
-        # masked before the exponential, which the upper half would overflow, and after, where a product may be NaN
-        return jnp.where(mask, form.scale * product * jnp.exp(jnp.where(mask, exponent, -1e30)), 0.0)
+    def weighted(mask: Array, factor: float, products: tuple[Array, ...]) -> list[Array]:
+        mask = mask if together is None else mask & together
+        if b is None:
+            return [jnp.where(mask, factor * x, 0.0) for x in products]
+        # masked before the exponential, which the upper half would overflow
+        weight = jnp.exp2(jnp.where(mask, rows(b + math.log2(factor)) - columns(columns_c), -1e30))
+        return [weight * x for x in products]
 
-    return Decays(pair, enter, form.scale * enter, leave, keep, valid, floor)
+    def pair(*products: Array) -> list[Array]:
+        return weighted(i >= j, form.scale, products)
+
+    def keys(*products: Array) -> list[Array]:
+        return weighted(i > j, 1.0, products)
+
+    return Decays(pair, keys, enter, form.scale * enter, leave, keep, valid, floor)
 
 
 def denominator_of(form: Form, l: Array, floor: Array | None) -> Array:  # noqa: E741

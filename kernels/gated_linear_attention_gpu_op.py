@@ -6,6 +6,7 @@ codes, zeros up to whole chunks and tiles of 64. Log gates arrive as [B, HV, N, 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
 )
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK
 
+LOG2_E = 1 / math.log(2)
 LARGEST_KEY, LARGEST_VALUE = 128, 256
 """Head sizes of the kernels: keys of 64 or 128, values of multiples of 64; others are padded."""
 
@@ -49,7 +51,7 @@ def pallas(
     q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; g None | [HV] | [B, T, HV] | [B, T, HV, K]. Raises
     NotImplementedError for what the kernels do not serve.
     """
-    check(q, k, v)
+    check(scale, q, k, v)
     if g is not None and g.ndim == 4:
         if normalize:
             raise NotImplementedError("gates are per channel; the GPU kernels have no normaliser with them")
@@ -70,8 +72,10 @@ def pallas(
     return o, (s, z) if normalize else s
 
 
-def check(q: Array, k: Array, v: Array) -> None:
+def check(scale: float, q: Array, k: Array, v: Array) -> None:
     """Raise NotImplementedError, with the reason, for inputs that these kernels do not take."""
+    if scale <= 0:
+        raise NotImplementedError(f"scale is {scale}; the GPU kernels have it in an exponent and take positive ones")
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
         raise NotImplementedError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; the GPU kernels take bfloat16")
     if q.shape[-1] > LARGEST_KEY or v.shape[-1] > LARGEST_VALUE:
@@ -201,9 +205,9 @@ _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
 def cumulative(g: Array) -> Array:
-    """The cumulative log gates of chunks [..., C], each gate at least MIN_GATE."""
+    """The cumulative log gates of chunks [..., C] in powers of two, each gate at least MIN_GATE."""
     triangle = jnp.triu(jnp.ones((CHUNK, CHUNK), jnp.float32))
-    return jnp.matmul(jnp.maximum(g, MIN_GATE), triangle, precision=lax.Precision.HIGHEST)
+    return jnp.matmul(LOG2_E * jnp.maximum(g, MIN_GATE), triangle, precision=lax.Precision.HIGHEST)
 
 
 def reverse_cumulative(x: Array) -> Array:
@@ -217,7 +221,7 @@ def _vectors(gates: Gates | None) -> Array | None:
     if gates is None:
         return None
     b = cumulative(gates.g)
-    c = None if gates.w is None else b - jnp.maximum(gates.w, MIN_GATE)
+    c = None if gates.w is None else b - LOG2_E * jnp.maximum(gates.w, MIN_GATE)
     return jnp.stack([x for x in (b, c, gates.floor) if x is not None], axis=3)
 
 

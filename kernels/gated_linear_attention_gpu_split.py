@@ -142,7 +142,7 @@ def _weights(form: Form, x: Inputs) -> tuple[Array | None, Array | None, Array |
     if x.vectors is not None:
         b, c = x.vectors[..., 0, :], x.vectors[..., 1 if form.write else 0, :]
         last = b[..., -1]
-        enter, leave, keep = jnp.exp(b), jnp.exp(last[..., None] - c), jnp.exp(last)
+        enter, leave, keep = jnp.exp2(b), jnp.exp2(last[..., None] - c), jnp.exp2(last)
     if x.codes is not None:
         code = x.codes[:, None]
         masks = (code & ENTER, code & LEAVE, code[..., 0] & KEEP)

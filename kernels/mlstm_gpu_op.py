@@ -26,7 +26,7 @@ def pallas(
     q, k [B, T, H, K <= 64]; v [B, T, HV, V <= 64], all bfloat16; i, f [B, T, HV] pre-activations. Raises
     NotImplementedError for what the kernels do not serve.
     """
-    check(q, k, v)
+    check(scale, q, k, v)
     c, n, m0 = (None, None, None) if initial_state is None else initial_state
     start = jnp.zeros(v.shape[:1] + v.shape[2:3], jnp.float32) if m0 is None else m0
     i, log_f = i.astype(start.dtype), jax.nn.log_sigmoid(f.astype(start.dtype))

@@ -63,7 +63,7 @@ def vector(*shape: int, dtype: Any = jnp.float32) -> Any:
 def put(ref: Ref, x: Array) -> None:
     """Write a tile to shared memory for a product, a copy or a load that follows."""
     ref[...] = x.astype(ref.dtype)
-    plgpu.commit_smem()
+    commit()
 
 
 def load(ref: Ref) -> Array:
@@ -211,7 +211,7 @@ def copy_out(*copies: tuple[Ref, Ref], when: Array | bool = True) -> None:
 
     Where `when` is false the group is empty.
     """
-    plgpu.commit_smem()
+    commit()
 
     def start():
         for source, target in copies:
@@ -274,7 +274,9 @@ def launch(
     else:
         lane = plgpu.LoweringSemantics.Lane
         params = plgpu.CompilerParams(
-            lowering_semantics=lane, approx_math=True, reduction_scratch_bytes=_REDUCTION_SCRATCH
+            lowering_semantics=lane,
+            approx_math=True,
+            reduction_scratch_bytes=_REDUCTION_SCRATCH,
         )
         options = dict(grid=tuple(grid), grid_names=names, compiler_params=params)
     function = programs if interpreted() else program
