@@ -34,9 +34,24 @@ VARIANTS: dict[str, tuple] = {
     "A backward 3 stages": ("gated_linear_attention_gpu_bwd", "STAGES", 3),
     "B forward 3 stages": ("gated_delta_rule_gpu_fwd", "STAGES", 3),
     "B backward 2 stages": ("gated_delta_rule_gpu_bwd", "STAGES", 2),
+    "GLA forward 1 stage": ("gated_linear_attention_gpu_channel_fwd", "STAGES", {64: 1, 128: 1}),
+    "GLA backward 2 stages": ("gated_linear_attention_gpu_channel_bwd", "STAGES", 2),
+    "GLA unrolled": ("tile_gpu_channel", "UNROLL", True),
+    "KDA unrolled": ("tile_gpu_channel", "UNROLL", True),
+    "KDA forward 2 stages": ("gated_delta_rule_gpu_channel_fwd", "STAGES", 2),
+    "KDA backward 2 stages": ("gated_delta_rule_gpu_channel_bwd", "STAGES", 2),
     "no automatic barriers": ("options", "unsafe_no_auto_barriers", True),
 }
-PROGRAMS = {"linear attention": "A", "scalar gate": "A", "mLSTM": "A", "DeltaNet": "B", "Gated DeltaNet": "B"}
+PROGRAMS = {
+    "linear attention": "A",
+    "scalar gate": "A",
+    "mLSTM": "A",
+    "GLA": "GLA",
+    "DeltaNet": "B",
+    "Gated DeltaNet": "B",
+    "KDA": "KDA",
+}
+"""Each with what the names of its variants begin with."""
 
 
 def main() -> None:
@@ -54,7 +69,7 @@ def main() -> None:
     todo = [
         (program, shape, variant)
         for shape, program, variant in itertools.product(args.shapes, args.programs, args.variants)
-        if variant[:2] not in ("A ", "B ") or variant[0] == PROGRAMS[program]
+        if variant.split()[0] in {PROGRAMS[program], "as", "no"}
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: in_process(job, args.timeout), todo))
@@ -116,17 +131,20 @@ def program(name: str, shape: tuple[int, int, int, int]) -> tuple:
     from jaxlin.kernels import gated_delta_rule_gpu_op, gated_linear_attention_gpu_op, mlstm_gpu_op
 
     b, t, h, d = shape
-    keys = jax.random.split(jax.random.key(0), 5)
+    keys = jax.random.split(jax.random.key(0), 6)
     q, k, v = (jax.random.normal(key, (b, t, h, d), jnp.bfloat16) / 8 for key in keys[:3])
     gate = jax.nn.log_sigmoid(jax.random.normal(keys[3], (b, t, h)) + 3)
     beta = jax.nn.sigmoid(jax.random.normal(keys[4], (b, t, h)))
+    channels = jax.nn.log_sigmoid(jax.random.normal(keys[5], (b, t, h, d)) + 3)
     a, delta, scale = gated_linear_attention_gpu_op.pallas, gated_delta_rule_gpu_op.pallas, d**-0.5
     return {
         "linear attention": (lambda q, k, v: a(q, k, v, scale=scale)[0], (q, k, v)),
         "scalar gate": (lambda q, k, v, g: a(q, k, v, g, scale=scale)[0], (q, k, v, gate)),
         "mLSTM": (lambda q, k, v, i, f: mlstm_gpu_op.pallas(q, k, v, i, f, scale=scale)[0], (q, k, v, gate, beta + 3)),
+        "GLA": (lambda q, k, v, g: a(q, k, v, g, scale=scale)[0], (q, k, v, channels)),
         "DeltaNet": (lambda q, k, v, w: delta(q, k, v, w, None, scale=scale)[0], (q, k, v, beta)),
         "Gated DeltaNet": (lambda q, k, v, w, g: delta(q, k, v, w, g, scale=scale)[0], (q, k, v, beta, gate)),
+        "KDA": (lambda q, k, v, w, g: delta(q, k, v, w, g, scale=scale)[0], (q, k, v, beta, channels)),
     }[name]
 
 

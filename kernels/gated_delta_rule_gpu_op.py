@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlin.kernels import chunk
 from jaxlin.kernels import gated_delta_rule_gpu_split as split
 from jaxlin.kernels.gated_delta_rule_gpu_bwd import BETA, COLUMNS, ROWS, WRITES, backward
+from jaxlin.kernels.gated_delta_rule_gpu_channel_op import delta_rule as delta_rule_by_channel
 from jaxlin.kernels.gated_delta_rule_gpu_fwd import forward
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs
 from jaxlin.kernels.gated_linear_attention_gpu_op import (
@@ -39,10 +40,12 @@ def pallas(
 ) -> tuple[Array, Array]:
     """`gated_delta_rule.chunked` by one kernel each way; initial_state None is zero, and is then not read.
 
-    q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; beta [B, T, HV]; g None | [B, T, HV]. Raises
-    NotImplementedError for what the kernels do not serve.
+    q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; beta [B, T, HV]; g None | [B, T, HV] |
+    [B, T, HV, K]. Raises NotImplementedError for what the kernels do not serve.
     """
-    check(scale, q, k, v, g)
+    check(scale, q, k, v)
+    if g is not None and g.ndim == 4:
+        return delta_rule_by_channel(scale, q, k, v, beta, g, initial_state, segment_ids)
     time, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
     q, k, v = (fill(x, (0, -time % CHUNK, 0, -x.shape[3] % 64)) for x in (q, k, v))
     s0 = None

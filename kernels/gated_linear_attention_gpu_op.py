@@ -48,10 +48,16 @@ def pallas(
 ) -> tuple[Array, Array | tuple[Array, Array]]:
     """`gated_linear_attention.chunked` by one kernel each way; initial_state None is zero, and is then not read.
 
-    q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; g None | [HV] | [B, T, HV]. Raises
+    q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; g None | [HV] | [B, T, HV] | [B, T, HV, K]. Raises
     NotImplementedError for what the kernels do not serve.
     """
-    check(scale, q, k, v, g)
+    check(scale, q, k, v)
+    if g is not None and g.ndim == 4:
+        if normalize:
+            raise NotImplementedError("gates are per channel; the GPU kernels have no normaliser with them")
+        from jaxlin.kernels.gated_linear_attention_gpu_channel_op import attend as attend_by_channel  # imports this
+
+        return attend_by_channel(scale, q, k, v, g, initial_state, segment_ids)
     time = q.shape[1]
     gates = None
     if g is not None and g.ndim == 1 and segment_ids is None and time % CHUNK == 0:
@@ -66,7 +72,7 @@ def pallas(
     return o, (s, z) if normalize else s
 
 
-def check(scale: float, q: Array, k: Array, v: Array, g: Array | None = None) -> None:
+def check(scale: float, q: Array, k: Array, v: Array) -> None:
     """Raise NotImplementedError, with the reason, for inputs that these kernels do not take."""
     if scale <= 0:
         raise NotImplementedError(f"scale is {scale}; the GPU kernels have it in an exponent and take positive ones")
@@ -77,8 +83,6 @@ def check(scale: float, q: Array, k: Array, v: Array, g: Array | None = None) ->
             f"head sizes of keys and values are {q.shape[-1]} and {v.shape[-1]}; the GPU kernels take up to"
             f" {LARGEST_KEY} and {LARGEST_VALUE}"
         )
-    if g is not None and g.ndim == 4:
-        raise NotImplementedError("gates are per channel; the GPU kernels take gates per head")
 
 
 class Gates(NamedTuple):

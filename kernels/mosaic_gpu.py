@@ -31,6 +31,7 @@ BLOCK = 64
 
 _JAX = tuple(jax.__version_info__[:2])
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_FLOAT_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
 _REDUCTION_SCRATCH = 1024  # bytes for sums over rows, which lie in four warps; more would cost a program an SM
 Ref = Any
@@ -47,6 +48,11 @@ def interpreted() -> bool:
 def tile(*shape: int) -> Any:
     """Shared memory for bfloat16 tiles [..., rows, columns], as wgmma and TMA read them."""
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=() if interpreted() else _TRANSFORMS)
+
+
+def float_tile(*shape: int) -> Any:
+    """Shared memory for float32 tiles [..., rows, columns], as TMA reads them and registers load them."""
+    return plgpu.SMEM(shape, jnp.float32, transforms=() if interpreted() else _FLOAT_TRANSFORMS)
 
 
 def vector(*shape: int, dtype: Any = jnp.float32) -> Any:
@@ -160,7 +166,8 @@ def stream(
 
     sources: (chunk -> its part of global memory, shared memory [stages, ...]); `barrier` has `stages` barriers of
     len(sources) arrivals. The body may overwrite its slot and copy it out. It calls `refill` once, when all that the
-    previous chunk copied out has left shared memory: the previous slot is then loaded anew.
+    previous chunk copied out has left shared memory: the previous slot is then loaded anew. With one stage a chunk is
+    loaded only once the one before is done and copied out: for programs that share an SM with another.
     """
     stages = min(stages, chunks)
 
@@ -181,7 +188,15 @@ def stream(
             def _():
                 fetch(step + (stages - 1), lax.rem(step + (stages - 1), jnp.int32(stages)))
 
-        return body(chunks - 1 - step if reverse else step, slot, refill, carry)
+        carry = body(chunks - 1 - step if reverse else step, slot, refill if stages > 1 else lambda: None, carry)
+        if stages == 1:
+            wait_out(0)
+
+            @pl.when(step + 1 < chunks)
+            def _():
+                fetch(step + 1, slot)
+
+        return carry
 
     return lax.fori_loop(jnp.int32(0), jnp.int32(chunks), turn, carry)
 

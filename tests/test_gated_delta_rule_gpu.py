@@ -35,6 +35,13 @@ def run(case: Case):
         pytest.param(replace(BASE, gate="scalar", corr=1.0, beta=2.0, segments="packed", HV=2), marks=slow),
         pytest.param(replace(BASE, gate="scalar", K=128, V=128), marks=slow),
         replace(BASE, T=7, K=16, V=24, gate="none", corr=0.9, beta=0.0, state=False),
+        replace(BASE, gate="channel", strength="mixed", segments="gaps", B=2, HV=2),
+        replace(BASE, gate="channel", T=7, K=16, V=24, corr=0.9, beta=0.0, state=False),
+        pytest.param(replace(BASE, gate="channel", strength="strong"), marks=slow),
+        pytest.param(replace(BASE, gate="channel", strength="weak"), marks=slow),
+        pytest.param(replace(BASE, gate="channel", corr=1.0, beta=2.0, segments="packed", HV=2), marks=slow),
+        pytest.param(replace(BASE, gate="channel", strength="zero", segments="single"), marks=slow),
+        pytest.param(replace(BASE, gate="channel", K=128, V=128, segments="middle"), marks=slow),
     ],
     ids=str,
 )
@@ -43,21 +50,24 @@ def test_interpreted(case, interpreted):
 
 
 @slow
-@pytest.mark.parametrize("case", [Case(gate="none"), Case(gate="scalar", HV=2, segments="packed")], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(gate="none"), *(Case(gate=gate, HV=2, segments="packed") for gate in ("scalar", "channel"))], ids=str
+)
 def test_interpreted_in_parts(case, interpreted, monkeypatch):
     monkeypatch.setattr(gated_linear_attention_gpu_split, "LEAST_CHUNKS", 1)
     run(replace(case, T=256, K=64, V=64, B=1, strength="mild"))
 
 
 @slow
-def test_padding_may_hold_anything(interpreted):
-    hopper.check_padding("gated_delta_rule", replace(BASE, segments="gaps", B=2), "q k v beta g")
+@pytest.mark.parametrize("gate", ("scalar", "channel"))
+def test_padding_may_hold_anything(gate, interpreted):
+    hopper.check_padding("gated_delta_rule", replace(BASE, gate=gate, segments="gaps", B=2), "q k v beta g")
 
 
 @pytest.mark.parametrize("segments", (False, True))
-@pytest.mark.parametrize("gated", (False, True))
+@pytest.mark.parametrize("gate", ("none", "scalar", "channel"))
 @pytest.mark.parametrize("size", (64, 128))
-def test_lowers_for_cuda(size, gated, segments, monkeypatch):
+def test_lowers_for_cuda(size, gate, segments, monkeypatch):
     hopper.pretend(monkeypatch)
     q, v = (jax.ShapeDtypeStruct((2, 256, heads, size), jnp.bfloat16) for heads in (2, 4))
     beta = jax.ShapeDtypeStruct((2, 256, 4), jnp.float32)
@@ -70,7 +80,8 @@ def test_lowers_for_cuda(size, gated, segments, monkeypatch):
     def s0(args):
         return jnp.zeros((2, 4, size, size)) + args[3][0, 0, 0]
 
-    args = (q, q, v, beta, beta if gated else None)
+    g = {"none": None, "scalar": beta, "channel": jax.ShapeDtypeStruct((2, 256, 4, size), jnp.float32)}[gate]
+    args = (q, q, v, beta, g)
     assert kernels_of(loss, args, ids) == 1
     assert kernels_of(jax.grad(loss), args, ids) == 2
 
@@ -92,36 +103,39 @@ def test_lowers_for_cuda(size, gated, segments, monkeypatch):
     ),
     ids=str,
 )
-@pytest.mark.parametrize("gate", ("none", "scalar"))
+@pytest.mark.parametrize("gate", ("none", "scalar", "channel"))
 def test_grid(case, gate):
     run(replace(case, gate=gate))
 
 
+@pytest.mark.parametrize("gate", ("scalar", "channel"))
 @pytest.mark.parametrize("size", (64, 128))
-def test_parts_lower_for_cuda(size, monkeypatch):
+def test_parts_lower_for_cuda(size, gate, monkeypatch):
     hopper.pretend(monkeypatch)
     x = jax.ShapeDtypeStruct((1, 1024, 2, size), jnp.bfloat16)
-    g = jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32)
+    beta = jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32)
+    g = jax.ShapeDtypeStruct((1, 1024, 2, size), jnp.float32) if gate == "channel" else beta
 
-    def loss(x, g):
-        return ops.gated_delta_rule(x, x, x, g, g, implementation="pallas")[0].astype(jnp.float32).sum()
+    def loss(x, beta, g):
+        return ops.gated_delta_rule(x, x, x, beta, g, implementation="pallas")[0].astype(jnp.float32).sum()
 
-    assert kernels_of(jax.grad(loss), x, g) == 4
+    assert kernels_of(jax.grad(loss), x, beta, g) == 4
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gate", ("none", "scalar"))
+@pytest.mark.parametrize("gate", ("none", "scalar", "channel"))
 @pytest.mark.parametrize("size", (64, 128))
 def test_grid_in_parts(size, gate):
     run(replace(BASE, T=4096, K=size, V=size, HV=2, segments="packed", gate=gate))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gate", ("none", "scalar"))
+@pytest.mark.parametrize("gate", ("none", "scalar", "channel"))
 def test_reruns_are_bit_equal(gate):
     hopper.check_reruns("gated_delta_rule", replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate=gate))
 
 
 @pytest.mark.gpu
-def test_padding_may_hold_anything_on_the_gpu():
-    hopper.check_padding("gated_delta_rule", replace(BASE, segments="gaps", B=2), "q k v beta g")
+@pytest.mark.parametrize("gate", ("scalar", "channel"))
+def test_padding_may_hold_anything_on_the_gpu(gate):
+    hopper.check_padding("gated_delta_rule", replace(BASE, gate=gate, segments="gaps", B=2), "q k v beta g")

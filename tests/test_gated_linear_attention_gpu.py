@@ -49,6 +49,12 @@ slow = pytest.mark.slow
         pytest.param(replace(BASE, gate="scalar", strength="strong", corr=0.9, state=False), marks=slow),
         replace(BASE, T=7, K=16, V=24, segments="packed"),
         pytest.param(replace(BASE, K=128, V=96, segments="packed"), marks=slow),
+        replace(BASE, gate="channel", strength="mixed", segments="gaps", B=2, HV=2),
+        replace(BASE, gate="channel", T=7, K=16, V=24, segments="packed"),
+        pytest.param(replace(BASE, gate="channel", strength="strong"), marks=slow),
+        pytest.param(replace(BASE, gate="channel", strength="zero", corr=0.9, state=False), marks=slow),
+        pytest.param(replace(BASE, gate="channel", strength="weak", segments="single"), marks=slow),
+        pytest.param(replace(BASE, gate="channel", K=128, V=128, segments="middle"), marks=slow),
     ],
     ids=str,
 )
@@ -82,7 +88,9 @@ def test_interpreted_mlstm(case, interpreted):
     run("mlstm", case)
 
 
-@pytest.mark.parametrize("form", (pytest.param("constant", marks=slow), pytest.param("normalize", marks=slow), "mlstm"))
+@pytest.mark.parametrize(
+    "form", (pytest.param("constant", marks=slow), "channel", pytest.param("normalize", marks=slow), "mlstm")
+)
 def test_interpreted_in_parts(form, interpreted, monkeypatch):
     """Long sequences are cut into parts where there are few of them."""
     monkeypatch.setattr(gated_linear_attention_gpu_split, "LEAST_CHUNKS", 1)
@@ -95,8 +103,9 @@ def test_interpreted_in_parts(form, interpreted, monkeypatch):
 
 
 @slow
-def test_padding_may_hold_anything(interpreted):
-    hopper.check_padding("gated_linear_attention", replace(BASE, segments="gaps", B=2), "q k v g")
+@pytest.mark.parametrize("gate", ("scalar", "channel"))
+def test_padding_may_hold_anything(gate, interpreted):
+    hopper.check_padding("gated_linear_attention", replace(BASE, gate=gate, segments="gaps", B=2), "q k v g")
 
 
 # ---- on the CPU, lowered for CUDA ----
@@ -111,18 +120,18 @@ def arrays(op: str, gate: str, size: int) -> dict:
     if op == "mlstm":
         found |= dict(i=f32((B, T, HV)), f=f32((B, T, HV)))
     elif gate != "none":
-        found["g"] = f32({"constant": (HV,), "scalar": (B, T, HV)}[gate])
+        found["g"] = f32({"constant": (HV,), "scalar": (B, T, HV), "channel": (B, T, HV, size)}[gate])
     return found
 
 
 @pytest.mark.parametrize("all_options", (False, True))
 @pytest.mark.parametrize("size", (64, 128))
-@pytest.mark.parametrize("form", ("none", "constant", "scalar", "normalize", "mlstm"))
+@pytest.mark.parametrize("form", ("none", "constant", "scalar", "channel", "normalize", "mlstm"))
 def test_lowers_for_cuda(form, size, all_options, monkeypatch):
     """With all options there are segments, an initial state, and a gradient through the final one."""
     hopper.pretend(monkeypatch)
     op = "mlstm" if form == "mlstm" else "gated_linear_attention"
-    args = arrays(op, form if form in ("constant", "scalar") else "none", size)
+    args = arrays(op, form if form in ("constant", "scalar", "channel") else "none", size)
     options = dict(normalize=True) if form == "normalize" else {}
     if all_options:
         parts = [(B, HV, size, size), (B, HV, size), (B, HV)][: {"mlstm": 3, "normalize": 2}.get(form, 1)]
@@ -138,11 +147,12 @@ def test_lowers_for_cuda(form, size, all_options, monkeypatch):
     assert kernels_of(jax.grad(loss), args, ids) == 2
 
 
-@pytest.mark.parametrize("form", ("none", "scalar", "normalize"))
+@pytest.mark.parametrize("form", ("none", "scalar", "channel", "normalize"))
 def test_parts_lower_for_cuda(form, monkeypatch):
     hopper.pretend(monkeypatch)
     x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
-    g = jax.ShapeDtypeStruct((1, 1024, 2), jnp.float32) if form == "scalar" else None
+    shape = {"scalar": (1, 1024, 2), "channel": (1, 1024, 2, 64)}.get(form)
+    g = None if shape is None else jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def loss(x, g):
         return ops.gated_linear_attention(
@@ -157,7 +167,7 @@ def test_parts_lower_for_cuda(form, monkeypatch):
     [
         (dict(q=jnp.ones((1, 64, 1, 64))), "float32"),
         (dict(v=jnp.ones((1, 64, 1, 257), jnp.bfloat16)), "up to 128 and 256"),
-        (dict(g=jnp.ones((1, 64, 1, 64))), "per channel"),
+        (dict(g=jnp.ones((1, 64, 1, 64)), normalize=True), "no normaliser"),
     ],
 )
 def test_what_is_not_served_is_named(change, reason, interpreted):
@@ -185,7 +195,7 @@ def test_what_is_not_served_is_named(change, reason, interpreted):
     ),
     ids=str,
 )
-@pytest.mark.parametrize("form", ("none", "constant", "scalar", "normalize", "mlstm"))
+@pytest.mark.parametrize("form", ("none", "constant", "scalar", "channel", "normalize", "mlstm"))
 def test_grid(case, form):
     if form == "mlstm":
         run("mlstm", replace(case, strength="weak" if case.strength == "mild" else case.strength))
@@ -195,7 +205,7 @@ def test_grid(case, form):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", ("none", "constant", "scalar", "normalize", "mlstm"))
+@pytest.mark.parametrize("form", ("none", "constant", "scalar", "channel", "normalize", "mlstm"))
 def test_grid_in_parts(form):
     """One sequence of few heads: parts side by side."""
     case = replace(BASE, T=4096, segments="none" if form == "constant" else "packed")
@@ -207,13 +217,16 @@ def test_grid_in_parts(form):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", ("scalar", "normalize", "mlstm"))
+@pytest.mark.parametrize("form", ("scalar", "channel", "normalize", "mlstm"))
 def test_reruns_are_bit_equal(form):
     op = "mlstm" if form == "mlstm" else "gated_linear_attention"
-    case = replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate="scalar" if form == "scalar" else "none")
+    case = replace(
+        BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate=form if form in ("scalar", "channel") else "none"
+    )
     hopper.check_reruns(op, case, normalize=form == "normalize")
 
 
 @pytest.mark.gpu
-def test_padding_may_hold_anything_on_the_gpu():
-    hopper.check_padding("gated_linear_attention", replace(BASE, segments="gaps", B=2), "q k v g")
+@pytest.mark.parametrize("gate", ("scalar", "channel"))
+def test_padding_may_hold_anything_on_the_gpu(gate):
+    hopper.check_padding("gated_linear_attention", replace(BASE, gate=gate, segments="gaps", B=2), "q k v g")

@@ -1,0 +1,85 @@
+"""Family B on Hopper with a gate per channel (KDA): what surrounds the kernels, and their derivative."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlin.kernels import chunk
+from jaxlin.kernels import gated_linear_attention_gpu_channel_split as split
+from jaxlin.kernels.gated_delta_rule_gpu_channel_bwd import backward
+from jaxlin.kernels.gated_delta_rule_gpu_channel_fwd import forward
+from jaxlin.kernels.gated_delta_rule_gpu_split import ends, starts
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs
+from jaxlin.kernels.gated_linear_attention_gpu_op import by_chunk, fill, segment_codes, sum_group
+from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
+from jaxlin.kernels.mosaic_gpu import CHUNK
+
+
+def delta_rule(
+    scale: float,
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    g: Array,
+    s0: Array | None,
+    segment_ids: Array | None,
+) -> tuple[Array, Array]:
+    """(o [B, T, HV, V], final S [B, HV, K, V]) for any T, K <= 128 and V <= 256; beta [B, T, HV], g [B, T, HV, K]."""
+    time, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
+    q, k, v, g = (fill(x, (0, -time % CHUNK, 0, -x.shape[3] % 64)) for x in (q, k, v, g.astype(jnp.float32)))
+    s0 = None if s0 is None else fill(s0.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % 64))
+    codes = None if segment_ids is None else segment_codes(segment_ids)
+    form = Form(scale, gated=False, segments=codes is not None, beta=True)
+    o, s = _delta_rule(form, q, k, v, by_chunk(beta, segment_ids)[..., None, :], g, s0, codes)
+    return o[:, :time, :, :value_dim], s[:, :, :key_dim, :value_dim]
+
+
+@chunk.custom_vjp
+def _delta_rule(form: Form, q, k, v, beta, g, s0, codes):
+    """beta [B, HV, N, 1, C]."""
+    return _forward(form, Inputs(q, k, v, beta, codes), g, s0, save=False)[:2]
+
+
+def _delta_rule_fwd(form: Form, q, k, v, beta, g, s0, codes):
+    o, s, saved, m = _forward(form, Inputs(q, k, v, beta, codes), g, s0, save=True)
+    saved, m = checkpoint_name((saved, m), "chunk_states")
+    return (o, s), (q, k, v, beta, g, codes, saved, m, s0 is None)
+
+
+def _delta_rule_bwd(form: Form, residuals, cotangents):
+    q, k, v, beta, g, codes, saved, m, fresh = residuals
+    do, ds = cotangents
+    x, gates, parts = Inputs(q, k, v, beta, codes), g, split.parts(v)
+    if parts > 1:
+        x, gates = split.cut_inputs(x, g, parts)
+        do = cut(do, parts, 1)
+        ds = ends(m, backward(form, x, gates, *saved, do, None).s, ds, parts)
+    d = backward(form, x, gates, *saved, do, ds)
+    d_beta = d.beta.sum(0)
+    if parts > 1:
+        d, d_beta = split.join_gradients(d, parts), join(d_beta, parts, 2)
+    dq, dk = (sum_group(x, q.shape[2]) for x in (d.q, d.k))
+    dg = sum_group(d.g, g.shape[2])
+    return dq, dk, d.v, d_beta[..., None, :], dg, None if fresh else d.s, None
+
+
+def _forward(form: Form, x: Inputs, g: Array, s0: Array | None, save: bool):
+    """`forward`, over parts of the sequence where there are too few sequences, and M of each part, or None."""
+    parts = split.parts(x.v)
+    if parts == 1:
+        return *forward(form, x, g, s0, save), None
+    x, g = split.cut_inputs(x, g, parts)
+    key_dim, value_dim = x.q.shape[3], x.v.shape[3]
+    # N from a zero state, and behind it M from the identity with v = 0
+    zero_and_one = jnp.eye(key_dim, value_dim + key_dim, value_dim)
+    both = jnp.broadcast_to(zero_and_one, (x.v.shape[0], x.v.shape[2], *zero_and_one.shape))
+    _, both, _ = forward(form, x._replace(v=fill(x.v, (0, 0, 0, key_dim))), g, both, save=False)
+    n, m = both[..., :value_dim], both[..., value_dim:]
+    o, s, saved = forward(form, x, g, starts(m, n, s0, parts), save)
+    return join(o, parts, 1), s[parts - 1 :: parts], saved, m
+
+
+_delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd)

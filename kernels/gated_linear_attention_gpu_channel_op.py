@@ -1,0 +1,69 @@
+"""Family A on Hopper with a gate per channel (GLA): what surrounds the kernels, and their derivative."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxlin.kernels import chunk
+from jaxlin.kernels import gated_linear_attention_gpu_channel_split as split
+from jaxlin.kernels.gated_linear_attention_gpu_channel_bwd import backward
+from jaxlin.kernels.gated_linear_attention_gpu_channel_fwd import forward
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs
+from jaxlin.kernels.gated_linear_attention_gpu_op import fill, segment_codes, sum_group
+from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
+from jaxlin.kernels.mosaic_gpu import CHUNK
+
+
+def attend(
+    scale: float, q: Array, k: Array, v: Array, g: Array, s0: Array | None, segment_ids: Array | None
+) -> tuple[Array, Array]:
+    """(o [B, T, HV, V], final S [B, HV, K, V]) for any T, K <= 128 and V <= 256; g [B, T, HV, K]."""
+    time, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
+    q, k, v, g = (fill(x, (0, -time % CHUNK, 0, -x.shape[3] % 64)) for x in (q, k, v, g.astype(jnp.float32)))
+    s0 = None if s0 is None else fill(s0.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % 64))
+    codes = None if segment_ids is None else segment_codes(segment_ids)
+    form = Form(scale, gated=False, segments=codes is not None)
+    o, s = _attend(form, q, k, v, g, s0, codes)
+    return o[:, :time, :, :value_dim], s[:, :, :key_dim, :value_dim]
+
+
+@chunk.custom_vjp
+def _attend(form: Form, q, k, v, g, s0, codes):
+    return _forward(form, Inputs(q, k, v, None, codes), g, s0, save=False)[:2]
+
+
+def _attend_fwd(form: Form, q, k, v, g, s0, codes):
+    o, s, saved = _forward(form, Inputs(q, k, v, None, codes), g, s0, save=True)
+    return (o, s), (q, k, v, g, codes, checkpoint_name(saved, "chunk_states"), s0 is None)
+
+
+def _attend_bwd(form: Form, residuals, cotangents):
+    q, k, v, g, codes, (states, p), fresh = residuals
+    do, ds = cotangents
+    x, gates, parts = Inputs(q, k, v, None, codes), g, split.parts(v)
+    if parts > 1:
+        x, gates = split.cut_inputs(x, g, parts)
+        do = cut(do, parts, 1)
+        first = backward(form, x, gates, states, p, do, None).s
+        ds = split.at_parts(split.keep_of_parts(gates, x.codes), first, ds, parts, reverse=True)
+    d = backward(form, x, gates, states, p, do, ds)
+    if parts > 1:
+        d = split.join_gradients(d, parts)
+    dq, dk = (sum_group(x, q.shape[2]) for x in (d.q, d.k))
+    return dq, dk, d.v, sum_group(d.g, g.shape[2]), None if fresh else d.s, None
+
+
+def _forward(form: Form, x: Inputs, g: Array, s0: Array | None, save: bool):
+    """`forward`, over parts of the sequence where there are too few sequences; what is saved stays in parts."""
+    parts = split.parts(x.v)
+    if parts == 1:
+        return forward(form, x, g, s0, save)
+    x, g = split.cut_inputs(x, g, parts)
+    _, first, _ = forward(form, x, g, None, save=False)
+    o, s, saved = forward(form, x, g, split.at_parts(split.keep_of_parts(g, x.codes), first, s0, parts), save)
+    return join(o, parts, 1), s[parts - 1 :: parts], saved
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

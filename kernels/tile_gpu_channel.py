@@ -1,0 +1,205 @@
+"""Decays of a gate per channel on Hopper, of one chunk and 64 channels: sums of gates as products with zeros and ones.
+
+With g [C, K] the log gates of a chunk, every decay is the exponential of a sum of gates over consecutive rows,
+
+    sums(first, last)_ik = sum_{first_i <= t < last_i} g_tk                    so never positive, never a difference,
+
+which is a product of a matrix of zeros and ones with g. That is split in two bfloat16 tiles, g = high + low, 16 bits:
+an exponent x is off by 1e-5 x. Rows meet as in kernels/README.md: for i > j there is one level s = 1, 2, 4 ... 32 with
+i in the second and j in the first half of an aligned block of 2s rows, and with e_s = exp(sums(level))
+
+    e^{b_i - b_j} = e_s[i] e_s[j],     P = sum over s of (q e_s) (k e_s)^T masked to the corners of level s.
+
+Backward each row of a level has one role, so q e_s (second halves) and k e_s (first halves) are one tile u, and with W
+the cotangent of P on both sides of the diagonal, W_ij = W_ji, one product gives what both sides get:
+
+    F = (W masked to the corners) u ;   dq += e_s F (second halves) ;   dk += e_s F (first halves)
+    R_i = sum over s of u F (second halves) - u F (first halves)           (u rounded as the product reads it)
+
+R_i is what row i adds to the cotangent of b_i. E_ijk = u_ik W_ij u_jk enters R_i and, negative, R_j with the very same
+rounding, so that the pairs on one side of t cancel in dg_t = sum_{i >= t} R_i but for float32's rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import MIN_GATE
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, dot, rows
+
+LEVELS = 6
+"""log2(CHUNK): s = 1, 2, 4 ... 32."""
+UNROLL = False
+"""Levels one after the other in the code: a third fewer instructions, but more registers than there are."""
+Range = tuple[Array | None, Array | None]
+"""first and last: rows [first_i, last_i) for every row i of a tile; None is the start or the end of the chunk."""
+
+
+def half(ref: gpu.Ref, c: int) -> gpu.Ref:
+    """64 of the columns of a tile in shared memory: keys of 128 are taken 64 at a time."""
+    return ref if ref.shape[-1] == CHUNK else ref.at[:, pl.ds(c * CHUNK, CHUNK)]
+
+
+def split(g: gpu.Ref, valid: Array | None, high: gpu.Ref, low: gpu.Ref, total: gpu.Ref) -> Array:
+    """Write log gates, none in padding, as the pieces that `sums` reads; e^{b_C} [K], for the rows of the state.
+
+    The pieces are those of log2(e) g: `decay` is a power of two.
+    """
+    x = jnp.maximum(gpu.load(g), MIN_GATE) * math.log2(math.e)
+    if valid is not None:
+        x = jnp.where(rows(valid), x, 0.0)
+    put_pieces(x, high, low)
+    total[...] = jnp.sum(x, 0)
+    gpu.commit()
+    return jnp.exp2(gpu.load_rows(total))
+
+
+def put_pieces(x: Array, high: gpu.Ref, low: gpu.Ref) -> None:
+    """x = high + low in bfloat16 tiles."""
+    rounded = x.astype(jnp.bfloat16)
+    high[...] = rounded
+    gpu.put(low, x - rounded.astype(jnp.float32))
+
+
+def dot_pieces(x: Array, b: gpu.Ref, acc: Array | None = None) -> Array:
+    """acc + x @ b with a float32 tile x, to 16 bits: two products."""
+    high = x.astype(jnp.bfloat16)
+    return dot((x - high.astype(jnp.float32)).astype(jnp.bfloat16), b, dot(high, b, acc))
+
+
+# ---- sums over rows ----
+
+
+def enter() -> Range:
+    """From the chunk's start to row i, inclusive."""
+    return None, gpu.indices()[0] + 1
+
+
+def leave() -> Range:
+    """From behind row i to the chunk's end."""
+    return gpu.indices()[0] + 1, None
+
+
+def level(s: Array) -> Range:
+    """In the second half of a block of 2s rows from its start to row i, in the first from behind row i to its end."""
+    i, second = gpu.indices()[0], second_half(s)
+    start = i & -s
+    return jnp.where(second, start, i + 1), jnp.where(second, i + 1, start + s)
+
+
+def before() -> Range:
+    """All rows before row i: the transpose of `leave`."""
+    return None, gpu.indices()[0]
+
+
+def onward() -> Range:
+    """Row i and all behind it: the transpose of `enter`."""
+    return gpu.indices()[0], None
+
+
+def sums(high: gpu.Ref, low: gpu.Ref | None, over: Range, acc: Array | None = None) -> Array:
+    """acc + the sums of the rows of high + low over a range of rows for each row."""
+    t, (first, last) = gpu.indices()[1], over
+    chosen = t < last if first is None else t >= first if last is None else (t >= first) & (t < last)
+    chosen = jnp.where(chosen, 1.0, 0.0).astype(jnp.bfloat16)
+    found = dot(chosen, high, acc)
+    return found if low is None else dot(chosen, low, found)
+
+
+def decay(high: gpu.Ref, low: gpu.Ref, over: Range) -> Array:
+    """e to the sums of gates, from their pieces as `split` writes them."""
+    return jnp.exp2(sums(high, low, over))
+
+
+# ---- levels ----
+
+
+def second_half(s: Array) -> Array:
+    """Where a row lies in the second half of its block of 2s rows, all along the row."""
+    return (gpu.indices()[0] & s) != 0
+
+
+def roles(s: Array) -> tuple[Array, Array]:
+    """1 in the rows of second halves and 0 in others, and the opposite: for multiply-adds."""
+    second = jnp.where(second_half(s), 1.0, 0.0)
+    return second, 1.0 - second
+
+
+def corners(s: Array) -> Array:
+    """Where row and column lie in the two halves of one block of 2s rows, on either side of the diagonal."""
+    i, j = gpu.indices()
+    return (i & -s) ^ s == j & -s  # a number by row, a number by column: one comparison an entry
+
+
+def over_levels(body, carry):
+    """carry = body(s, carry) for s = 1, 2, 4 ... 32."""
+    if UNROLL:
+        for n in range(LEVELS):
+            carry = body(jnp.int32(1 << n), carry)
+        return carry
+    return lax.fori_loop(
+        jnp.int32(0), jnp.int32(LEVELS), lambda n, carry: body(lax.shift_left(jnp.int32(1), n), carry), carry
+    )
+
+
+def put_symmetric(target: gpu.Ref, lower: Array, upper: Array, mask: Array | None, scale: float) -> None:
+    """Write W: the cotangents of pairs j < i from `lower`, of its transpose from `upper`, none on the diagonal."""
+    i, j = gpu.indices()
+    apart = i != j if mask is None else (i != j) & mask
+    gpu.put(target, jnp.where(apart, scale * jnp.where(i > j, lower, upper), 0.0))
+
+
+def at_corners(w: gpu.Ref, s: Array) -> Array:
+    """W masked to the corners of a level, as a product reads it."""
+    return jnp.where(corners(s), gpu.load(w), 0.0).astype(jnp.bfloat16)
+
+
+def same_run(codes: gpu.Ref, run: int) -> Array:
+    """[C, C]: rows i and j belong to one document, from segment codes."""
+    return lax.bitwise_xor(rows(gpu.load_rows(codes)), gpu.columns(gpu.load_columns(codes))) < run
+
+
+def diagonal(product: Array) -> Array:
+    """The diagonal of a tile, by rows."""
+    i, j = gpu.indices()
+    return jnp.sum(jnp.where(i == j, product, 0.0), 1)
+
+
+# ---- programs ----
+
+
+def pieces(*names: str, key_dim: int) -> dict:
+    """Shared memory for tiles of 64 channels each: name0, name1."""
+    return {f"{name}{c}": gpu.tile(CHUNK, CHUNK) for name in names for c in range(key_dim // CHUNK)}
+
+
+def key_rows(c: int) -> Any:
+    """The rows of half c of the keys, of a state."""
+    return pl.ds(c * CHUNK, CHUNK)
+
+
+def start(given: dict, name: str, index: tuple[Array, Array, Array], key_dim: int) -> tuple[Array, ...]:
+    """A program's share of a state [B, HV, K, V], 64 keys a tile, or zeros where none is given."""
+    b, h, w = index
+    if name not in given:
+        return tuple(gpu.zeros(CHUNK, BLOCK) for _ in range(key_dim // CHUNK))
+    return tuple(gpu.load(given[name].at[b, h, key_rows(c), gpu.block(w)]) for c in range(key_dim // CHUNK))
+
+
+def finish(target: gpu.Ref, state: tuple[Array, ...], index: tuple[Array, Array, Array]) -> None:
+    """Write what `start` reads."""
+    b, h, w = index
+    for c, tile in enumerate(state):
+        target.at[b, h, key_rows(c), gpu.block(w)][...] = tile
+
+
+def source(given: dict, buffer: dict, index: tuple[Array, Array, Array]) -> tuple:
+    """The part of g [B, T, HV, K] that a chunk reads, with its buffer."""
+    b, h, _ = index
+    return lambda n: given["g"].at[b, gpu.chunk_rows(n), h], buffer["g"]
