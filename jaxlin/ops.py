@@ -256,7 +256,7 @@ def _run(
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
     if implementation is not None:
         return _sharded(_find(op, implementation, fresh), arrays, state, options, chunk_size)
-    for name in _preference(arrays["q"].shape[1]):
+    for name in _preference(arrays):
         try:
             return _sharded(_find(op, name, fresh), arrays, state, options, chunk_size)
         except NotImplementedError as error:
@@ -264,11 +264,16 @@ def _run(
     raise AssertionError("the scan always runs")
 
 
-def _preference(time: int) -> tuple[str, ...]:
-    """The best first. Chunks have nothing to gain from one step; of that, only TPUs have a kernel."""
-    if time == 1:
-        return ("pallas", "scan") if platform() == "tpu" else ("scan",)
-    return ("pallas", "chunked", "scan") if platform() in ("tpu", "gpu") else ("chunked", "scan")
+def _preference(arrays: dict) -> tuple[str, ...]:
+    """The best first. Chunks have nothing to gain from one step; of that, only TPUs have a kernel.
+
+    The GPU kernels for gates per channel must be asked for by name until they have run on a GPU.
+    """
+    target, g = platform(), arrays.get("g")
+    kernel = target == "tpu" or (target == "gpu" and (g is None or g.ndim < 4))
+    if arrays["q"].shape[1] == 1:
+        return ("pallas", "scan") if target == "tpu" else ("scan",)
+    return ("pallas", "chunked", "scan") if kernel else ("chunked", "scan")
 
 
 def platform() -> str:

@@ -80,7 +80,7 @@ def test_named_pallas_says_why_not(op):
 
 def test_best_falls_back_with_one_line(monkeypatch, caplog):
     monkeypatch.setattr(ops, "platform", lambda: "gpu")
-    monkeypatch.setattr(ops, "_preference", lambda time: ("pallas", "chunked"))
+    monkeypatch.setattr(ops, "_preference", lambda arrays: ("pallas", "chunked"))
     ops._log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
