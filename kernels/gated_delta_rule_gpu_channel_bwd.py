@@ -33,7 +33,7 @@ from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import RUN, Form, Inputs, clean, decays, present, sources, stored
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, columns, dot, rows
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot, rows
 from jaxlin.kernels.tile_gpu_channel import half
 
 STAGES = 1
@@ -167,11 +167,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             dq, dk, r, d_beta = inside(tiles, beta, (dq, dk, r, d_beta))
 
             q[c][...], k[c][...] = stored(d, dq), stored(d, dk)
-            channel.put_pieces(r, high[c], low[c])
-            vector[...] = carried[c]
-            gpu.commit()
-            dg = channel.sums(high[c], low[c], channel.onward(), columns(gpu.load_columns(vector)))
-            dg = channel.sums(state[c], None, channel.before(), dg)
+            dg = channel.gate_gradient(r, state[c], carried[c], high[c], low[c], vector)
             new.append(gpu.load(g[c]))
             g[c][...] = dg if d.valid is None else jnp.where(rows(d.valid), dg, 0.0)
         buffer["beta"][...] = d_beta

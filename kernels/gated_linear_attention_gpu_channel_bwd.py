@@ -28,7 +28,7 @@ from jax import Array
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import RUN, Form, Inputs, clean, decays, present, sources, stored
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, columns, dot, rows
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot, rows
 from jaxlin.kernels.tile_gpu_channel import half
 
 STAGES = 1
@@ -137,11 +137,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             dq, dk, r = inside(q, k, w_tile, u, high, low, (dq, dk, r))
 
             q[...], k[...] = stored(d, dq), stored(d, dk)
-            channel.put_pieces(r, high, low)
-            vector[...] = carried
-            gpu.commit()
-            dg = channel.sums(high, low, channel.onward(), columns(gpu.load_columns(vector)))
-            dg = channel.sums(d_state, None, channel.before(), dg)
+            dg = channel.gate_gradient(r, d_state, carried, high, low, vector)
             new.append(gpu.load(g))
             g[...] = dg if d.valid is None else jnp.where(rows(d.valid), dg, 0.0)
         part = gpu.chunk_rows(n)

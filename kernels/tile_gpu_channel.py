@@ -112,6 +112,16 @@ def sums(high: gpu.Ref, low: gpu.Ref | None, over: Range, acc: Array | None = No
     return found if low is None else dot(chosen, low, found)
 
 
+def gate_gradient(r: Array, writes: gpu.Ref, carried: Array, high: gpu.Ref, low: gpu.Ref, vector: gpu.Ref) -> Array:
+    """dg_t = sum_{i >= t} r_i + sum_{j < t} writes_j + what the state carries over the chunk [K]; the last three tiles
+    are used up."""
+    put_pieces(r, high, low)
+    vector[...] = carried
+    gpu.commit()
+    dg = sums(high, low, onward(), gpu.columns(gpu.load_columns(vector)))
+    return sums(writes, None, before(), dg)
+
+
 def decay(high: gpu.Ref, low: gpu.Ref, over: Range) -> Array:
     """e to the sums of gates, from their pieces as `split` writes them."""
     return jnp.exp2(sums(high, low, over))
