@@ -80,12 +80,12 @@ def _forward(scale, inputs, state, segments):
 
     def chunk(s, xs):
         w, u0, ke, weight, keep = xs
-        u = u0 - c.dot("...ik,...kv->...iv", w, s)
-        return keep * s + c.dot("...ik,...iv->...kv", ke, weight * u), (s, u)
+        u = u0 - c.state_dot("...ik,...kv->...iv", w, s)
+        return keep * s + c.state_dot("...ik,...iv->...kv", ke, weight * u), (s, u)
 
     xs = (c.operand(w), u0, c.operand(ke), ke_weight, c.decays.keep)
     final_state, (states, u) = lax.scan(chunk, state, xs)
-    o = q_weight * c.dot("...ik,...kv->...iv", qe, states) + c.dot("...ij,...jv->...iv", c.p, u)
+    o = q_weight * c.state_dot("...ik,...kv->...iv", qe, states) + c.exact("...ij,...jv->...iv", c.p, u)
     return (scale * o).astype(v.dtype), final_state, (states, t)
 
 
@@ -95,16 +95,16 @@ def _backward(scale, inputs, saved, segments, do, d_final):
     enter, leave, keep, *_ = c.decays
     (qe, q_weight), (kb, kb_weight), (ke, ke_weight) = _decayed_rows(c)
 
-    z = c.v - kb_weight * c.dot("...ik,...kv->...iv", kb, states)
+    z = c.v - kb_weight * c.state_dot("...ik,...kv->...iv", kb, states)
     u = c.exact("...ij,...jv->...iv", _by_column(t, c.beta), z)
     w = c.exact("...ij,...jk->...ik", _by_column(t, c.beta * kb_weight), kb)
     du_local = scale * c.dot("...ij,...iv->...jv", c.p, do)
-    ds_local = scale * c.dot("...ik,...iv->...kv", qe, q_weight * do)
+    ds_local = scale * c.state_dot("...ik,...iv->...kv", qe, q_weight * do)
 
     def chunk(ds, xs):
         w, ke, weight, keep, du_local, ds_local = xs
-        du = du_local + weight * c.dot("...ik,...kv->...iv", ke, ds)
-        return keep * ds + ds_local - c.dot("...ik,...iv->...kv", w, du), (ds, du)
+        du = du_local + weight * c.state_dot("...ik,...kv->...iv", ke, ds)
+        return keep * ds + ds_local - c.state_dot("...ik,...iv->...kv", w, du), (ds, du)
 
     xs = (c.operand(w), c.operand(ke), ke_weight, keep, du_local, ds_local)
     d_state, (ds, du) = lax.scan(chunk, d_final, xs, reverse=True)
@@ -152,8 +152,15 @@ class _Chunks(NamedTuple):
     precision: lax.Precision  # of products whose operands are never rounded to `dtype`: with T, with channel gates
 
     def operand(self, x: Array) -> Array:
-        """As most products read it: in the dtype of the inputs."""
-        return x.astype(self.dtype)
+        """Decayed rows as products with the state read them: in the dtype of the inputs, where the decay is a weight.
+
+        With channel gates they stay as they are: what tells keys apart that are nearly alike would be rounded off.
+        """
+        return x if self.decays.pair is None else x.astype(self.dtype)
+
+    def state_dot(self, spec: str, x: Array, y: Array) -> Array:
+        """A product of decayed rows with the state, or with what is written to it."""
+        return self.exact(spec, x, y) if self.decays.pair is None else self.dot(spec, x, y)
 
     def dot(self, spec: str, x: Array, y: Array) -> Array:
         """Operands in the dtype of the inputs, sums in that of accumulation."""
