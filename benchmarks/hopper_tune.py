@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 CALLS, REPEATS = 20, 7
 
-# variant: (module in jaxlin.kernels or "mosaic_gpu options", attribute, value)
+# variant: (module in jaxlin.kernels, or "options" of the compiler, attribute, value)
 VARIANTS: dict[str, tuple] = {
     "as committed": (),
     "A forward 2 stages": ("gated_linear_attention_gpu_fwd", "STAGES", {64: 2, 128: 2}),
