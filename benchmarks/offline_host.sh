@@ -78,8 +78,8 @@ kernel_tests() {
   gpu_tests -m gpu "$@" tests/test_gated_linear_attention_gpu.py tests/test_gated_delta_rule_gpu.py
 }
 
-parity_tests() {
-  JAXLIN_DATA=/tmp/carry/data gpu_tests -s "$@" tests/test_harness_parity.py tests/test_needle_parity.py
+parity_tests() {  # both sides in float32: JAX would take TF32
+  JAX_DEFAULT_MATMUL_PRECISION=highest JAXLIN_DATA=/tmp/carry/data gpu_tests -s "$@" tests/test_harness_parity.py tests/test_needle_parity.py
 }
 
 "$@"
