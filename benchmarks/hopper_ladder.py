@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import subprocess
 import sys
 import time
@@ -111,7 +112,7 @@ def in_process(name: str, timeout: float) -> bool:
         output, good = str(error.stdout) + str(error.stderr), False
         last = [f"no end within {timeout:.0f} s"]
     if not good:
-        log = Path(os.environ.get("OUT", ".")) / f"failed_{name.replace(' ', '_').replace(',', '')}.log"
+        log = Path(os.environ.get("OUT", ".")) / f"failed_{re.sub('[^A-Za-z0-9]+', '_', name)}.log"
         log.write_text(output)
     print(f"{'ok ' if good else 'BAD'} {name:<28}{time.perf_counter() - start:5.0f} s  {last[0][:160]}", flush=True)
     return good
@@ -124,9 +125,8 @@ def step(name: str) -> None:
     interpreted = os.environ.get("JAXLIN_INTERPRET") == "gpu"  # to try this script itself
     assert interpreted or jax.devices()[0].platform == "gpu", f"no GPU: {jax.devices()}"
     errors, limits = tiles() if name == "tiles" else against_definition(*STEPS[name])
-    worst = max(errors, key=lambda n: errors[n] / limits[n])
     print(" ".join(f"{n} {e:.1e}{'' if e <= limits[n] else '!'}" for n, e in errors.items()))
-    sys.exit(0 if errors[worst] <= limits[worst] else 1)
+    sys.exit(0 if all(e <= limits[n] for n, e in errors.items()) else 1)  # which NaN is not
 
 
 def against_definition(op: str, case: Case, normalize: bool = False) -> tuple[dict, dict]:
