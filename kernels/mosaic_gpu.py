@@ -22,6 +22,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 CHUNK = 64
 """Rows of a chunk, and of every tile: wgmma multiplies 64 rows at a time."""
@@ -125,6 +128,24 @@ def indices(rows: int = CHUNK, columns: int = CHUNK) -> tuple[Array, Array]:
     layout = None if interpreted() else _WGMMA
     i, j = (plgpu.broadcasted_iota(jnp.int32, (rows, columns), d, layout=layout) for d in (0, 1))
     return i, j
+
+
+def unknown_zero() -> Array:
+    """0, which no compiler knows to be 0: for what would else be constant in a register operand of several products.
+
+    ptxas 13.0 sets the constant registers of such an operand only before the second product: the first one of a
+    program multiplies whatever was in them.
+    """
+    if interpreted():
+        return jnp.int32(0)
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())))
+    def highest_bit_of_the_number_of_multiprocessors(_):
+        asm = "{ .reg .u32 n; mov.u32 n, %nsmid; shr.u32 $0, n, 31; }"
+        value = llvm.inline_asm(ir.IntegerType.get_signless(32), [], asm, "=r")
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return highest_bit_of_the_number_of_multiprocessors()
 
 
 def dot(a: Array | Ref, b: Ref, acc: Array | None = None, *, ta: bool = False, tb: bool = False) -> Array:

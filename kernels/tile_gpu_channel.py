@@ -105,7 +105,7 @@ def onward() -> Range:
 
 def sums(high: gpu.Ref, low: gpu.Ref | None, over: Range, acc: Array | None = None) -> Array:
     """acc + the sums of the rows of high + low over a range of rows for each row."""
-    t, (first, last) = gpu.indices()[1], over
+    t, (first, last) = gpu.indices()[1] + gpu.unknown_zero(), over
     chosen = t < last if first is None else t >= first if last is None else (t >= first) & (t < last)
     chosen = jnp.where(chosen, 1.0, 0.0).astype(jnp.bfloat16)
     found = dot(chosen, high, acc)
