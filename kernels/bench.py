@@ -3,8 +3,8 @@
 A row is one op at one shape (B, T, H, D), H heads of q, k and v, bfloat16, by one implementation, in a process of its
 own that may crash or hang without harm to others; it is printed when it ends, and `--out` has all rows so far as JSON.
 Rows in JAX are compiled side by side and timed one at a time (`bench_process.py` says how), then those of the peers,
-flash-linear-attention and mlstm_kernels. Softmax attention (cuDNN through JAX) is the op `softmax`. `--steps` are decode
-steps of whole models. `--from` reads earlier results instead of timing; `--markdown` and `--plot` show them
+flash-linear-attention and mlstm_kernels. The op `softmax` is softmax attention (cuDNN through JAX). `--steps` are the
+decode steps of whole models. `--from` reads earlier results instead of timing; `--markdown` and `--plot` show them
 (`bench_report.py`). Neither needs a device.
 """
 
@@ -103,8 +103,10 @@ def child(arguments: list[str], job: Job | None, timeout: float) -> tuple[bool, 
 
 def last_row(output: str) -> dict[str, Any] | None:
     """What a process knew when it last said so."""
-    lines = [line for line in output.splitlines() if line.startswith("ROW {")]
-    return json.loads(lines[-1][4:]) if lines else None
+    for line in reversed(output.splitlines()):
+        if line.startswith("ROW {") and line.endswith("}"):  # the last may be cut
+            return json.loads(line[4:])
+    return None
 
 
 def why(output: str) -> str:

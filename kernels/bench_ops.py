@@ -1,4 +1,4 @@
-"""What `bench` times in JAX: inputs of every op, ours and XLA's implementations, the least there is to move and compute.
+"""What `bench` times in JAX: inputs, ours and XLA's implementations, the least there is to move and to compute.
 
 Shapes are (B, T, H, D): H heads of q, k and v alike. `args` are an op's arrays by name.
 """
@@ -139,7 +139,7 @@ def minimum_bytes(args: dict[str, Array], backward: bool) -> int:
 
 
 def minimum_flops(op: str, shape: Sequence[int], backward: bool) -> float:
-    """Of matrix products: in chunks of CHUNK tokens (softmax: of all pairs allowed); the backward pass has twice as many.
+    """Of matrix products, in chunks of CHUNK tokens (softmax: of all pairs); the backward pass has twice as many.
 
     By token and head, C tokens a chunk: q k^T and P v; q S and k^T v; the delta rule has k k^T, T u and k S besides and
     the inverse T of C^3 / 3 multiplications a chunk.

@@ -2,11 +2,11 @@
 
 **A time** is the wall time of 20 calls issued one after the other and waited for once, over 20; the median of seven.
 It is the same for JAX (a jitted program of one call) and PyTorch (an eager call), and says what the device does as long
-as the host issues calls faster than the device ends them. Where it does not (launching a JAX program costs the host tens
-of microseconds, eager Triton kernels and their autograd hundreds), the calls are issued while the device is busy with
-additions to 1 GiB, and what those take by themselves is subtracted: no time of the host is left on either side, and
-nobody wins by quicker Python. Several calls in one program would do for JAX alone: XLA compiles each copy again, and a
-loop may hoist its body or copy what it carries.
+as the host issues calls faster than the device ends them. Where it does not (launching a JAX program costs the host
+tens of microseconds, eager Triton kernels and their autograd hundreds), the calls are issued while the device is busy
+with additions to 1 GiB, and what those take by themselves is subtracted: no time of the host is left on either side,
+and nobody wins by quicker Python. Several calls in one program would do for JAX alone: XLA compiles each copy again,
+and a loop may hoist its body or copy what it carries.
 
 **Turns**: whoever compiles, tunes or checks holds the lock with others, whoever times holds it alone, and goes first.
 """
@@ -95,7 +95,9 @@ def milliseconds(
 def in_process(command: list[str], timeout: float, **environment: str) -> tuple[bool, str]:
     """Whether a command ended well, and all that it printed. It is killed after `timeout` seconds."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout, env=os.environ | environment
+        )
     except subprocess.TimeoutExpired as error:
         printed = "\n".join(_text(stream) for stream in (error.stdout, error.stderr))
         return False, f"{printed}\nno end within {timeout:.0f} s"

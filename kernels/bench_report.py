@@ -164,8 +164,8 @@ def step_table(rows: Sequence[Row], shape: str, about: Row) -> str:
         cells = [_title(row["op"]), row["implementation"], *_times(row, "forward", about), compared]
         errors = row.get("errors", {})
         body.append([*cells, *(f"{errors[n]:.1e}" if n in errors else "" for n in ("o", "state"))])
-    text = f"One program: a token of {batch} sequences through {layers} layers of {heads} heads, K = V = {d}. The roof is\n"
-    text += "reading and writing their float32 states once at the speed of a copy. `default` is `ops.*_step`.\n\n"
+    text = f"One program: a token of {batch} sequences through {layers} layers of {heads} heads, K = V = {d}.\n"
+    text += "The roof is reading and writing their float32 states once, as a copy does. `default` is `ops.*_step`.\n\n"
     head = ["", "by", "ms a step", "TB/s", "roof", "x scan", "error of o", "of the state"]
     return "## The decode step\n\n" + text + _table(head, body)
 
@@ -230,10 +230,11 @@ def draw(results: Row, path: Path) -> None:
     if not shapes:
         raise UserError("--plot: nothing was timed forward and backward")
     figure = Figure(layout="constrained", figsize=(11, 3.2 * ((len(shapes) + 1) // 2)))
-    every = figure.subplots((len(shapes) + 1) // 2, 2 if len(shapes) > 1 else 1, squeeze=False).flat
+    grid = figure.subplots((len(shapes) + 1) // 2, 2 if len(shapes) > 1 else 1, squeeze=False)
+    every = list(grid.flat)
     for axes, shape in zip(every, shapes, strict=False):
         _bars(axes, rows, shape)
-    for axes in list(every)[len(shapes) :]:
+    for axes in every[len(shapes) :]:
         axes.set_axis_off()
     figure.suptitle(f"Forward and backward, ms, {results['about']['device']} (lower is better)")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +248,7 @@ def _bars(axes: Any, rows: Sequence[Row], shape: str) -> None:
         found = {at: find(rows, op, shape, *names) for at, op in enumerate(ops)}
         timed = {at: row["both"]["ms"] for at, row in found.items() if row and "both" in row}
         bars = axes.bar([at + 0.27 * (number - 1) for at in timed], timed.values(), 0.26, color=color, label=label)
-        axes.bar_label(bars, fmt="%.2g", fontsize="xx-small")
+        axes.bar_label(bars, fmt="%.3g", fontsize="xx-small")
     softmax = find(rows, "softmax", shape, "cudnn", "xla")
     if softmax and "both" in softmax:
         axes.axhline(softmax["both"]["ms"], color="black", linestyle="--", label="softmax attention, cuDNN")

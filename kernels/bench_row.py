@@ -1,9 +1,9 @@
 """One row of `bench`, in a process of its own: python -m jaxlin.kernels.bench_row OP SHAPE IMPLEMENTATION SECONDS
 
-Prints lines "ROW {json}", each with all that is known so far: a crash or a hang loses what came after. Each pass is tried
-by itself. Errors are relative RMS errors of the very passes timed against the float32 scan: on the first 1024 tokens and
-4 heads of the first sequence, with a cotangent of zero after those tokens, so that the scan of them alone has the same
-gradients. `roofs SECONDS` in place of all that measures what the device can do at most.
+Prints lines "ROW {json}", each with all that is known so far: a crash or a hang loses what came after. Each pass is
+tried by itself. Errors are relative RMS errors of the very passes timed against the float32 scan: on the first 1024
+tokens and 4 heads of the first sequence, with a cotangent of zero after those tokens, so that the scan of them alone
+has the same gradients. `roofs SECONDS` in place of all that measures what the device can do at most.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class TorchCalls:
             with self.torch.no_grad():
                 return dict(o=self.function(*self.args))
         o = self.function(*self.args)
-        found = self.torch.autograd.grad(o, self.args, cotangent)
+        found = self.torch.autograd.grad(o, self.args, cotangent.to(o.dtype))
         return dict(o=o) | {f"d{n}": x for n, x in zip(self.names, found, strict=True)}
 
     def prepare(self, name: str) -> None:
