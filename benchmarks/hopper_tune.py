@@ -78,7 +78,8 @@ def line(job: tuple[str, str, str], timeout: float) -> None:
     """Run `one` in a process of its own and print its line."""
     environment = dict(XLA_PYTHON_CLIENT_PREALLOCATE="false", MOSAIC_GPU_DUMP_PTXAS="1")
     good, output = in_process([sys.executable, __file__, "--one", *job], timeout, **environment)
-    lines = [line for line in output.splitlines() if line.startswith("ms")] if good else output.splitlines()[-2:]
+    lines = [line for line in output.splitlines() if line.strip()]
+    lines = [line for line in lines if line.startswith("ms")] if good else lines[-2:]
     spills = re.findall(r"(\d+) bytes spill stores", output)
     registers = re.findall(r"Used (\d+) registers", output)
     compiled = " ".join(f"{r}r/{s}b" for r, s in zip(registers, spills, strict=False))
