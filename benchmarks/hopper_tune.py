@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jaxlin.kernels.bench_process import in_process, milliseconds, turn
+from jaxlin.kernels.bench_process import in_process, milliseconds, turn, why
 
 LIMIT = 600
 """Seconds that a process may compile, or time: its parent ends it sooner."""
@@ -78,8 +78,7 @@ def line(job: tuple[str, str, str], timeout: float) -> None:
     """Run `one` in a process of its own and print its line."""
     environment = dict(XLA_PYTHON_CLIENT_PREALLOCATE="false", MOSAIC_GPU_DUMP_PTXAS="1")
     good, output = in_process([sys.executable, __file__, "--one", *job], timeout, **environment)
-    lines = [line for line in output.splitlines() if line.strip()]
-    lines = [line for line in lines if line.startswith("ms")] if good else lines[-2:]
+    lines = [line for line in output.splitlines() if line.startswith("ms")] if good else [why(output)]
     spills = re.findall(r"(\d+) bytes spill stores", output)
     registers = re.findall(r"Used (\d+) registers", output)
     compiled = " ".join(f"{r}r/{s}b" for r, s in zip(registers, spills, strict=False))

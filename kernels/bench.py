@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import tyro
 
 from jaxlin.kernels import bench_report
-from jaxlin.kernels.bench_process import in_process
+from jaxlin.kernels.bench_process import in_process, why
 
 SHAPES = ("32x512x32x64", "8x2048x16x128", "32x512x9x64", "1x32768x32x64")
 OPS = ("linear_attention", "retention", "mlstm", "deltanet", "gated_deltanet", "gla", "kda", "softmax")
@@ -107,13 +107,6 @@ def last_row(output: str) -> dict[str, Any] | None:
         if line.startswith("ROW {") and line.endswith("}"):  # the last may be cut
             return json.loads(line[4:])
     return None
-
-
-def why(output: str) -> str:
-    """A failed process in a line: its limit of time, or the last it printed that looks like an error."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    named = [line for line in lines if line.startswith("Timeout (") or "Error" in line.split(":")[0]]
-    return (named[-1:] or lines[-1:] or ["no output"])[0][:200]
 
 
 def serves(implementation: str, op: str) -> bool:

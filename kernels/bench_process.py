@@ -104,6 +104,13 @@ def in_process(command: list[str], timeout: float, **environment: str) -> tuple[
     return done.returncode == 0, f"{done.stdout}\n{done.stderr}\nexit code {done.returncode}"
 
 
+def why(output: str) -> str:
+    """A failed process in a line: its limit of time, or the last it printed that looks like an error."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    named = [line for line in lines if line.startswith("Timeout (") or "Error" in line.split(":")[0]]
+    return (named[-1:] or lines[-1:] or ["no output"])[0][:200]
+
+
 def _text(stream: bytes | str | None) -> str:
     """What a killed process printed comes as bytes, also where text was asked for."""
     return stream.decode(errors="replace") if isinstance(stream, bytes) else stream or ""
