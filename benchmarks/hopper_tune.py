@@ -9,22 +9,21 @@ pass the ladder.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
+import functools
 import itertools
 import os
 import re
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-CALLS, REPEATS = 20, 7
+from jaxlin.kernels.bench_process import in_process, milliseconds, turn, why
+
+LIMIT = 600
+"""Seconds that a process may compile, or time: its parent ends it sooner."""
 
 # variant: (module in jaxlin.kernels, or "options" of the compiler, attribute, value)
 VARIANTS: dict[str, tuple] = {
@@ -72,20 +71,14 @@ def main() -> None:
         if variant.split()[0] in {PROGRAMS[program], "as", "no"}
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: in_process(job, args.timeout), todo))
+        list(pool.map(lambda job: line(job, args.timeout), todo))
 
 
-def in_process(job: tuple[str, str, str], timeout: float) -> None:
+def line(job: tuple[str, str, str], timeout: float) -> None:
     """Run `one` in a process of its own and print its line."""
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--one", *job], capture_output=True, text=True, timeout=timeout, env=environment
-        )
-        output, good = done.stdout + done.stderr, done.returncode == 0
-    except subprocess.TimeoutExpired as error:
-        output, good = f"{error.stdout}\n{error.stderr}\nno end within {timeout:.0f} s", False
-    lines = [line for line in output.splitlines() if line.startswith("ms")] if good else output.splitlines()[-1:]
+    environment = dict(XLA_PYTHON_CLIENT_PREALLOCATE="false", MOSAIC_GPU_DUMP_PTXAS="1")
+    good, output = in_process([sys.executable, __file__, "--one", *job], timeout, **environment)
+    lines = [line for line in output.splitlines() if line.startswith("ms")] if good else [why(output)]
     spills = re.findall(r"(\d+) bytes spill stores", output)
     registers = re.findall(r"Used (\d+) registers", output)
     compiled = " ".join(f"{r}r/{s}b" for r, s in zip(registers, spills, strict=False))
@@ -115,59 +108,30 @@ def one(name: str, shape: str, variant: str) -> None:
         return vjp(o)
 
     start = time.perf_counter()
-    with lock(fcntl.LOCK_SH):  # many compile side by side
+    with turn(alone=False, seconds=LIMIT):  # many compile side by side
         compiled = [jax.jit(f).lower(*args).compile() for f in (function, both)]
     seconds = time.perf_counter() - start
-    with lock(fcntl.LOCK_EX):  # while nobody compiles, one is timed
-        times = [milliseconds(f, args) for f in compiled]
+    with turn(alone=True, seconds=LIMIT):  # while nobody compiles, one is timed
+        times = [milliseconds(functools.partial(f, *args), jax.block_until_ready)["ms"] for f in compiled]
     print(f"ms {times[0]:8.3f} {times[1]:8.3f}   compiled in {seconds:.0f} s")
 
 
 def program(name: str, shape: tuple[int, int, int, int]) -> tuple:
     """(function, arguments); gates differentiated where they vary."""
-    import jax
-    import jax.numpy as jnp
+    from jaxlin.kernels import bench_ops, gated_delta_rule_gpu_op, gated_linear_attention_gpu_op, mlstm_gpu_op
 
-    from jaxlin.kernels import gated_delta_rule_gpu_op, gated_linear_attention_gpu_op, mlstm_gpu_op
-
-    b, t, h, d = shape
-    keys = jax.random.split(jax.random.key(0), 6)
-    q, k, v = (jax.random.normal(key, (b, t, h, d), jnp.bfloat16) / 8 for key in keys[:3])
-    gate = jax.nn.log_sigmoid(jax.random.normal(keys[3], (b, t, h)) + 3)
-    beta = jax.nn.sigmoid(jax.random.normal(keys[4], (b, t, h)))
-    channels = jax.nn.log_sigmoid(jax.random.normal(keys[5], (b, t, h, d)) + 3)
-    a, delta, scale = gated_linear_attention_gpu_op.pallas, gated_delta_rule_gpu_op.pallas, d**-0.5
-    return {
-        "linear attention": (lambda q, k, v: a(q, k, v, scale=scale)[0], (q, k, v)),
-        "scalar gate": (lambda q, k, v, g: a(q, k, v, g, scale=scale)[0], (q, k, v, gate)),
-        "mLSTM": (lambda q, k, v, i, f: mlstm_gpu_op.pallas(q, k, v, i, f, scale=scale)[0], (q, k, v, gate, beta + 3)),
-        "GLA": (lambda q, k, v, g: a(q, k, v, g, scale=scale)[0], (q, k, v, channels)),
-        "DeltaNet": (lambda q, k, v, w: delta(q, k, v, w, None, scale=scale)[0], (q, k, v, beta)),
-        "Gated DeltaNet": (lambda q, k, v, w, g: delta(q, k, v, w, g, scale=scale)[0], (q, k, v, beta, gate)),
-        "KDA": (lambda q, k, v, w, g: delta(q, k, v, w, g, scale=scale)[0], (q, k, v, beta, channels)),
+    a, b, scale = gated_linear_attention_gpu_op.pallas, gated_delta_rule_gpu_op.pallas, shape[-1] ** -0.5
+    op, names, function = {
+        "linear attention": ("linear_attention", "q k v", a),
+        "scalar gate": ("gated_deltanet", "q k v g", a),
+        "mLSTM": ("mlstm", "q k v i f", mlstm_gpu_op.pallas),
+        "GLA": ("gla", "q k v g", a),
+        "DeltaNet": ("deltanet", "q k v beta", lambda q, k, v, beta, scale: b(q, k, v, beta, None, scale=scale)),
+        "Gated DeltaNet": ("gated_deltanet", "q k v beta g", b),
+        "KDA": ("kda", "q k v beta g", b),
     }[name]
-
-
-def milliseconds(compiled, args) -> float:
-    """Median time of a call."""
-    import jax
-
-    jax.block_until_ready(compiled(*args))
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        out = [compiled(*args) for _ in range(CALLS)]
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / CALLS * 1e3)
-    return statistics.median(times)
-
-
-@contextlib.contextmanager
-def lock(kind: int):
-    """Hold the lock that this script's processes share."""
-    with open(Path(tempfile.gettempdir()) / "hopper_tune.lock", "w") as file:
-        fcntl.flock(file, kind)
-        yield
+    args = bench_ops.inputs(op, shape)
+    return lambda *args: function(*args, scale=scale)[0], tuple(args[name] for name in names.split())
 
 
 if __name__ == "__main__":
