@@ -136,8 +136,8 @@ def gated_linear_attention_step(
     _check_gate(g, dims, allow_constant=True)
     shapes = _state_shapes(dims, "S", "z") if normalize else _state_shapes(dims, "S")
     state = _state(state, shapes, q, k, v, name="state")
-    o, state = recurrence.gated_linear_attention_step(q, k, v, g, state, scale=scale, normalize=normalize)
-    return o.astype(v.dtype), state
+    options = dict(scale=_scale(scale, dims), normalize=normalize)
+    return _run_step("gated_linear_attention", dict(q=q, k=k, v=v, g=g), state, options)
 
 
 def gated_delta_rule_step(
@@ -155,8 +155,7 @@ def gated_delta_rule_step(
     _check_shape("beta", beta, dims, "B HV")
     _check_gate(g, dims, allow_constant=False)
     state = _state(state, _state_shapes(dims, "S"), q, k, v, name="state")
-    o, state = recurrence.gated_delta_rule_step(q, k, v, beta, g, state, scale=scale)
-    return o.astype(v.dtype), state
+    return _run_step("gated_delta_rule", dict(q=q, k=k, v=v, beta=beta, g=g), state, dict(scale=_scale(scale, dims)))
 
 
 def mlstm_step(
@@ -174,8 +173,7 @@ def mlstm_step(
     _check_shape("i", i, dims, "B HV")
     _check_shape("f", f, dims, "B HV")
     state = _state(state, _state_shapes(dims, "C", "n", "m"), q, k, v, name="state")
-    h, state = recurrence.mlstm_step(q, k, v, i, f, state, scale=scale)
-    return h.astype(v.dtype), state
+    return _run_step("mlstm", dict(q=q, k=k, v=v, i=i, f=f), state, dict(scale=_scale(scale, dims)))
 
 
 # ---- checks ----
@@ -264,15 +262,23 @@ def _run(
     raise AssertionError("the scan always runs")
 
 
-def _preference(arrays: dict) -> tuple[str, ...]:
-    """The best first. Chunks have nothing to gain from one step; of that, only TPUs have a kernel.
+def _run_step(op: str, arrays: dict, state: Any, options: dict) -> tuple[Array, Any]:
+    """The op's best implementation for one token, given without the time axis."""
+    constant = ("g",) if arrays.get("g") is not None and arrays["g"].ndim == 1 else ()
+    arrays = {n: x if x is None or n in constant else x[:, None] for n, x in arrays.items()}
+    o, state = _run(op, arrays, state, options, None, None, fresh=False)
+    return o[:, 0], state
 
-    The GPU kernels for gates per channel must be asked for by name until they have run on a GPU.
+
+def _preference(arrays: dict) -> tuple[str, ...]:
+    """The best first. Chunks have nothing to gain from one step.
+
+    The GPU kernels for gates per channel must be asked for by name until they have run on a GPU, but for one step.
     """
     target, g = platform(), arrays.get("g")
-    kernel = target == "tpu" or (target == "gpu" and (g is None or g.ndim < 4))
     if arrays["q"].shape[1] == 1:
-        return ("pallas", "scan") if target == "tpu" else ("scan",)
+        return ("pallas", "scan") if target in ("tpu", "gpu") else ("scan",)
+    kernel = target == "tpu" or (target == "gpu" and (g is None or g.ndim < 4))
     return ("pallas", "chunked", "scan") if kernel else ("chunked", "scan")
 
 

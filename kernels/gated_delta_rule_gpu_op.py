@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlin.kernels import chunk
+from jaxlin.kernels import chunk, recurrent_gpu_step, recurrent_step
 from jaxlin.kernels import gated_delta_rule_gpu_split as split
 from jaxlin.kernels.gated_delta_rule_gpu_bwd import BETA, COLUMNS, ROWS, WRITES, backward
 from jaxlin.kernels.gated_delta_rule_gpu_channel_op import delta_rule as delta_rule_by_channel
@@ -43,6 +43,10 @@ def pallas(
     q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; beta [B, T, HV]; g None | [B, T, HV] |
     [B, T, HV, K]. Raises NotImplementedError for what the kernels do not serve.
     """
+    if q.shape[1] == 1:
+        return recurrent_step.gated_delta_rule(
+            recurrent_gpu_step.step, q, k, v, beta, g, initial_state, segment_ids, scale
+        )
     check(scale, q, k, v)
     if g is not None and g.ndim == 4:
         return delta_rule_by_channel(scale, q, k, v, beta, g, initial_state, segment_ids)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlin.kernels import chunk, recurrent_tpu_step
+from jaxlin.kernels import chunk, recurrent_step
 from jaxlin.kernels import tile_tpu_layout as tiles
 from jaxlin.kernels.gated_delta_rule_tpu_bwd import backward
 from jaxlin.kernels.gated_delta_rule_tpu_fwd import Inputs, forward
+from jaxlin.kernels.recurrent_tpu_step import step
 from jaxlin.kernels.tile_tpu_layout import Layout
 
 
@@ -31,7 +30,7 @@ def pallas(
     """`gated_delta_rule.chunked` as TPU kernels: same arguments, same results; `chunk_size` changes nothing."""
     del chunk_size
     if q.shape[1] == 1:
-        return _step(q, k, v, beta, g, initial_state, segment_ids, scale)
+        return recurrent_step.gated_delta_rule(step, q, k, v, beta, g, initial_state, segment_ids, scale)
     batch, time, heads, value = v.shape
     layout = tiles.make_layout(batch, time, heads, q.shape[-1], value, tiles.operand_dtype(q, k, v))
     inputs = Inputs(
@@ -42,17 +41,6 @@ def pallas(
     o, s = _delta_rule((layout, scale, q.shape[2]), inputs, tiles.pad_state(layout, initial_state))
     o = o.reshape(batch, time, heads, layout.value)[..., :value].astype(v.dtype)
     return o, s[..., : q.shape[-1], :value]
-
-
-def _step(q: Any, k: Any, v: Any, beta: Any, g: Any, s: Array, segment_ids: Array | None, scale: float):
-    """One token, T = 1."""
-    dtype, heads = v.dtype, v.shape[2]
-    arrays = chunk.mask_padding(segment_ids, q, k, v, beta, g)
-    q, k, v, beta, g = (None if x is None else x[:, 0].astype(jnp.float32) for x in arrays)
-    k, beta = jnp.repeat(k, heads // k.shape[1], axis=1), beta[..., None]
-    decay = jnp.ones_like(beta) if g is None else jnp.exp(g if g.ndim == 3 else g[..., None])
-    o, s = recurrent_tpu_step.step(scale, q, k, beta * v, decay, beta * k, s)
-    return o[:, None].astype(dtype), s
 
 
 @chunk.custom_vjp

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlin.kernels import chunk
+from jaxlin.kernels import chunk, recurrent_gpu_step, recurrent_step
 from jaxlin.kernels import gated_linear_attention_gpu_split as split
 from jaxlin.kernels.gated_linear_attention_gpu_bwd import COLUMNS, OWN, ROWS, WRITES, Cotangents, backward
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
@@ -51,6 +51,10 @@ def pallas(
     q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; g None | [HV] | [B, T, HV] | [B, T, HV, K]. Raises
     NotImplementedError for what the kernels do not serve.
     """
+    if q.shape[1] == 1:
+        return recurrent_step.gated_linear_attention(
+            recurrent_gpu_step.step, q, k, v, g, normalize, initial_state, segment_ids, scale
+        )
     check(scale, q, k, v)
     if g is not None and g.ndim == 4:
         if normalize:

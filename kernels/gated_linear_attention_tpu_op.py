@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlin.kernels import chunk, recurrent_tpu_step
+from jaxlin.kernels import chunk, recurrent_step
 from jaxlin.kernels import tile_tpu_layout as tiles
 from jaxlin.kernels.gated_linear_attention_tpu_bwd import backward
-from jaxlin.kernels.gated_linear_attention_tpu_fwd import NORMALIZER_EPS, Inputs, Options, forward
+from jaxlin.kernels.gated_linear_attention_tpu_fwd import Inputs, Options, forward
+from jaxlin.kernels.recurrent_tpu_step import step
 from jaxlin.kernels.tile_tpu_layout import Layout
 
 
@@ -33,36 +34,15 @@ def pallas(
     The chunk is what fills a tile of 128 rows, so `chunk_size` changes nothing.
     """
     del chunk_size
+    if q.shape[1] == 1:
+        return recurrent_step.gated_linear_attention(step, q, k, v, g, normalize, initial_state, segment_ids, scale)
     if g is not None and g.ndim == 1:
         g = jnp.broadcast_to(g, v.shape[:3])
     s, z = initial_state if normalize else (initial_state, None)
-    if q.shape[1] == 1:
-        o, state = step(q, k, v, g, None, s, z, segment_ids, scale=scale)
-        if z is not None:
-            o = o / (state[2] + NORMALIZER_EPS)[..., None]
-        return o[:, None].astype(v.dtype), state[:2] if normalize else state[0]
     o, s, z, _ = attend(
         q, k, v, g, None, None, s, z, segment_ids, scale=scale, denominator="sum" if normalize else None
     )
     return o, (s, z) if normalize else s
-
-
-def step(
-    q: Any, k: Any, v: Any, g: Any, w: Any, s: Array, z: Array | None, segment_ids: Array | None, *, scale: float
-) -> tuple[Array, tuple[Array, Any, Any]]:  # fmt: skip
-    """One token, T = 1: n [B, HV, V] in float32, then S, z and l = scale z.q [B, HV] (None without z)."""
-    arrays = chunk.mask_padding(segment_ids, q, k, v, g, w)
-    q, k, v, g, w = (None if x is None else x[:, 0].astype(jnp.float32) for x in arrays)
-    if w is not None or z is not None:
-        q, k = (jnp.repeat(x, v.shape[1] // x.shape[1], axis=1) for x in (q, k))
-    if w is not None:
-        k = jnp.exp(w)[..., None] * k
-    decay = jnp.ones((*v.shape[:2], 1)) if g is None else jnp.exp(g if g.ndim == 3 else g[..., None])
-    n, s = recurrent_tpu_step.step(scale, q, k, v, decay, None, s)
-    if z is None:
-        return n, (s, None, None)
-    z = decay * z + k
-    return n, (s, z, scale * jnp.sum(q * z, axis=-1))
 
 
 def attend(

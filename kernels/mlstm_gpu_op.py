@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxlin.kernels import recurrent_gpu_step, recurrent_step
 from jaxlin.kernels.gated_linear_attention_gpu_op import Gates, attend, by_chunk, check
 from jaxlin.kernels.mlstm import stabilizer
 
@@ -26,6 +27,8 @@ def pallas(
     q, k [B, T, H, K <= 64]; v [B, T, HV, V <= 64], all bfloat16; i, f [B, T, HV] pre-activations. Raises
     NotImplementedError for what the kernels do not serve.
     """
+    if q.shape[1] == 1:
+        return recurrent_step.mlstm(recurrent_gpu_step.step, q, k, v, i, f, initial_state, segment_ids, scale)
     check(scale, q, k, v)
     c, n, m0 = (None, None, None) if initial_state is None else initial_state
     start = jnp.zeros(v.shape[:1] + v.shape[2:3], jnp.float32) if m0 is None else m0

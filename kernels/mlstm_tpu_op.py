@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxlin.kernels import chunk, mlstm
-from jaxlin.kernels.gated_linear_attention_tpu_op import attend, step
+from jaxlin.kernels import chunk, mlstm, recurrent_step, recurrent_tpu_step
+from jaxlin.kernels.gated_linear_attention_tpu_op import attend
 
 
 def pallas(
@@ -25,10 +25,7 @@ def pallas(
     """`mlstm.chunked` as a TPU kernel: same arguments, same results; `chunk_size` changes nothing."""
     del chunk_size
     if q.shape[1] == 1:
-        g, w, m, (c, n, final_m) = mlstm.gates(i, f, initial_state, segment_ids)
-        o, (c, n, denominator) = step(q, k, v, g, w, c, n, segment_ids, scale=scale)
-        h = o / jnp.maximum(jnp.abs(denominator), jnp.exp(-m[:, 0]))[..., None]
-        return h[:, None].astype(v.dtype), (c, n, final_m)
+        return recurrent_step.mlstm(recurrent_tpu_step.step, q, k, v, i, f, initial_state, segment_ids, scale)
     i, f = chunk.mask_padding(segment_ids, i, f)
     log_f, i = jax.nn.log_sigmoid(f.astype(jnp.float32)), i.astype(jnp.float32)
     c, n = mlstm.start(initial_state, segment_ids)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -166,6 +166,57 @@ def dot(a: Array | Ref, b: Ref, acc: Array | None = None, *, ta: bool = False, t
     return pl.run_scoped(fresh, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
+class Strip(NamedTuple):
+    """A tile [rows, columns] that registers load from global memory and store there, without shared memory.
+
+    Each warp has a quarter of the columns and all the rows, so a sum over rows, `jnp.sum(x, 0)`, stays in a warp.
+    Rows are a multiple of 16, columns are 16, 32 or 64; a thread has four neighbours of a row (two where there are 16).
+    """
+
+    rows: int
+    columns: int
+
+    @property
+    def layout(self) -> Any:
+        per_warp, vector = self.columns // 4, 4 if self.columns > 16 else 2
+        height = 32 * vector // per_warp
+        tiling = plgpu.Tiling(((height, self.columns), (height, per_warp), (vector,)))
+        return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+
+    def load(self, ref: Ref) -> Array:
+        """The tile as float32."""
+        return _load(ref, self.layout).astype(jnp.float32)
+
+    def load_rows(self, ref: Ref) -> Array:
+        """A vector [rows] as float32."""
+        return _load(ref, self.layout.reduce(1)).astype(jnp.float32)
+
+    def load_columns(self, ref: Ref) -> Array:
+        """A vector [columns] as float32."""
+        return _load(ref, self.layout.reduce(0)).astype(jnp.float32)
+
+    def by_row(self, x: Array, tile: Array) -> Array:
+        """The tile with each row times its entry of x [rows], or all of it times a scalar."""
+        return (x if x.ndim == 0 else self.over_rows(x)) * tile
+
+    def over_rows(self, x: Array) -> Array:
+        """[rows] -> tile: entry r all along row r."""
+        return _layout(lax.broadcast_in_dim(x, tuple(self), [0]), self.layout)
+
+    def over_columns(self, x: Array) -> Array:
+        """[columns] -> tile: entry n all along column n."""
+        return _layout(lax.broadcast_in_dim(x, tuple(self), [1]), self.layout)
+
+
+def store(ref: Ref, x: Array) -> None:
+    """Write a `Strip`, its rows or its columns to global memory."""
+    x = x.astype(ref.dtype)
+    if _JAX >= (0, 12) and not interpreted():
+        plgpu.store(ref, x, optimized=False)  # 0.12 refuses to write to global memory otherwise
+    else:
+        ref[...] = x
+
+
 def _transposed(ref: Ref) -> Ref:
     return plgpu.transpose_ref(ref, (1, 0)) if _JAX < (0, 11) else ref.transpose((1, 0))
 
@@ -269,13 +320,22 @@ def wait_out(groups: int, *, read: bool = True) -> None:
 
 
 def launch(
-    body: Callable[..., None], arrays: Sequence[Array], out: Sequence[Any], grid: Sequence[int], scratch: Sequence[Any]
+    body: Callable[..., None],
+    arrays: Sequence[Array],
+    out: Sequence[Any],
+    grid: Sequence[int],
+    scratch: Sequence[Any] = (),
+    state: Array | None = None,
 ) -> list[Array]:
-    """Run body(index, input refs, output refs, scratch refs) for every index of the grid; outputs of types `out`."""
+    """Run body(index, input refs, output refs, scratch refs) for every index of the grid; outputs of types `out`.
+
+    A `state` is one more input, which the body overwrites in place, and one more output.
+    """
     names = tuple(f"g{i}" for i in range(len(grid)))
+    count = len(arrays) + (state is not None)
 
     def split(refs):
-        return refs[: len(arrays)], refs[len(arrays) : len(arrays) + len(out)], refs[len(arrays) + len(out) :]
+        return refs[:count], refs[count : count + len(out)], refs[count + len(out) :]
 
     def program(*refs):
         body(tuple(lax.axis_index(name) for name in names), *split(refs))
@@ -290,8 +350,9 @@ def launch(
 
         lax.fori_loop(0, math.prod(grid), one, None)
 
+    options: dict[str, Any]
     if interpreted():
-        options: dict[str, Any] = dict(grid=(1,), grid_names=("all",), interpret=_interpreter())
+        where, options = dict(grid=(1,), grid_names=("all",)), dict(interpret=_interpreter())
     else:
         lane = plgpu.LoweringSemantics.Lane
         params = plgpu.CompilerParams(
@@ -299,10 +360,16 @@ def launch(
             approx_math=True,
             reduction_scratch_bytes=_REDUCTION_SCRATCH,
         )
-        options = dict(grid=tuple(grid), grid_names=names, compiler_params=params)
+        where, options = dict(grid=tuple(grid), grid_names=names), dict(compiler_params=params)
     function = programs if interpreted() else program
     function.__name__ = body.__name__
-    return plgpu.kernel(function, out_type=list(out), scratch_types=list(scratch), **options)(*arrays)
+    if state is None:
+        return plgpu.kernel(function, out_type=list(out), scratch_types=list(scratch), **where, **options)(*arrays)
+    # 0.10's plgpu.kernel takes no mutable arrays; pl.kernel does, but has its own idea of scratch.
+    assert not scratch
+    ref = jax.new_ref(state, memory_space=plgpu.GMEM)
+    kernel = pl.kernel(function, out_type=list(out), mesh=plgpu.Mesh(**where), name=body.__name__, **options)
+    return [*kernel(*arrays, ref), jax.freeze(ref)]
 
 
 def _interpreter() -> Any:

@@ -1,8 +1,6 @@
 """One token on the TPU, all recurrences: the state is read once, updated in VMEM and written in place.
 
-    S <- diag(decay) S + k (v - erase^T S)^T ;   o = scale S^T q
-
-with v and erase = k already times beta for the delta rule, and no erase for gated linear attention.
+`recurrent_step` has the mathematics.
 """
 
 from __future__ import annotations
@@ -18,28 +16,21 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxlin.kernels import chunk
 from jaxlin.kernels import tile_tpu_layout as tiles
+from jaxlin.kernels.recurrent_step import Token, compose, definition, per_value_head
 
 STATE_BYTES = 1 << 20
 """Of the states in one grid step."""
 
 
+def step(scale: float, x: Token, s: Array, z: Array | None) -> tuple[Array, Array, Any]:
+    """A `recurrent_step.Step`."""
+    return compose(_step, scale, x, s, z)
+
+
 @chunk.custom_vjp
-def step(scale: float, q: Array, k: Array, v: Array, decay: Array, erase: Array | None, s: Array):
-    """(o [B, HV, V], s) in float32.
-
-    q, k, erase [B, H or HV, K]; v [B, HV, V]; decay [B, HV, 1 or K]; s [B, HV, K, V].
-    """
+def _step(scale: float, q: Array, k: Array, v: Array, decay: Array, erase: Array | None, s: Array):
+    """`definition` as a kernel."""
     return _call(scale, q, k, v, decay, erase, s)
-
-
-def definition(scale: float, q: Any, k: Any, v: Array, decay: Array, erase: Any, s: Array):
-    """`step` in XLA, whose derivative serves both."""
-    q, k, erase = (None if x is None else _per_value_head(x, s.shape[1]) for x in (q, k, erase))
-    s = decay[..., None] * s
-    if erase is not None:
-        v = v - jnp.einsum("bhk,bhkv->bhv", erase, s, precision=lax.Precision.HIGHEST)
-    s = s + k[..., None] * v[..., None, :]
-    return scale * jnp.einsum("bhk,bhkv->bhv", q, s, precision=lax.Precision.HIGHEST), s
 
 
 def _forward(scale, *x):
@@ -50,17 +41,13 @@ def _backward(scale, x, cotangents):
     return jax.vjp(functools.partial(definition, scale), *x)[1](cotangents)
 
 
-step.defvjp(_forward, _backward)
-
-
-def _per_value_head(x: Array, heads: int) -> Array:
-    return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
+_step.defvjp(_forward, _backward)
 
 
 def _call(scale, q, k, v, decay, erase, s):
     batch, heads, key, value = s.shape
     columns = [q, k, jnp.broadcast_to(decay, (batch, heads, key)), *([] if erase is None else [erase])]
-    columns = jnp.stack([_per_value_head(x, heads) for x in columns], axis=1).swapaxes(2, 3)  # [B, 3 | 4, K, HV]
+    columns = jnp.stack([per_value_head(x, heads) for x in columns], axis=1).swapaxes(2, 3)  # [B, 3 | 4, K, HV]
     block = min(heads, max(1, STATE_BYTES // (4 * key * -(-value // 128) * 128)))
     states = pl.BlockSpec((1, block, key, value), lambda b, h: (b, h, 0, 0))
     rows = pl.BlockSpec((1, heads, value), lambda b, h: (b, 0, 0))

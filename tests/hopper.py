@@ -29,8 +29,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kernels_of(function, *args) -> int:
     """How many Mosaic GPU kernels a function holds, after lowering for CUDA."""
-    text = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    return text.count("custom_call @mosaic_gpu")
+    return lowered(function, *args).count("custom_call @mosaic_gpu")
+
+
+def lowered(function, *args) -> str:
+    """The module of a function lowered for CUDA."""
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def check_reruns(op: str, case: Case, normalize: bool = False) -> None:
