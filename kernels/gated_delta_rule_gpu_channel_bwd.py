@@ -79,7 +79,8 @@ def backward(
         t=gpu.tile(STAGES, CHUNK, CHUNK),
         p=gpu.tile(STAGES, CHUNK, CHUNK),
         vectors=gpu.vector(STAGES, form.vectors, CHUNK),
-        **channel.pieces("d_state", "high", "low", key_dim=key_dim),
+        **channel.gates(key_dim),
+        **channel.pieces("d_state", key_dim=key_dim),
         **{name: gpu.tile(CHUNK, CHUNK) for name in ("u", *(("u_q",) if key_dim > CHUNK else ()))},
         vector=gpu.vector(CHUNK),
         beta=gpu.vector(CHUNK),
@@ -102,7 +103,8 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     b, h, w = index
     block, blocks, key_dim = gpu.block(w), given["v"].shape[3] // BLOCK, given["q"].shape[3]
     halves = range(key_dim // CHUNK)
-    d_state, high, low = ([buffer[f"{x}{c}"] for c in halves] for x in ("d_state", "high", "low"))
+    sums, high, low = channel.unpack(buffer, halves)
+    d_state = [buffer[f"d_state{c}"] for c in halves]
     u, vector = buffer["u"], buffer["vector"]
     u_q = buffer.get("u_q", u)  # with one half, u_q comes after U
 
@@ -123,12 +125,12 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         z, du, keep, carried = gpu.load(v), None, [], []
         for c in halves:
             gpu.put(d_state[c], d_states[c])
-            keep.append(by_row(d.keep, rows(channel.split(g[c], d.valid, high[c], low[c], vector))))
+            keep.append(by_row(d.keep, rows(channel.cumulative(g[c], d.valid, sums[c], (high[c], low[c])))))
             carried.append(jnp.sum(keep[c] * gpu.load(state[c]) * d_states[c], 1))
             g[c][...] = keep[c] * d_states[c]  # dS waits where g was: too many tiles are alive
-            enter = by_row(d.enter, channel.decay(high[c], low[c], channel.enter()))
+            enter = by_row(d.enter, channel.enter(sums[c]))
             z = z - channel.dot_pieces(enter * gpu.load(k[c]), state[c])
-            leave = by_row(d.leave, channel.decay(high[c], low[c], channel.leave()))
+            leave = by_row(d.leave, channel.leave(sums[c]))
             du = channel.dot_pieces(leave * gpu.load(k[c]), d_state[c], du)
         x = by_row(beta, z)
         gpu.put(v, x)
@@ -150,8 +152,8 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         new = []
         for c in halves:
             # rows written to the next state, then rows that read this one
-            dk = by_row(d.leave, channel.decay(high[c], low[c], channel.leave())) * dot(u, d_state[c], tb=True)
-            enter = by_row(d.enter, channel.decay(high[c], low[c], channel.enter()))
+            dk = by_row(d.leave, channel.leave(sums[c])) * dot(u, d_state[c], tb=True)
+            enter = by_row(d.enter, channel.enter(sums[c]))
             dq = form.scale * enter * dot(do, state[c], tb=True)
             dk_read = -enter * dot(v, state[c], tb=True)
             gpu.put(state[c], gpu.load(k[c]) * dk)  # the writes: S is not read again
@@ -163,7 +165,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             channel.put_pieces(-enter * gpu.load(k[c]), u_q, d_state[c])
             g[c][...] = dot(d_state[c], v, dot(u_q, v, ds, ta=True), ta=True)
 
-            tiles = (q[c], k[c], p, t, u_q, d_state[c], high[c], low[c])
+            tiles = (q[c], k[c], p, t, u_q, d_state[c], sums[c])
             dq, dk, r, d_beta = inside(tiles, beta, (dq, dk, r, d_beta))
 
             q[c][...], k[c][...] = stored(d, dq), stored(d, dk)
@@ -193,13 +195,13 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
 
 def inside(tiles, beta: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
     """dq, dk, R and dbeta with what the pairs of the chunk add, level by level; u_q and u_k are tiles to use."""
-    q, k, w_p, w_l, u_q, u_k, high, low = tiles
+    q, k, w_p, w_l, u_q, u_k, b = tiles
 
     def level(s, carry):
         dq, dk, r, d_beta = carry
         second, first = channel.roles(s)
         weight = jnp.where(channel.second_half(s), rows(beta), 1.0)
-        e = channel.decay(high, low, channel.level(s))
+        e = channel.level(b, s)
         decayed = gpu.load(k) * e
         u_q[...] = jnp.where(channel.second_half(s), gpu.load(q) * e, decayed).astype(jnp.bfloat16)
         gpu.put(u_k, weight * decayed)

@@ -53,9 +53,9 @@ def forward(
         v=gpu.tile(STAGES, CHUNK, BLOCK),
         g=gpu.float_tile(STAGES, CHUNK, key_dim),
         vectors=gpu.vector(STAGES, form.vectors, CHUNK),
-        **channel.pieces("high", "low", "leaving", "rest", key_dim=key_dim),
+        **channel.gates(key_dim),
+        **channel.pieces("leaving", "rest", key_dim=key_dim),
         **{name: gpu.tile(CHUNK, CHUNK) for name in ("lower", "u", "u_rest")},
-        total=gpu.vector(CHUNK),
         barrier=gpu.barrier(5 + form.segments, min(STAGES, chunks)),
     )
     if form.segments:
@@ -77,7 +77,8 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     b, h, w = index
     save, block = "states" in made, gpu.block(w)
     halves = range(given["q"].shape[3] // CHUNK)
-    high, low, leaving, rest = ([buffer[f"{x}{c}"] for c in halves] for x in ("high", "low", "leaving", "rest"))
+    sums, high, low = channel.unpack(buffer, halves)
+    leaving, rest = ([buffer[f"{x}{c}"] for c in halves] for x in ("leaving", "rest"))
     p_tile, lower_tile, u, u_rest = high[0], buffer["lower"], buffer["u"], buffer["u_rest"]
 
     def chunk(n, slot, refill, state):
@@ -87,7 +88,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         refill()
         d = decays(form, buffer, slot)
         beta = beta_of(form, buffer, slot)
-        keep = [channel.split(g[c], d.valid, high[c], low[c], buffer["total"]) for c in halves]
+        keep = [channel.cumulative(g[c], d.valid, sums[c], (high[c], low[c])) for c in halves]
         for c in halves:
             g[c][...] = state[c]  # S waits where g was: too many tiles are alive
         if form.segments:
@@ -96,7 +97,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         def level(s, carry):
             p = a = None
             for c in halves:
-                e = channel.decay(high[c], low[c], channel.level(s))
+                e = channel.level(sums[c], s)
                 gpu.put(leaving[c], gpu.load(k[c]) * e)
                 a = dot(leaving[c], leaving[c], a, tb=True)
                 p = dot((gpu.load(q[c]) * e).astype(jnp.bfloat16), leaving[c], p, tb=True)
@@ -110,9 +111,9 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
 
         read = o = None
         for c in halves:
-            leave = by_row(d.leave, channel.decay(high[c], low[c], channel.leave()))
+            leave = by_row(d.leave, channel.leave(sums[c]))
             channel.put_pieces(leave * gpu.load(k[c]), leaving[c], rest[c])
-            enter = channel.decay(high[c], low[c], channel.enter())
+            enter = channel.enter(sums[c])
             gpu.put(low[c], gpu.load(g[c]))
             read = channel.dot_pieces(by_row(d.enter, enter) * gpu.load(k[c]), low[c], read)
             o = channel.dot_pieces(by_row(d.enter_scaled, enter) * gpu.load(q[c]), low[c], o)

@@ -68,7 +68,7 @@ def backward(form: Form, x: Inputs, g: Array, states: Array, p: Array, do: Array
         do=gpu.tile(STAGES, CHUNK, BLOCK),
         states=gpu.tile(STAGES, key_dim, BLOCK),
         p=gpu.tile(STAGES, CHUNK, CHUNK),
-        **channel.pieces("high", "low", key_dim=key_dim),
+        **channel.gates(key_dim),
         **{name: gpu.tile(CHUNK, CHUNK) for name in ("d_state", "u", "w")},
         vector=gpu.vector(CHUNK),
         barrier=gpu.barrier(7 + form.segments, min(STAGES, chunks)),
@@ -92,6 +92,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     b, h, w = index
     block, blocks, key_dim = gpu.block(w), given["v"].shape[3] // BLOCK, given["q"].shape[3]
     halves = range(key_dim // CHUNK)
+    sums, high, low = channel.unpack(buffer, halves)
     d_state, u, w_tile, vector = (buffer[x] for x in ("d_state", "u", "w", "vector"))
 
     def chunk(n, slot, refill, d_states):
@@ -110,20 +111,20 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         for c in halves:
             q, k, g = (half(buffer[name].at[slot], c) for name in "qkg")
             state = buffer["states"].at[slot, channel.key_rows(c)] if len(halves) > 1 else buffer["states"].at[slot]
-            ds, high, low = d_states[c], buffer[f"high{c}"], buffer[f"low{c}"]
-            keep = by_row(d.keep, rows(channel.split(g, d.valid, high, low, vector)))
+            ds, b_c, pieces = d_states[c], sums[c], (high[c], low[c])
+            keep = by_row(d.keep, rows(channel.cumulative(g, d.valid, b_c, pieces)))
             gpu.put(d_state, ds)
             carried = jnp.sum(keep * gpu.load(state) * ds, 1)
 
             # rows that read the state
-            enter = by_row(d.enter_scaled, channel.decay(high, low, channel.enter()))
+            enter = by_row(d.enter_scaled, channel.enter(b_c))
             dq = enter * dot(do, state, tb=True)
             gpu.put(u, enter * gpu.load(q))
             g[...] = dot(u, do, keep * ds, ta=True)  # dS waits where g was: too many tiles are alive
             r = gpu.load(q) * dq
 
             # rows that are written to the next one
-            leave = by_row(d.leave, channel.decay(high, low, channel.leave()))
+            leave = by_row(d.leave, channel.leave(b_c))
             dk = leave * dot(v, d_state, tb=True)
             gpu.put(u, leave * gpu.load(k))
             dv = dot(u, d_state, dv)
@@ -134,10 +135,10 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             # rows that meet inside the chunk
             dq = dq + by_row(own, gpu.load(k))
             dk = dk + by_row(own, gpu.load(q))
-            dq, dk, r = inside(q, k, w_tile, u, high, low, (dq, dk, r))
+            dq, dk, r = inside(q, k, w_tile, u, b_c, (dq, dk, r))
 
             q[...], k[...] = stored(d, dq), stored(d, dk)
-            dg = channel.gate_gradient(r, d_state, carried, high, low, vector)
+            dg = channel.gate_gradient(r, d_state, carried, *pieces, vector)
             new.append(gpu.load(g))
             g[...] = dg if d.valid is None else jnp.where(rows(d.valid), dg, 0.0)
         part = gpu.chunk_rows(n)
@@ -158,13 +159,13 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     gpu.wait_out(0, read=False)
 
 
-def inside(q, k, w, u, high, low, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+def inside(q, k, w, u, b, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     """dq, dk and R with what the pairs of the chunk add, level by level; u is a tile to use."""
 
     def level(s, carry):
         dq, dk, r = carry
         second, first = channel.roles(s)
-        e = channel.decay(high, low, channel.level(s))
+        e = channel.level(b, s)
         gpu.put(u, jnp.where(channel.second_half(s), gpu.load(q), gpu.load(k)) * e)
         f = dot(channel.at_corners(w, s), u)
         r = r + (second - first) * (gpu.load(u) * f)

@@ -48,9 +48,8 @@ def forward(
         k=gpu.tile(stages, CHUNK, key_dim),
         v=gpu.tile(stages, CHUNK, BLOCK),
         g=gpu.float_tile(stages, CHUNK, key_dim),
-        **channel.pieces("high", "low", key_dim=key_dim),
+        **channel.gates(key_dim),
         decayed=gpu.tile(CHUNK, CHUNK),
-        total=gpu.vector(CHUNK),
         barrier=gpu.barrier(4 + form.segments, min(stages, chunks)),
     )
     if form.segments:
@@ -72,20 +71,20 @@ def _program(form: Form, index, given, made, buffer, chunks, stages) -> None:
     b, h, w = index
     save, block = "states" in made, gpu.block(w)
     halves = range(given["q"].shape[3] // CHUNK)
+    sums, high, low = channel.unpack(buffer, halves)
 
     def chunk(n, slot, refill, state):
         q, k, v, g = (buffer[name].at[slot] for name in "qkvg")
-        high, low = ([buffer[f"{name}{c}"] for c in halves] for name in ("high", "low"))
         d = decays(form, buffer, slot)
         gpu.wait_out(1)  # the states and P of the chunk before
-        keep = [channel.split(half(g, c), d.valid, high[c], low[c], buffer["total"]) for c in halves]
+        keep = [channel.cumulative(half(g, c), d.valid, sums[c], (high[c], low[c])) for c in halves]
         if form.segments:
             clean(d.valid, q, k, v)
 
         def level(s, p):
             product = None
             for c in halves:
-                e = channel.decay(high[c], low[c], channel.level(s))
+                e = channel.level(sums[c], s)
                 u = jnp.where(channel.second_half(s), gpu.load(half(q, c)), gpu.load(half(k, c))) * e
                 gpu.put(buffer["decayed"], u)
                 product = dot(u.astype(jnp.bfloat16), buffer["decayed"], product, tb=True)
@@ -97,8 +96,8 @@ def _program(form: Form, index, given, made, buffer, chunks, stages) -> None:
 
         o, new = None, []
         for c in halves:
-            reading = by_row(d.enter_scaled, channel.decay(high[c], low[c], channel.enter()) * gpu.load(half(q, c)))
-            leaving = by_row(d.leave, channel.decay(high[c], low[c], channel.leave()) * gpu.load(half(k, c)))
+            reading = by_row(d.enter_scaled, channel.enter(sums[c]) * gpu.load(half(q, c)))
+            leaving = by_row(d.leave, channel.leave(sums[c]) * gpu.load(half(k, c)))
             gpu.put(buffer["decayed"], leaving)
             gpu.put(low[c], state[c])
             if save:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlin.kernels.gated_linear_attention_gpu_fwd import KEEP, MIN_GATE, VALID, Inputs
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import KEEP, VALID, Inputs
 from jaxlin.kernels.gated_linear_attention_gpu_split import combine, cut, join, parts_of
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK
+from jaxlin.kernels.tile_gpu_channel import MIN_GATE
 
 
 def parts(v: Array) -> int:

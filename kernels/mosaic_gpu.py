@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import vector as vector_dialect
 
 CHUNK = 64
 """Rows of a chunk, and of every tile: wgmma multiplies 64 rows at a time."""
@@ -63,6 +65,16 @@ def vector(*shape: int, dtype: Any = jnp.float32) -> Any:
     return plgpu.SMEM(shape, dtype)
 
 
+def row_tile() -> Any:
+    """Shared memory for a float32 tile [C, C] whose rows `take_rows` reads; wider, so that rows lie in other banks."""
+    return plgpu.SMEM((CHUNK, CHUNK + 8), jnp.float32)
+
+
+def in_turn(*groups: Any) -> Any:
+    """The same shared memory for several groups of buffers, each used when the one before is done with; unpack it."""
+    return groups if interpreted() else plgpu.RefUnion(*groups)
+
+
 def put(ref: Ref, x: Array) -> None:
     """Write a tile to shared memory for a product, a copy or a load that follows."""
     ref[...] = x.astype(ref.dtype)
@@ -82,6 +94,27 @@ def load_rows(ref: Ref) -> Array:
 def load_columns(ref: Ref) -> Array:
     """A vector [C], one entry for each column of a tile."""
     return _load(ref, _WGMMA.reduce(0))
+
+
+def take_rows(ref: Ref, index: Array) -> Array:
+    """Row index[i, 0] of a `row_tile` as row i: [C, C]; `index` is the same all along a row."""
+    if interpreted():
+        return jnp.take_along_axis(ref[:, : index.shape[1]], index, 0)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), _WGMMA),
+        return_type=plgpu.ShapeDtypeStruct(index.shape, jnp.float32, layout=_WGMMA),
+    )
+    def take(_, ref, index):
+        pair, registers = ir.VectorType.get((2,), ir.F32Type.get()), np.empty_like(index.registers)
+        places = index.layout.thread_idxs(index.shape)
+        for at, (_, column) in zip(np.ndindex(registers.shape), places, strict=True):
+            row = vector_dialect.extract(index.registers[at], [], [0])
+            row = arith.index_cast(ir.IndexType.get(), row)
+            registers[at] = vector_dialect.load(pair, ref, [row, column])
+        return mgpu.FragmentedArray(_registers=registers, _layout=index.layout, _is_signed=None)
+
+    return take(ref, index)
 
 
 def _load(ref: Ref, layout: Any) -> Array:

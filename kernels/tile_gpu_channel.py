@@ -1,12 +1,10 @@
-"""Decays of a gate per channel on Hopper, of one chunk and 64 channels: sums of gates as products with zeros and ones.
+"""Decays of a gate per channel on Hopper, of one chunk and 64 channels, and the levels of products inside it.
 
-With g [C, K] the log gates of a chunk, every decay is the exponential of a sum of gates over consecutive rows,
-
-    sums(first, last)_ik = sum_{first_i <= t < last_i} g_tk                    so never positive, never a difference,
-
-which is a product of a matrix of zeros and ones with g. That is split in two bfloat16 tiles, g = high + low, 16 bits:
-an exponent x is off by 1e-5 x. Rows meet as in kernels/README.md: for i > j there is one level s = 1, 2, 4 ... 32 with
-i in the second and j in the first half of an aligned block of 2s rows, and with e_s = exp(sums(level))
+b [C, K], the cumulative log2 gates of the chunk, is a product of a triangle of ones with g, which is split in two
+bfloat16 tiles, 16 bits. A decay is two to a difference of rows of b, as for a gate per head: off by 1e-5 of the gates
+in between and by 2^-24 b; each gate is clamped at `MIN_GATE`, so that this stays below 3e-4. Rows meet as in
+kernels/README.md: for i > j there is one level s = 1, 2, 4 ... 32 with i in the second and j in the first half of an
+aligned block of 2s rows. With a the last row of its first half and e_s = 2^-|b - b_a|, never above 1,
 
     e^{b_i - b_j} = e_s[i] e_s[j],     P = sum over s of (q e_s) (k e_s)^T masked to the corners of level s.
 
@@ -30,11 +28,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
-from jaxlin.kernels.gated_linear_attention_gpu_fwd import MIN_GATE
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, dot, rows
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, columns, dot, rows
 
 LEVELS = 6
 """log2(CHUNK): s = 1, 2, 4 ... 32."""
+MIN_GATE = -40.0
+"""Gates below are taken as this: e^-40 is nothing beside 1 in float32; sums of stronger ones would lose the weaker."""
 UNROLL = False
 """Levels one after the other in the code: a third fewer instructions, but more registers than there are."""
 Range = tuple[Array | None, Array | None]
@@ -46,18 +45,14 @@ def half(ref: gpu.Ref, c: int) -> gpu.Ref:
     return ref if ref.shape[-1] == CHUNK else ref.at[:, pl.ds(c * CHUNK, CHUNK)]
 
 
-def split(g: gpu.Ref, valid: Array | None, high: gpu.Ref, low: gpu.Ref, total: gpu.Ref) -> Array:
-    """Write log gates, none in padding, as the pieces that `sums` reads; e^{b_C} [K], for the rows of the state.
-
-    The pieces are those of log2(e) g: `decay` is a power of two.
-    """
+def cumulative(g: gpu.Ref, valid: Array | None, b: gpu.Ref, pieces: tuple[gpu.Ref, gpu.Ref]) -> Array:
+    """Write b, of log gates g, none in padding; e^{b_C} [K], for the rows of the state. `pieces` may lie under b."""
     x = jnp.maximum(gpu.load(g), MIN_GATE) * math.log2(math.e)
     if valid is not None:
         x = jnp.where(rows(valid), x, 0.0)
-    put_pieces(x, high, low)
-    total[...] = jnp.sum(x, 0)
-    gpu.commit()
-    return jnp.exp2(gpu.load_rows(total))
+    put_pieces(x, *pieces)
+    b.at[:, pl.ds(0, CHUNK)][...] = sums(*pieces, (None, gpu.indices()[0] + 1))
+    return jnp.exp2(gpu.load_rows(_row(b, CHUNK - 1)))
 
 
 def put_pieces(x: Array, high: gpu.Ref, low: gpu.Ref) -> None:
@@ -76,30 +71,13 @@ def dot_pieces(x: Array, b: gpu.Ref, acc: Array | None = None) -> Array:
 # ---- sums over rows ----
 
 
-def enter() -> Range:
-    """From the chunk's start to row i, inclusive."""
-    return None, gpu.indices()[0] + 1
-
-
-def leave() -> Range:
-    """From behind row i to the chunk's end."""
-    return gpu.indices()[0] + 1, None
-
-
-def level(s: Array) -> Range:
-    """In the second half of a block of 2s rows from its start to row i, in the first from behind row i to its end."""
-    i, second = gpu.indices()[0], second_half(s)
-    start = i & -s
-    return jnp.where(second, start, i + 1), jnp.where(second, i + 1, start + s)
-
-
 def before() -> Range:
-    """All rows before row i: the transpose of `leave`."""
+    """All rows before row i."""
     return None, gpu.indices()[0]
 
 
 def onward() -> Range:
-    """Row i and all behind it: the transpose of `enter`."""
+    """Row i and all behind it."""
     return gpu.indices()[0], None
 
 
@@ -122,9 +100,31 @@ def gate_gradient(r: Array, writes: gpu.Ref, carried: Array, high: gpu.Ref, low:
     return sums(writes, None, before(), dg)
 
 
-def decay(high: gpu.Ref, low: gpu.Ref, over: Range) -> Array:
-    """e to the sums of gates, from their pieces as `split` writes them."""
-    return jnp.exp2(sums(high, low, over))
+# ---- decays ----
+
+
+def enter(b: gpu.Ref) -> Array:
+    """From the chunk's start to row i, inclusive."""
+    return jnp.exp2(_own(b))
+
+
+def leave(b: gpu.Ref) -> Array:
+    """From behind row i to the chunk's end."""
+    return jnp.exp2(columns(gpu.load_columns(_row(b, CHUNK - 1))) - _own(b))
+
+
+def level(b: gpu.Ref, s: Array) -> Array:
+    """e_s: from the middle of a block of 2s rows to row i of its second half, from row j of its first to the middle."""
+    middle = (gpu.indices()[0] & -2 * s) + s - 1
+    return jnp.exp2(-jnp.abs(_own(b) - gpu.take_rows(b, middle)))
+
+
+def _own(b: gpu.Ref) -> Array:
+    return gpu.load(b.at[:, pl.ds(0, CHUNK)])
+
+
+def _row(b: gpu.Ref, i: int) -> gpu.Ref:
+    return b.at[i, pl.ds(0, CHUNK)]
 
 
 # ---- levels ----
@@ -187,6 +187,18 @@ def diagonal(product: Array) -> Array:
 def pieces(*names: str, key_dim: int) -> dict:
     """Shared memory for tiles of 64 channels each: name0, name1."""
     return {f"{name}{c}": gpu.tile(CHUNK, CHUNK) for name in names for c in range(key_dim // CHUNK)}
+
+
+def gates(key_dim: int) -> dict:
+    """Shared memory for b of 64 channels each, gates0 and gates1, and in turn for the tiles high and low."""
+    both = gpu.in_turn(gpu.row_tile(), (gpu.tile(CHUNK, CHUNK), gpu.tile(CHUNK, CHUNK)))
+    return {f"gates{c}": both for c in range(key_dim // CHUNK)}
+
+
+def unpack(buffer: dict, halves: range) -> tuple[list[gpu.Ref], list[gpu.Ref], list[gpu.Ref]]:
+    """b, and what lies in its place: high, low; of each half of the keys."""
+    found = [tuple(buffer[f"gates{c}"]) for c in halves]
+    return [b for b, _ in found], [tiles[0] for _, tiles in found], [tiles[1] for _, tiles in found]
 
 
 def key_rows(c: int) -> Any:
