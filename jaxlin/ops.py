@@ -271,15 +271,9 @@ def _run_step(op: str, arrays: dict, state: Any, options: dict) -> tuple[Array, 
 
 
 def _preference(arrays: dict) -> tuple[str, ...]:
-    """The best first. Chunks have nothing to gain from one step.
-
-    The GPU kernels for gates per channel must be asked for by name until they have run on a GPU, but for one step.
-    """
-    target, g = platform(), arrays.get("g")
-    if arrays["q"].shape[1] == 1:
-        return ("pallas", "scan") if target in ("tpu", "gpu") else ("scan",)
-    kernel = target == "tpu" or (target == "gpu" and (g is None or g.ndim < 4))
-    return ("pallas", "chunked", "scan") if kernel else ("chunked", "scan")
+    """The best first. Chunks have nothing to gain from one step."""
+    kernels = ("pallas",) if platform() in ("tpu", "gpu") else ()
+    return (*kernels, "scan") if arrays["q"].shape[1] == 1 else (*kernels, "chunked", "scan")
 
 
 def platform() -> str:

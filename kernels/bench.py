@@ -2,10 +2,10 @@
 
 A row is one op at one shape (B, T, H, D), H heads of q, k and v, bfloat16, by one implementation, in a process of its
 own that may crash or hang without harm to others; it is printed when it ends, and `--out` has all rows so far as JSON.
-Rows in JAX are compiled side by side and timed one at a time (`bench_process.py` says how), then those of the peers,
-flash-linear-attention and mlstm_kernels. The op `softmax` is softmax attention (cuDNN through JAX). `--steps` are the
-decode steps of whole models. `--from` reads earlier results instead of timing; `--markdown` and `--plot` show them
-(`bench_report.py`). Neither needs a device.
+Rows are compiled side by side and timed one at a time (`bench_process.py` says how): kernels, then the peers,
+flash-linear-attention and mlstm_kernels, then what XLA makes. The op `softmax` is softmax attention (cuDNN through
+JAX). `--steps` are the decode steps of whole models. `--from` reads earlier results instead of timing; `--markdown` and
+`--plot` show them (`bench_report.py`). Neither needs a device.
 """
 
 from __future__ import annotations
@@ -116,8 +116,12 @@ def serves(implementation: str, op: str) -> bool:
     return {"fla": op != "mlstm", "mlstm_kernels": op == "mlstm"}.get(implementation, True)
 
 
-def jobs(settings: Bench) -> tuple[list[Job], list[Job]]:
-    """All rows, those of JAX and those of the peers."""
+def jobs(settings: Bench) -> list[list[Job]]:
+    """All rows, in groups that are measured one after the other.
+
+    Who compiles longest comes last, for they hold up whoever waits to be timed: peers, then forms through XLA, whose
+    programs kept 32 cores busy for minutes.
+    """
     every = [
         Job(op, shape, implementation)
         for implementation in settings.implementations
@@ -133,7 +137,8 @@ def jobs(settings: Bench) -> tuple[list[Job], list[Job]]:
         if op != "softmax"
     ]
     peers = [job for job in every if job.implementation in bench_report.PEERS]
-    return [job for job in every if job not in peers], peers
+    slow = [job for job in every if job.implementation in ("chunked", "scan", "xla")]
+    return [[job for job in every if job not in peers + slow], peers, slow]
 
 
 class Results:
@@ -184,7 +189,7 @@ def measure(settings: Bench) -> dict[str, Any]:
     about = dict(device="unknown device") | (last_row(output) or {}) | dict(versions=versions())
     print(bench_report.heading(about) + ("" if good else f" (the roofs failed: {why(output)})"), flush=True)
     results = Results(about, settings.out)
-    for group in jobs(settings):  # peers last: the slowest to compile holds up whoever waits to be timed
+    for group in jobs(settings):
         with ThreadPoolExecutor(settings.jobs or max(2, (os.cpu_count() or 2) * 3 // 2)) as pool:
             list(pool.map(lambda job: results.add(*job.run(settings, until)), group))
     print(f"{len(results.rows)} rows in {time.monotonic() - start:.0f} s", flush=True)

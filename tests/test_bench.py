@@ -43,12 +43,12 @@ def test_command_line():
 
 
 def test_every_implementation_gets_its_ops():
-    mine, peers = bench.jobs(Bench(steps=("2x2x2x64",)))
-    assert len(set(mine) | set(peers)) == len(mine) + len(peers)
+    mine, peers, xla = bench.jobs(Bench(steps=("2x2x2x64",)))
+    assert len({*mine, *peers, *xla}) == len(mine) + len(peers) + len(xla)
     assert {job.op for job in peers if job.implementation == "mlstm_kernels"} == {"mlstm"}
     assert {job.op for job in mine if job.implementation == "cudnn"} == {"softmax"}
     assert {job.op for job in mine if job.implementation == "pallas"} == set(bench_ops.FAMILIES)
-    assert len(mine) == 4 * (7 + 7 + 1) + 3 * 7 and len(peers) == 4 * 7
+    assert len(mine) == 4 * (7 + 1) + 2 * 7 and len(peers) == 4 * 7 and len(xla) == 4 * 7 + 7
 
 
 def test_roof_that_binds():
