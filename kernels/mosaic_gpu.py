@@ -129,6 +129,11 @@ def zeros(rows: int, columns: int) -> Array:
     return _layout(jnp.zeros((rows, columns), jnp.float32), _WGMMA)
 
 
+def zero_rows(rows: int) -> Array:
+    """A float32 vector of zeros, as `load_rows` gives it."""
+    return _layout(jnp.zeros((rows,), jnp.float32), _WGMMA.reduce(1))
+
+
 def zero_columns(columns: int) -> Array:
     """A float32 vector of zeros, as `load_columns` gives it."""
     return _layout(jnp.zeros((columns,), jnp.float32), _WGMMA.reduce(0))
@@ -309,6 +314,17 @@ def stream(
 def barrier(sources: int, stages: int) -> Any:
     """The barriers of a `stream`."""
     return plgpu.Barrier(num_arrivals=sources, num_barriers=stages)
+
+
+def fetch(sources: Sequence[tuple[Ref, Ref]], barrier: Ref) -> None:
+    """Start copies (global memory, shared memory) of which there is one in a program; `arrived` waits for them."""
+    for part, buffer in sources:
+        plgpu.copy_gmem_to_smem(part, buffer, barrier.at[0])
+
+
+def arrived(barrier: Ref) -> None:
+    """Wait for what `fetch` started."""
+    plgpu.barrier_wait(barrier.at[0])
 
 
 def copy_out(*copies: tuple[Ref, Ref], when: Array | bool = True) -> None:

@@ -21,7 +21,7 @@ rounding, so that the pairs on one side of t cancel in dg_t = sum_{i >= t} R_i b
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -45,14 +45,23 @@ def half(ref: gpu.Ref, c: int) -> gpu.Ref:
     return ref if ref.shape[-1] == CHUNK else ref.at[:, pl.ds(c * CHUNK, CHUNK)]
 
 
-def cumulative(g: gpu.Ref, valid: Array | None, b: gpu.Ref, pieces: tuple[gpu.Ref, gpu.Ref]) -> Array:
-    """Write b, of log gates g, none in padding; e^{b_C} [K], for the rows of the state. `pieces` may lie under b."""
-    x = jnp.maximum(gpu.load(g), MIN_GATE) * math.log2(math.e)
+class Gates(NamedTuple):
+    """The same shared memory for what becomes of g of 64 channels, one after the other."""
+
+    g: gpu.Ref  # [C, 64] float32; dg in the end
+    high: gpu.Ref
+    low: gpu.Ref
+    b: gpu.Ref
+
+
+def cumulative(gates: Gates, valid: Array | None) -> Array:
+    """Write b, of log gates g, none in padding; e^{b_C} [K], for the rows of the state."""
+    x = jnp.maximum(gpu.load(gates.g), MIN_GATE) * math.log2(math.e)
     if valid is not None:
         x = jnp.where(rows(valid), x, 0.0)
-    put_pieces(x, *pieces)
-    b.at[:, pl.ds(0, CHUNK)][...] = sums(*pieces, (None, gpu.indices()[0] + 1))
-    return jnp.exp2(gpu.load_rows(_row(b, CHUNK - 1)))
+    put_pieces(x, gates.high, gates.low)
+    gates.b.at[:, pl.ds(0, CHUNK)][...] = sums(gates.high, gates.low, (None, gpu.indices()[0] + 1))
+    return jnp.exp2(gpu.load_rows(_row(gates.b, CHUNK - 1)))
 
 
 def put_pieces(x: Array, high: gpu.Ref, low: gpu.Ref) -> None:
@@ -90,14 +99,16 @@ def sums(high: gpu.Ref, low: gpu.Ref | None, over: Range, acc: Array | None = No
     return found if low is None else dot(chosen, low, found)
 
 
-def gate_gradient(r: Array, writes: gpu.Ref, carried: Array, high: gpu.Ref, low: gpu.Ref, vector: gpu.Ref) -> Array:
-    """dg_t = sum_{i >= t} r_i + sum_{j < t} writes_j + what the state carries over the chunk [K]; the last three tiles
-    are used up."""
-    put_pieces(r, high, low)
+def put_gradient(
+    gates: Gates, r: Array, writes: gpu.Ref, carried: Array, vector: gpu.Ref, valid: Array | None
+) -> None:
+    """Write dg_t = sum_{i >= t} r_i + sum_{j < t} writes_j + what the state carries over the chunk [K], over b."""
+    put_pieces(r, gates.high, gates.low)
     vector[...] = carried
     gpu.commit()
-    dg = sums(high, low, onward(), gpu.columns(gpu.load_columns(vector)))
-    return sums(writes, None, before(), dg)
+    dg = sums(gates.high, gates.low, onward(), gpu.columns(gpu.load_columns(vector)))
+    dg = sums(writes, None, before(), dg)
+    gates.g[...] = dg if valid is None else jnp.where(rows(valid), dg, 0.0)
 
 
 # ---- decays ----
@@ -184,21 +195,16 @@ def diagonal(product: Array) -> Array:
 # ---- programs ----
 
 
-def pieces(*names: str, key_dim: int) -> dict:
-    """Shared memory for tiles of 64 channels each: name0, name1."""
-    return {f"{name}{c}": gpu.tile(CHUNK, CHUNK) for name in names for c in range(key_dim // CHUNK)}
+def gates(count: int) -> dict:
+    """Shared memory for `Gates`, `count` times 64 channels: gates0, gates1."""
+    pair = (gpu.tile(CHUNK, CHUNK), gpu.tile(CHUNK, CHUNK))
+    both = gpu.in_turn((gpu.float_tile(CHUNK, CHUNK),), pair, (gpu.row_tile(),))
+    return {f"gates{c}": both for c in range(count)}
 
 
-def gates(key_dim: int) -> dict:
-    """Shared memory for b of 64 channels each, gates0 and gates1, and in turn for the tiles high and low."""
-    both = gpu.in_turn(gpu.row_tile(), (gpu.tile(CHUNK, CHUNK), gpu.tile(CHUNK, CHUNK)))
-    return {f"gates{c}": both for c in range(key_dim // CHUNK)}
-
-
-def unpack(buffer: dict, halves: range) -> tuple[list[gpu.Ref], list[gpu.Ref], list[gpu.Ref]]:
-    """b, and what lies in its place: high, low; of each half of the keys."""
-    found = [tuple(buffer[f"gates{c}"]) for c in halves]
-    return [b for b, _ in found], [tiles[0] for _, tiles in found], [tiles[1] for _, tiles in found]
+def unpack(buffer: dict, halves: range) -> list[Gates]:
+    """The `Gates` of each half of the keys."""
+    return [Gates(g, high, low, b) for (g,), (high, low), (b,) in (tuple(buffer[f"gates{c}"]) for c in halves)]
 
 
 def key_rows(c: int) -> Any:
@@ -221,7 +227,19 @@ def finish(target: gpu.Ref, state: tuple[Array, ...], index: tuple[Array, Array,
         target.at[b, h, key_rows(c), gpu.block(w)][...] = tile
 
 
-def source(given: dict, buffer: dict, index: tuple[Array, Array, Array]) -> tuple:
-    """The part of g [B, T, HV, K] that a chunk reads, with its buffer."""
-    b, h, _ = index
-    return lambda n: given["g"].at[b, gpu.chunk_rows(n), h], buffer["g"]
+def sources(given: dict, buffer: dict, gates: list[Gates], index: tuple[Array, Array, Array], first: int = 0) -> list:
+    """The parts of q, k, g, vectors and codes that belong to chunk n of (b, h, n), with their buffers.
+
+    Halves of keys from `first` on, as many as there are gates.
+    """
+    b, h, n = index
+    group = given["g"].shape[2] // given["q"].shape[2]
+    head, rows_n = h if group == 1 else lax.div(h, jnp.int32(group)), gpu.chunk_rows(n)
+    channels = pl.ds(first * CHUNK, CHUNK * len(gates))
+    found = [(given[x].at[b, rows_n, head, channels], buffer[x]) for x in "qk"]
+    found += [(given["g"].at[b, rows_n, h, key_rows(first + c)], x.g) for c, x in enumerate(gates)]
+    if "vectors" in given:
+        found.append((given["vectors"].at[b, h, n], buffer["vectors"].at[0]))
+    if "codes" in given:
+        found.append((given["codes"].at[b, n], buffer["codes"].at[0]))
+    return found
