@@ -1,7 +1,8 @@
-"""Family A backward on Hopper, a gate per channel (GLA): q, k and g, one warpgroup for each chunk and 64 keys, all at once.
+"""Family A backward on Hopper, a gate per channel (GLA): q, k and g, of all chunks at once.
 
-dS' of every chunk and dV come from the walk in reverse (`gated_linear_attention_gpu_channel_walk`). With W =
-scale (do V^T) on and below the diagonal and F, R of the levels (`tile_gpu_channel`),
+One warpgroup has a chunk and 64 keys. dS' of every chunk and dV come from the walk in reverse
+(`gated_linear_attention_gpu_channel_walk`). With W = scale (do V^T) on and below the diagonal and F, R of the levels
+(`tile_gpu_channel`),
 
     dq_state = scale e^b (do S^T) ;      dq = dq_state + diag(W) k + sum over levels of e_s F (second halves)
     dk_state = e^{b_C - b} (V dS'^T) ;   dk = dk_state + diag(W) q + sum over levels of e_s F (first halves)
@@ -9,12 +10,12 @@ scale (do V^T) on and below the diagonal and F, R of the levels (`tile_gpu_chann
 
 all by channel. Blocks of 64 values are summed in registers, in float32.
 
-Bytes at K = V = 64, in units of q: q, k, g (2), v, do, S, dS' are read, dq, dk, dg (2) written: 12. With the walk 18, the
-forward pass 13. Handing on W, dq_state and dk_state in place of dS' would be 4 more, or they would be rounded.
+Bytes at K = V = 64, in units of q: q, k, g (2), v, do, S, dS' are read, dq, dk, dg (2) written: 12. With the walk 18,
+the forward pass 13. Handing on W, dq_state and dk_state in place of dS' would be 4 more, or they would be rounded.
 
-Budget: dq, dk, R, a decay and a product in registers, 160 a thread, and pieces of tiles. Shared memory: q, k of 8 KB and
-b of 18 KB, and in turn g and its pieces, with the gradients written over them; v, do, S, dS' of 8 KB of one block of
-values, and then W, u and writes over them: 66 KB, two programs an SM, as many as the registers allow.
+Budget: dq, dk, R, a decay and a product in registers, 160 a thread, and pieces of tiles. Shared memory: q, k of 8 KB
+and b of 18 KB, and in turn g and its pieces, with the gradients written over them; v, do, S, dS' of 8 KB of one block
+of values, and then W, u and writes over them: 66 KB, two programs an SM, as many as the registers allow.
 """
 
 from __future__ import annotations
@@ -32,9 +33,7 @@ STAGES = 1
 """Blocks of values in flight."""
 
 
-def backward(
-    form: Form, x: Inputs, g: Array, states: Array, d_states: Array, do: Array
-) -> tuple[Array, Array, Array]:
+def backward(form: Form, x: Inputs, g: Array, states: Array, d_states: Array, do: Array) -> tuple[Array, Array, Array]:
     """dq, dk, dg [B, T, HV, K], dg float32, from S at the start and dS' at the end of chunks [B, HV, N, K, V]."""
     batch, time, heads, key_dim = g.shape
     blocks = x.v.shape[3] // BLOCK
@@ -43,13 +42,11 @@ def backward(
     shape = jax.ShapeDtypeStruct
     out = dict(q=shape(g.shape, x.q.dtype), k=shape(g.shape, x.k.dtype), g=shape(g.shape, jnp.float32))
     scratch = dict(
-        q=gpu.tile(CHUNK, CHUNK),
-        k=gpu.tile(CHUNK, CHUNK),
-        **channel.gates(1),
+        **channel.keys_and_gates(1),
         **{name: gpu.tile(stages, CHUNK, BLOCK) for name in ("v", "do", "states", "d_states")},
         carried=gpu.vector(CHUNK),
         barrier=gpu.barrier(3 + form.segments, 1),
-        blocks_barrier=gpu.barrier(4, stages),
+        values_barrier=gpu.barrier(4, stages),
     )
     if form.segments:
         scratch |= dict(codes=gpu.vector(1, CHUNK, dtype=jnp.int32))
@@ -70,16 +67,17 @@ def _program(form: Form, index, given, made, buffer, blocks, stages) -> None:
     b, h, n = index
     halves = given["q"].shape[3] // CHUNK
     n, c = lax.div(n, jnp.int32(halves)), lax.rem(n, jnp.int32(halves))
-    q, k = buffer["q"], buffer["k"]
-    gates, *_ = channel.unpack(buffer, range(1))
-    gpu.fetch(channel.sources(given, buffer, [gates], (b, h, n), c), buffer["barrier"])
+    ((q,), (k,), (gates,)) = channel.unpack(buffer, 1)
+    values = sources(given, buffer, (b, h, n, c))
+    gpu.fetch(channel.sources(given, buffer, (b, h, n), 1, c), buffer["barrier"])
+    gpu.start_stream(values, buffer["values_barrier"], chunks=blocks, stages=stages)
     gpu.arrived(buffer["barrier"])
     d = decays(form, buffer, jnp.int32(0))
     keep = d.keep * channel.cumulative(gates, d.valid)
     if form.segments:
         clean(d.valid, q, k)
 
-    dp, dp_t, dq, dk, carried = through_state(given, buffer, (b, h, n, c), d.valid, blocks, stages)
+    dp, dp_t, dq, dk, carried = through_state(values, buffer, d.valid, blocks, stages)
     w_tile, u, writes = (buffer[name].at[0] for name in ("v", "do", "states"))  # where nothing is needed any more
     own = form.scale * channel.diagonal(dp)
     same = channel.same_run(buffer["codes"].at[0], RUN) if form.segments else None
@@ -99,14 +97,21 @@ def _program(form: Form, index, given, made, buffer, blocks, stages) -> None:
     gpu.wait_out(0, read=False)
 
 
-def through_state(
-    given, buffer, index, valid: Array | None, blocks: int, stages: int
-) -> tuple[Array, Array, Array, Array, Array]:
-    """do V^T and its transpose, do S^T, V dS'^T, and (S dS'^T)_kk [K]: sums over all values."""
+def sources(given, buffer, index) -> list:
+    """The parts of v, do, S and dS' of block w of the values, with their buffers."""
     b, h, n, c = index
     rows, channels = gpu.chunk_rows(n), channel.key_rows(c)
+    found = [(lambda w, x=given[x]: x.at[b, rows, h, gpu.block(w)], buffer[x]) for x in ("v", "do")]
+    states = [(lambda w, x=given[x]: x.at[b, h, n, channels, gpu.block(w)], buffer[x]) for x in ("states", "d_states")]
+    return found + states
 
-    def values(w, slot, refill, sums):
+
+def through_state(
+    values: list, buffer, valid: Array | None, blocks: int, stages: int
+) -> tuple[Array, Array, Array, Array, Array]:
+    """do V^T and its transpose, do S^T, V dS'^T, and (S dS'^T)_kk [K]: sums over all values."""
+
+    def block(w, slot, refill, sums):
         v, do, state, d_state = (buffer[name].at[slot] for name in ("v", "do", "states", "d_states"))
         dp, dp_t, dq, dk, carried = sums
         if valid is not None:
@@ -116,13 +121,8 @@ def through_state(
         dq, dk = dot(do, state, dq, tb=True), dot(v, d_state, dk, tb=True)
         return dp, dp_t, dq, dk, carried + jnp.sum(gpu.load(state) * gpu.load(d_state), 1)
 
-    parts = [(lambda w, x=given[x]: x.at[b, rows, h, gpu.block(w)], buffer[x]) for x in ("v", "do")]
-    parts += [
-        (lambda w, x=given[x]: x.at[b, h, n, channels, gpu.block(w)], buffer[x]) for x in ("states", "d_states")
-    ]
-    zero = gpu.zeros(CHUNK, CHUNK)
-    start = (zero, zero, zero, zero, gpu.zero_rows(CHUNK))
-    return gpu.stream(parts, buffer["blocks_barrier"], values, start, chunks=blocks, stages=stages)
+    sums = (*[gpu.zeros(CHUNK, CHUNK)] * 4, gpu.zero_rows(CHUNK))
+    return gpu.stream(values, buffer["values_barrier"], block, sums, chunks=blocks, stages=stages, started=True)
 
 
 def inside(q, k, w, u, b, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

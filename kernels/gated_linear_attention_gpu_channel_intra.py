@@ -1,4 +1,4 @@
-"""Family A on Hopper, a gate per channel (GLA): what a chunk has without the state, one warpgroup for each, all at once.
+"""Family A on Hopper, a gate per channel (GLA): what chunks have without the state, one warpgroup for each.
 
     P_ij = scale sum_k q_ik k_jk e^{b_ik - b_jk}, i >= j ;  Q = scale e^b q ;  K = e^{b_C - b} k ;  keep = e^{b_C}
 
@@ -6,8 +6,8 @@ P by levels (`tile_gpu_channel`); its diagonal has no decay. Masks of segments a
 that the walk over the chunks (`gated_linear_attention_gpu_channel_walk`) needs no gates, and nothing here depends on
 the values, of which there may be several blocks.
 
-Bytes at K = V = 64, in units of q: q, k and g (2) are read, P, Q, K written: 7. A walk that makes Q and K by itself reads
-g instead, once for each block of values.
+Bytes at K = V = 64, in units of q: q, k and g (2) are read, P, Q, K written: 7. A walk that makes Q and K by itself
+reads g instead, once for each block of values.
 
 Budget at K = 64: P, a decay and a product in registers, 96 a thread, and pieces of tiles. Shared memory: q, k of 8 KB,
 with Q, K written over them; b of 18 KB, and in turn g and its two pieces; decayed k, then P (8 KB): 42 KB.
@@ -25,7 +25,6 @@ from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
 from jaxlin.kernels.mosaic_gpu import CHUNK, by_row, dot
-from jaxlin.kernels.tile_gpu_channel import half
 
 
 class Chunks(NamedTuple):
@@ -40,7 +39,7 @@ class Chunks(NamedTuple):
 def intra(form: Form, x: Inputs, g: Array) -> Chunks:
     """Q, K, keep and P of all chunks; g [B, T, HV, K] float32."""
     batch, time, heads, key_dim = g.shape
-    chunks = time // CHUNK
+    chunks, halves = time // CHUNK, key_dim // CHUNK
     flat = present(q=x.q, k=x.k, g=g, codes=x.codes)
     shape = jax.ShapeDtypeStruct
     out = Chunks(
@@ -50,19 +49,17 @@ def intra(form: Form, x: Inputs, g: Array) -> Chunks:
         p=shape((batch, heads, chunks, CHUNK, CHUNK), x.q.dtype),
     )
     scratch = dict(
-        q=gpu.tile(CHUNK, key_dim),
-        k=gpu.tile(CHUNK, key_dim),
-        **channel.gates(key_dim // CHUNK),
+        **channel.keys_and_gates(halves),
         decayed=gpu.tile(CHUNK, CHUNK),
         keep=gpu.vector(key_dim),
-        barrier=gpu.barrier(2 + key_dim // CHUNK + form.segments, 1),
+        barrier=gpu.barrier(3 * halves + form.segments, 1),
     )
     if form.segments:
         scratch |= dict(codes=gpu.vector(1, CHUNK, dtype=jnp.int32))
 
     def gated_linear_attention_channel_intra(index, inputs, outputs, buffers):
         given, buffer = dict(zip(flat, inputs, strict=True)), dict(zip(scratch, buffers, strict=True))
-        _program(form, index, given, Chunks(*outputs), buffer)
+        _program(form, index, given, Chunks(*outputs), buffer, halves)
 
     grid = (batch, heads, chunks)
     return Chunks(
@@ -70,35 +67,37 @@ def intra(form: Form, x: Inputs, g: Array) -> Chunks:
     )
 
 
-def _program(form: Form, index, given, made: Chunks, buffer) -> None:
+def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None:
     b, h, n = index
-    q, k, decayed = buffer["q"], buffer["k"], buffer["decayed"]
-    halves = range(q.shape[1] // CHUNK)
-    gates = channel.unpack(buffer, halves)
-    gpu.fetch(channel.sources(given, buffer, gates, (b, h, n)), buffer["barrier"])
+    halves, decayed = range(count), buffer["decayed"]
+    q, k, gates = channel.unpack(buffer, count)
+    gpu.fetch(channel.sources(given, buffer, index, count), buffer["barrier"])
     gpu.arrived(buffer["barrier"])
     d = decays(form, buffer, jnp.int32(0))
     keep = [channel.cumulative(gates[c], d.valid) for c in halves]
     if form.segments:
-        clean(d.valid, q, k)
+        clean(d.valid, *q, *k)
 
     def level(s, p):
         product = None
         for c in halves:
             e = channel.level(gates[c].b, s)
-            u = jnp.where(channel.second_half(s), gpu.load(half(q, c)), gpu.load(half(k, c))) * e
+            u = jnp.where(channel.second_half(s), gpu.load(q[c]), gpu.load(k[c])) * e
             gpu.put(decayed, u)
             product = dot(u.astype(jnp.bfloat16), decayed, product, tb=True)
         return jnp.where(channel.corners(s), product, p)
 
-    (p,) = d.pair(channel.over_levels(level, dot(q, k, tb=True)))
+    p = None
     for c in halves:
-        q_c, k_c, b_c = half(q, c), half(k, c), gates[c].b
-        q_c[...] = by_row(d.enter_scaled, channel.enter(b_c) * gpu.load(q_c)).astype(q.dtype)
-        k_c[...] = by_row(d.leave, channel.leave(b_c) * gpu.load(k_c)).astype(k.dtype)
-        buffer["keep"].at[channel.key_rows(c)][...] = d.keep * keep[c]
+        p = dot(q[c], k[c], p, tb=True)
+    (p,) = d.pair(channel.over_levels(level, p))
     decayed[...] = p.astype(decayed.dtype)
-    part = gpu.chunk_rows(n)
-    copies = ((q, made.q.at[b, part, h]), (k, made.k.at[b, part, h]), (decayed, made.p.at[b, h, n]))
-    gpu.copy_out(*copies, (buffer["keep"], made.keep.at[b, h, n]))
+    copies = [(decayed, made.p.at[b, h, n]), (buffer["keep"], made.keep.at[b, h, n])]
+    for c in halves:
+        b_c, channels = gates[c].b, channel.key_rows(c)
+        q[c][...] = by_row(d.enter_scaled, channel.enter(b_c) * gpu.load(q[c])).astype(jnp.bfloat16)
+        k[c][...] = by_row(d.leave, channel.leave(b_c) * gpu.load(k[c])).astype(jnp.bfloat16)
+        buffer["keep"].at[channels][...] = d.keep * keep[c]
+        copies += [(x[c], y.at[b, gpu.chunk_rows(n), h, channels]) for x, y in ((q, made.q), (k, made.k))]
+    gpu.copy_out(*copies)
     gpu.wait_out(0, read=False)

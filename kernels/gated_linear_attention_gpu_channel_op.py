@@ -60,7 +60,7 @@ def _attend_bwd(form: Form, residuals, cotangents):
 
 
 def _forward(form: Form, x: Inputs, g: Array, s0: Array | None, save: bool):
-    """(o, final S, (chunks, their states)), over parts where there are too few sequences; what is saved stays in parts."""
+    """(o, final S, (chunks, their states)), over parts where there are too few sequences; the last stay in parts."""
     parts = split.parts(x.v)
     if parts > 1:
         x, g = split.cut_inputs(x, g, parts)

@@ -31,7 +31,7 @@ def cut_inputs(x: Inputs, g: Array, parts: int) -> tuple[Inputs, Array]:
 def at_parts(keep: Array, update: Array, start: Array | None, parts: int, reverse: bool = False) -> Array:
     """Family A's state at the start of each part (reverse: cotangent at its end), [B * P, HV, K, V].
 
-    keep [B * P, HV, N, K] of chunks, update [B * P, HV, K, V]; start [B, HV, K, V] belongs to the first part (the last).
+    keep [B * P, HV, N, K] of chunks, update [B * P, HV, K, V]; start [B, HV, K, V] is of the first part (the last).
     """
     _, heads, key_dim, value_dim = update.shape
 

@@ -1,6 +1,7 @@
-"""Family A on Hopper, a gate per channel (GLA): the walk over the chunks, one warpgroup for (batch, value head, 64 values).
+"""Family A on Hopper, a gate per channel (GLA): the walk over the chunks.
 
-With what `gated_linear_attention_gpu_channel_intra` made of each chunk, the state S in registers goes by
+One warpgroup has a (batch, value head, 64 values). With what `gated_linear_attention_gpu_channel_intra` made of each
+chunk, the state S in registers goes by
 
     o = Q S + P v ;  S' = keep S + K^T v
 
@@ -13,13 +14,14 @@ the first pass over the parts of long sequences, Q and P stay away.
 
 Bytes at K = V = 64, in units of q: Q, K, v and P are read, o and the states written: 6.
 
-Budget at K = 64: S, o in registers, 64 a thread; every operand is in shared memory. Shared memory: Q, K, v, P of 8 KB in
-two stages, o written over v (64 KB); S as operand (8 KB): three programs an SM. At K = 128 Q and K are 16 KB, and the
-second half of S lies over the first half of Q, which is done with: 104 KB, two programs.
+Budget at K = 64: S, o in registers, 64 a thread; every operand is in shared memory. Shared memory: Q, K, v, P of 8 KB
+in two stages, o written over v (64 KB); S as operand (8 KB): three programs an SM. At K = 128 Q and K are 16 KB, and
+the second half of S lies over the first half of Q, which is done with: 104 KB, two programs.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -95,13 +97,13 @@ def _program(index, given, made, buffer, chunks, stages, reverse) -> None:
     reads, saves = "o" in made, len(halves) if "states" in made else 0  # groups of copies a chunk starts with
 
     def chunk(n, slot, refill, state):
-        x, y = ([buffer[f"{name}{c}"].at[slot] for c in halves] for name in ("xy" if reads else "yy"))
-        v = buffer["v"].at[slot]
+        y, v = [buffer[f"y{c}"].at[slot] for c in halves], buffer["v"].at[slot]
         if "codes" in buffer:
             clean(lax.bitwise_and(gpu.load_rows(buffer["codes"].at[slot]), VALID) != 0, v)
         keep = [gpu.load_rows(buffer["keep"].at[slot, channel.key_rows(c)]) for c in halves]
         o = None
         if reads:
+            x = [buffer[f"x{c}"].at[slot] for c in halves]
             gpu.wait_out(1)  # the states of the chunk before
             for c in halves:
                 tile = buffer["state"] if c == 0 else x[0]
@@ -117,6 +119,9 @@ def _program(index, given, made, buffer, chunks, stages, reverse) -> None:
             gpu.copy_out((v, made["o"].at[b, gpu.chunk_rows(n), h, block]))
         return new
 
+    def half(keys, channels, n):
+        return keys.at[b, gpu.chunk_rows(n), h, channels]
+
     part = dict(
         v=lambda n: given["v"].at[b, gpu.chunk_rows(n), h, block],
         p=lambda n: given["p"].at[b, h, n],
@@ -125,11 +130,8 @@ def _program(index, given, made, buffer, chunks, stages, reverse) -> None:
     )
     sources = [(part[name], buffer[name]) for name in part if name in buffer]
     for name, c in itertools.product("xy" if reads else "y", halves):
-        half = lambda n, x=given[name], c=c: x.at[b, gpu.chunk_rows(n), h, channel.key_rows(c)]  # noqa: E731
-        sources.append((half, buffer[f"{name}{c}"]))
+        sources.append((functools.partial(half, given[name], channel.key_rows(c)), buffer[f"{name}{c}"]))
     state = channel.start(given, "start", index, key_dim)
-    state = gpu.stream(
-        sources, buffer["barrier"], chunk, state, chunks=chunks, stages=stages, reverse=reverse
-    )
+    state = gpu.stream(sources, buffer["barrier"], chunk, state, chunks=chunks, stages=stages, reverse=reverse)
     channel.finish(made["s"], state, index)
     gpu.wait_out(0, read=False)

@@ -271,23 +271,24 @@ def stream(
     chunks: int,
     stages: int,
     reverse: bool = False,
+    started: bool = False,
 ) -> Any:
     """Run `carry = body(n, slot, refill, carry)` over chunks, their data copied `stages` ahead by TMA.
 
     sources: (chunk -> its part of global memory, shared memory [stages, ...]); `barrier` has `stages` barriers of
     len(sources) arrivals. The body may overwrite its slot and copy it out. It calls `refill` once, when all that the
     previous chunk copied out has left shared memory: the previous slot is then loaded anew. With one stage a chunk is
-    loaded only once the one before is done and copied out: for programs that share an SM with another.
+    loaded only once the one before is done and copied out: for programs that share an SM with another. What
+    `start_stream` was called for is `started`.
     """
     stages = min(stages, chunks)
 
     def fetch(step, slot):
-        n = chunks - 1 - step if reverse else step
-        for part, buffer in sources:
-            plgpu.copy_gmem_to_smem(part(n), buffer.at[slot], barrier.at[slot])
+        fetch_chunk(sources, barrier, chunks - 1 - step if reverse else step, slot)
 
-    for step in range(stages):
-        fetch(jnp.int32(step), jnp.int32(step))
+    if not started:
+        for step in range(stages):
+            fetch(jnp.int32(step), jnp.int32(step))
 
     def turn(step, carry):
         slot = lax.rem(step, jnp.int32(stages))
@@ -309,6 +310,20 @@ def stream(
         return carry
 
     return lax.fori_loop(jnp.int32(0), jnp.int32(chunks), turn, carry)
+
+
+def fetch_chunk(sources: Sequence[tuple[Callable[[Array], Ref], Ref]], barrier: Ref, n: Array, slot: Array) -> None:
+    """Start the copies of chunk n of a `stream`."""
+    for part, buffer in sources:
+        plgpu.copy_gmem_to_smem(part(n), buffer.at[slot], barrier.at[slot])
+
+
+def start_stream(
+    sources: Sequence[tuple[Callable[[Array], Ref], Ref]], barrier: Ref, *, chunks: int, stages: int
+) -> None:
+    """Start the first copies of a `stream`, ahead of it."""
+    for step in range(min(stages, chunks)):
+        fetch_chunk(sources, barrier, jnp.int32(step), jnp.int32(step))
 
 
 def barrier(sources: int, stages: int) -> Any:

@@ -40,11 +40,6 @@ Range = tuple[Array | None, Array | None]
 """first and last: rows [first_i, last_i) for every row i of a tile; None is the start or the end of the chunk."""
 
 
-def half(ref: gpu.Ref, c: int) -> gpu.Ref:
-    """64 of the columns of a tile in shared memory: keys of 128 are taken 64 at a time."""
-    return ref if ref.shape[-1] == CHUNK else ref.at[:, pl.ds(c * CHUNK, CHUNK)]
-
-
 class Gates(NamedTuple):
     """The same shared memory for what becomes of g of 64 channels, one after the other."""
 
@@ -71,12 +66,6 @@ def put_pieces(x: Array, high: gpu.Ref, low: gpu.Ref) -> None:
     gpu.put(low, x - rounded.astype(jnp.float32))
 
 
-def dot_pieces(x: Array, b: gpu.Ref, acc: Array | None = None) -> Array:
-    """acc + x @ b with a float32 tile x, to 16 bits: two products."""
-    high = x.astype(jnp.bfloat16)
-    return dot((x - high.astype(jnp.float32)).astype(jnp.bfloat16), b, dot(high, b, acc))
-
-
 # ---- sums over rows ----
 
 
@@ -99,9 +88,7 @@ def sums(high: gpu.Ref, low: gpu.Ref | None, over: Range, acc: Array | None = No
     return found if low is None else dot(chosen, low, found)
 
 
-def put_gradient(
-    gates: Gates, r: Array, writes: gpu.Ref, carried: Array, vector: gpu.Ref, valid: Array | None
-) -> None:
+def put_gradient(gates: Gates, r: Array, writes: gpu.Ref, carried: Array, vector: gpu.Ref, valid: Array | None) -> None:
     """Write dg_t = sum_{i >= t} r_i + sum_{j < t} writes_j + what the state carries over the chunk [K], over b."""
     put_pieces(r, gates.high, gates.low)
     vector[...] = carried
@@ -195,18 +182,6 @@ def diagonal(product: Array) -> Array:
 # ---- programs ----
 
 
-def gates(count: int) -> dict:
-    """Shared memory for `Gates`, `count` times 64 channels: gates0, gates1."""
-    pair = (gpu.tile(CHUNK, CHUNK), gpu.tile(CHUNK, CHUNK))
-    both = gpu.in_turn((gpu.float_tile(CHUNK, CHUNK),), pair, (gpu.row_tile(),))
-    return {f"gates{c}": both for c in range(count)}
-
-
-def unpack(buffer: dict, halves: range) -> list[Gates]:
-    """The `Gates` of each half of the keys."""
-    return [Gates(g, high, low, b) for (g,), (high, low), (b,) in (tuple(buffer[f"gates{c}"]) for c in halves)]
-
-
 def key_rows(c: int) -> Any:
     """The rows of half c of the keys, of a state."""
     return pl.ds(c * CHUNK, CHUNK)
@@ -227,17 +202,31 @@ def finish(target: gpu.Ref, state: tuple[Array, ...], index: tuple[Array, Array,
         target.at[b, h, key_rows(c), gpu.block(w)][...] = tile
 
 
-def sources(given: dict, buffer: dict, gates: list[Gates], index: tuple[Array, Array, Array], first: int = 0) -> list:
-    """The parts of q, k, g, vectors and codes that belong to chunk n of (b, h, n), with their buffers.
+def keys_and_gates(count: int) -> dict:
+    """Shared memory for `count` times 64 keys of a chunk: q0, q1, k0, k1, and `Gates` in gates0, gates1."""
+    pair = (gpu.tile(CHUNK, CHUNK), gpu.tile(CHUNK, CHUNK))
+    both = gpu.in_turn((gpu.float_tile(CHUNK, CHUNK),), pair, (gpu.row_tile(),))
+    keys = {f"{name}{c}": gpu.tile(CHUNK, CHUNK) for name in "qk" for c in range(count)}
+    return keys | {f"gates{c}": both for c in range(count)}
 
-    Halves of keys from `first` on, as many as there are gates.
-    """
+
+def unpack(buffer: dict, count: int) -> tuple[list[gpu.Ref], list[gpu.Ref], list[Gates]]:
+    """q, k and gates of `keys_and_gates`."""
+    q, k, gates = ([buffer[f"{name}{c}"] for c in range(count)] for name in ("q", "k", "gates"))
+    return q, k, [Gates(g, high, low, b) for (g,), (high, low), (b,) in map(tuple, gates)]
+
+
+def sources(given: dict, buffer: dict, index: tuple[Array, Array, Array], count: int, first: int | Array = 0) -> list:
+    """The parts of q, k, g, vectors and codes of chunk (b, h, n), with their buffers; keys from half `first` on."""
     b, h, n = index
     group = given["g"].shape[2] // given["q"].shape[2]
-    head, rows_n = h if group == 1 else lax.div(h, jnp.int32(group)), gpu.chunk_rows(n)
-    channels = pl.ds(first * CHUNK, CHUNK * len(gates))
-    found = [(given[x].at[b, rows_n, head, channels], buffer[x]) for x in "qk"]
-    found += [(given["g"].at[b, rows_n, h, key_rows(first + c)], x.g) for c, x in enumerate(gates)]
+    head, part = h if group == 1 else lax.div(h, jnp.int32(group)), gpu.chunk_rows(n)
+    q, k, gates = unpack(buffer, count)
+    found = []
+    for c in range(count):
+        channels = key_rows(first + c)
+        found += [(given[name].at[b, part, head, channels], x[c]) for name, x in (("q", q), ("k", k))]
+        found.append((given["g"].at[b, part, h, channels], gates[c].g))
     if "vectors" in given:
         found.append((given["vectors"].at[b, h, n], buffer["vectors"].at[0]))
     if "codes" in given:
