@@ -18,7 +18,7 @@ reads are q.dq and k.dk through S, writes k.dk through dS', by channel. Blocks o
 float32: first for the Ws, then for the rest, for which the blocks, where there are several, are read again.
 
 Bytes at K = V = 64, in units of q: q, k, g (2), do, R, Y, S, dS' are read, dq, dk, dg (2) written: 13. With the walk in
-reverse 22, the forward pass 23.
+reverse 23, the forward pass 23.
 
 Budget: dq, dk, Rows, a decay, a product and pieces of tiles in registers. Shared memory: q, k of 8 KB and b of 18 KB,
 and in turn g and its pieces, with the gradients written over them; do, R, Y, S, dS' of one block, and then u_q, u_k

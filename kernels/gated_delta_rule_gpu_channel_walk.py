@@ -13,12 +13,12 @@ The states that a chunk starts from, R, dS' and Y are kept, in bfloat16, for wha
 in T and T' stays out of products, U is rounded to 16 bits. Where only the final state is wanted, the first pass over
 the parts of long sequences, Q and P stay away (in reverse, nothing does).
 
-Bytes at K = V = 64, in units of q: Q and W twice, K, V, P, T' are read, o, S, R written: 11. In reverse Q, K, W, do, P,
-T are read, dV, dS', Y written: 9.
+Bytes at K = V = 64, in units of q: Q and W twice, K, V, P, T' are read, o, S, R written: 11. In reverse Q, K, do, P, T
+and W twice are read, dV, dS', Y written: 10.
 
 Budget at K = 64: S, R and o in registers, 96 a thread; every operand is in shared memory. Tiles of 8 KB in one stage,
-and all that a chunk makes is written over those it is done with: 64 KB, in reverse 48 KB, so that other programs on the
-SM compute while one loads. At K = 128 104 and 72 KB.
+and all that a chunk makes is written over those it is done with: 64 KB, in reverse 56 KB, so that other programs on the
+SM compute while one loads. At K = 128 104 and 88 KB.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def adjoint(
 
     ds None is zero.
     """
-    given = dict(q=x.q, k=x.k, w=x.w, do=do, p=x.p, t=x.t, keep=x.keep, beta=beta, codes=codes, start=ds)
+    given = dict(
+        q=x.q, k=x.k, w=x.w, w_rest=x.w_rest, do=do, p=x.p, t=x.t, keep=x.keep, beta=beta, codes=codes, start=ds
+    )
     out = _walk(gated_delta_rule_channel_adjoint, given, do, ("dv", "y", "states") * save, ADJOINT_STAGES, reverse=True)
     return out["s"], (out["dv"], out["y"], out["states"]) if save else None
 
@@ -104,7 +106,7 @@ def gated_delta_rule_channel_adjoint(tiles: dict, beta: Array, keep: list, state
         tile = p if c == 0 else w[0]
         gpu.put(tile, state[c])
         save(c, tile)
-        du = dot(w[c], tile, du)
+        du = dot(tiles["w_rest"][c], tile, dot(w[c], tile, du))
     dv = w[-1]
     gpu.put(dv, du)
     y = dot(t, dv, du, ta=True)
