@@ -24,6 +24,7 @@ from jaxlin.kernels.tile_tpu_algebra import (
     Masks,
     Segments,
     column_sum,
+    inner_products,
     product,
     row_sum,
     sums_after,
@@ -66,7 +67,7 @@ class HeadGate:
 
     def scores(self, x: Array, k: Array) -> Array:
         """sum_k x_ik k_jk D_ij for j <= i, else 0."""
-        return product(x, k, NT, self.layout.dtype) * self.pair
+        return inner_products(x, k, self.layout.dtype) * self.pair
 
     def scores_vjp(self, d: Array, scores: Array, x: Array, k: Array) -> tuple[Array, Array, Array]:
         """dx, dk and what `gradient` wants of them, for a cotangent d of `scores`."""
