@@ -27,6 +27,11 @@ def start(folder, environment):
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
+def finish(process):
+    process.communicate()
+    return process.returncode == 0
+
+
 def progress(folder, since):
     """The last step that was logged after `since`."""
     file = folder / "metrics.jsonl"
@@ -41,7 +46,7 @@ def test_twenty_kills(tmp_path):
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole, environment).wait() == 0
+    assert finish(start(whole, environment))
     rng = np.random.default_rng(int(os.environ.get("JAXLIN_KILL_SEED", "0")))
     resumed = []
     for target in np.sort(rng.integers(1, STEPS, KILLS)):
@@ -52,8 +57,7 @@ def test_twenty_kills(tmp_path):
         time.sleep(rng.uniform(0, 0.2))  # a step takes less: in the middle of one, of a save, of an evaluation
         process.send_signal(signal.SIGKILL)
         resumed += [line for line in process.communicate()[0].splitlines() if line.startswith("resumed at")]
-    last = start(killed, environment)
-    assert last.communicate() and last.returncode == 0
+    assert finish(start(killed, environment))
     print("\n" + "\n".join(resumed))
     assert len(resumed) >= KILLS - 2  # but where nothing was saved yet
     for (path, x), y in zip(
