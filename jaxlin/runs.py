@@ -26,7 +26,7 @@ from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params, student_config
 
 # Settings that may differ when a run is continued: they change no number of it.
-FREE = ("run_dir", "stage", "log_every", "save_every", "keep", "milestone_tokens", "mesh", "plan")
+FREE = ("run_dir", "stage", "log_every", "save_every", "keep", "milestone_tokens", "mesh", "plan", "profile")
 
 
 @dataclass(frozen=True)

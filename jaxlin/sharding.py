@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax.linen.spmd import logical_to_mesh_sharding
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxlin.config import MeshConfig, UserError
@@ -37,7 +38,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
             f"--mesh.data {config.data} --mesh.fsdp {config.fsdp} --mesh.tensor {config.tensor}: "
             f"their product must be the {len(devices)} devices"
         )
-    return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    shape, types = (data, config.fsdp, config.tensor), (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # an axis is no product of a torus' own axes: 32 x 2 of 4x4x4
+        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(split, AXES, axis_types=types)
 
 
 def kernel_mesh() -> jax.sharding.AbstractMesh | None:

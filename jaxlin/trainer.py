@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,14 @@ from jaxlin.data import heldout_batches, train_batches
 from jaxlin.distill import trained_part
 from jaxlin.evaluation.fidelity import fidelity, fidelity_table
 from jaxlin.evaluation.language_modeling import compare, put
+from jaxlin.kernels import topology
 from jaxlin.metrics import MetricsLog, progress_bar
 from jaxlin.mixers import MIXERS
+from jaxlin.model_flops import model_flops
 from jaxlin.optimizer import make_optimizer, schedule
 from jaxlin.runs import Run, Teacher, check_folder, git_commit, load_teacher, new_run
 from jaxlin.student import init_student
+from jaxlin.timing import ProfilerWindow, Stopwatch, parse_window
 from jaxlin.train_step import make_loss, make_step
 
 CALIBRATION_TOKENS = 65_536
@@ -57,6 +61,7 @@ class Trainer:
         self.run = run
         self.console = Console()
         self.stages = run.stages()
+        parse_window(run.profile)
         check_folder(run)
         self.mesh = sharding.make_mesh(run.mesh)
         placement.check_batches(self.stages, self.mesh)
@@ -169,26 +174,48 @@ class Trainer:
         step_fn = make_step(
             stage, optimizer, self.student, self.teacher.config, self.run.remat, placed=(self.placed, moments)
         )
+        flops = model_flops(
+            stage, self.student, self.teacher.config, self.placed, self.teacher.params, self.run.data.seq_len, self.mesh
+        )
+        chip = topology.chip_of(jax.devices()[0])
+        peak = chip.bf16_tflops * 1e12 * self.mesh.size if chip else math.nan
         rate = schedule(stage, steps)
         tokens_per_step = stage.batch_size * self.run.data.seq_len
         since, since_step = time.perf_counter(), self.progress.stage_step
-        with progress_bar(self.console) as bar:
+        window = ProfilerWindow(self.run.profile, self.run.folder / "profile" / f"stage{n}")
+        clock, first, metrics = Stopwatch(), True, {}
+        with progress_bar(self.console) as bar, closing(window):
             task = bar.add_task(f"stage {n}", total=steps, completed=self.progress.stage_step, numbers="")
             while self.progress.stage_step < steps:
+                clock.lap("step")
                 batch = self._next_batch(stage)
-                self.params, self.opt_state, metrics = step_fn(self.params, self.opt_state, self.teacher.params, batch)
+                idle = all(a.is_ready() for a in metrics.values())
+                clock.lap("data" if idle else "step")
+                with window.step(self.progress.stage_step + 1, metrics):
+                    self.params, self.opt_state, metrics = step_fn(
+                        self.params, self.opt_state, self.teacher.params, batch
+                    )
+                clock.lap("compiling" if first else "step")
+                first = False
                 p = self.progress
                 p.step, p.tokens, p.stage_step = p.step + 1, p.tokens + tokens_per_step, p.stage_step + 1
                 done = p.stage_step == steps
+                if window.after(p.stage_step, metrics):
+                    self._say(f"stage {n}: profiler trace in {window.folder}")
                 if p.stage_step % self.run.log_every == 0 or p.stage_step == 1 or done:
                     values = _numbers(metrics)
+                    clock.lap("step")
                     now = time.perf_counter()
                     speed = (p.stage_step - since_step) * tokens_per_step / (now - since)
                     since, since_step = now, p.stage_step
                     values |= {"lr": float(stage.lr * rate(p.stage_step - 1)), "tokens": p.tokens}
-                    self.metrics.write(p.step, n, values | {"tokens_per_second": speed})
+                    values |= {"tokens_per_second": speed, **clock.take()}
+                    if chip:
+                        values["mfu"] = sum(flops) * speed / peak
+                    self.metrics.write(p.step, n, values)
                     self._require_finite(values["loss"], n)
                     numbers = f"loss {values['loss']:.4g}  {speed:,.0f} tokens/s"
+                    numbers += f"  MFU {values['mfu']:.1%}" if chip else ""
                     bar.update(task, numbers=numbers)
                     if not self.console.is_terminal:
                         self._say(f"stage {n}  step {p.stage_step}/{steps}  {numbers}")
@@ -197,8 +224,14 @@ class Trainer:
                 if done:  # before the save: a run that is killed in between measures again
                     self._measure(n, loss, p.step)
                     self._evaluate(n)
+                    clock.lap("evaluation")
                 if milestone or p.stage_step % self.run.save_every == 0 or done:
+                    jax.block_until_ready(metrics)
+                    clock.lap("step")
                     self._save(milestone)
+                    clock.lap("saving")
+        self.metrics.write(self.progress.step, n, {**flops.metrics(), **clock.take()})
+        self._say(f"stage {n}: {clock.shares()}; {flops}")
 
     def _next_batch(self, stage: StageConfig) -> dict[str, jax.Array]:
         parts = [next(self.data) for _ in range(stage.batch_size // self.unit)]
