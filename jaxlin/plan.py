@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlin import placement, sharding
+from jaxlin import placement
 from jaxlin.config import ModelConfig, RunConfig, StageConfig, UserError
 from jaxlin.distill import trained_part
 from jaxlin.kernels import hlo_tpu_traffic as hlo
@@ -48,9 +48,8 @@ def plan(run: RunConfig) -> bool:
         chip, devices = topology.chip(run.plan), topology.devices(run.plan)
     except ValueError as error:
         raise UserError(f"--plan {error}") from None
-    mesh = sharding.make_mesh(run.mesh, devices)
     stages = run.stages()
-    placement.check_batches(stages, mesh)
+    mesh = placement.make_mesh(run.mesh, (run.teacher_config, student_config(run, run.teacher_config)), stages, devices)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(f"{run.config}, {run.mixer}, {run.preset}: {run.plan}, mesh {axes}; {versions}\n")
