@@ -429,9 +429,8 @@ def parse_run(args: Sequence[str] | None = None) -> RunConfig:
 
 def parse(cls: type[T], args: Sequence[str] | None = None, *, default: T | None = None) -> T:
     """Parse a command line into the dataclass `cls`; every entry point of jaxlin parses with this."""
-    settings = (tyro.conf.FlagConversionOff,)
     given: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(cls, args=args, config=settings, **given)
+    return tyro.cli(cls, args=args, config=(tyro.conf.FlagConversionOff,), **given)
 
 
 def run_main(main: Callable[[], Any]) -> None:

@@ -200,8 +200,9 @@ def test_packing_changes_nothing(stage):
     for row, document in enumerate(documents):
         alone["tokens"][row, : len(document)] = document
         alone["segment_ids"][row, : len(document)] = 1
-    params, teacher_params = random_params(STUDENT, 7), random_params(TINY)
-    gradients = jax.jit(distill.gradient_function(stage, STUDENT, TINY, "none"))
+    student = student_of("retnet", teacher=TINY)
+    params, teacher_params = random_params(student, 7), random_params(TINY)
+    gradients = jax.jit(distill.gradient_function(stage, student, TINY, "none"))
     (packed, metrics), (apart, others) = (
         gradients(distill.trained_part(params, stage), params, teacher_params, batch, distill.counts(batch))
         for batch in (BATCH, alone)
