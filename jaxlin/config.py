@@ -269,6 +269,18 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """How several processes find each other; Cloud TPU pods and SLURM need none of it."""
+
+    coordinator: str = ""
+    """HOST:PORT of process 0, the port a free one; or JAX_COORDINATOR_ADDRESS."""
+    processes: int | None = None
+    """Number of processes; or JAX_NUM_PROCESSES."""
+    process: int | None = None
+    """Number of this process, from 0; or JAX_PROCESS_ID."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One linearization run."""
 
@@ -300,6 +312,8 @@ class RunConfig:
     """Text to packed batches."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """The device mesh."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """Several processes."""
     seed: int = 0
     """Seed of initialisation and of the order of the text."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -418,23 +432,22 @@ def parse_run(args: Sequence[str] | None = None) -> RunConfig:
 
 def parse(cls: type[T], args: Sequence[str] | None = None, *, default: T | None = None) -> T:
     """Parse a command line into the dataclass `cls`; every entry point of jaxlin parses with this."""
-    settings = (tyro.conf.FlagConversionOff,)
     given: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(cls, args=args, config=settings, **given)
+    return tyro.cli(cls, args=args, config=(tyro.conf.FlagConversionOff,), **given)
 
 
 def run_main(main: Callable[[], Any]) -> None:
     """Call `main`; a `UserError`, or too little memory, becomes one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:  # JAX's own error is one, and is not imported here
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (UserError, RuntimeError) as error:  # JAX's own error is one, and is not imported here
+        message = str(error)
+        if not isinstance(error, UserError):
+            if "RESOURCE_EXHAUSTED" not in message:
+                raise
+            message = f"out of memory: {message.splitlines()[0]}"
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)

@@ -41,12 +41,12 @@ def merge(params: Any, part: Any) -> Any:
 
 
 def counts(batch: Batch) -> dict[str, jax.Array]:
-    """What the losses of a step are divided by: valid tokens, tokens with a successor, sequences."""
+    """What the losses of a step are divided by: valid tokens, tokens with a successor, sequences with any."""
     at = targets(batch["tokens"], batch["segment_ids"])
     return {
         "tokens": jnp.sum(at.valid, dtype=jnp.float32),
         "next_tokens": jnp.sum(at.has_next, dtype=jnp.float32),
-        "sequences": jnp.float32(batch["tokens"].shape[0]),
+        "sequences": jnp.sum(jnp.any(at.valid, axis=1), dtype=jnp.float32),
     }
 
 

@@ -74,10 +74,10 @@ def plan(run: RunConfig) -> bool:
     """Print what each stage takes on `run.plan`, a TPU topology or "gpu"; whether all of them fit."""
     if run.teacher_config is None:
         raise UserError(f"--plan: --config {run.config} gives no teacher_config to plan with")
-    goal = _target(run.plan)
-    mesh = sharding.make_mesh(run.mesh, goal.devices)
-    stages = run.stages()
-    placement.check_batches(stages, mesh)
+    goal, stages = _target(run.plan), run.stages()
+    mesh = placement.make_mesh(
+        run.mesh, (run.teacher_config, student_config(run, run.teacher_config)), stages, goal.devices
+    )
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(f"{run.config}, {run.mixer}, {run.preset}: {goal.described}, mesh {axes}\n")
     _row("stage", "tokens a step", "GiB a device", "of", "GFLOP a token", "HBM MB a token", "Pallas calls", "compiled")

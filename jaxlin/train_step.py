@@ -13,6 +13,7 @@ import optax
 from jaxlin.config import ModelConfig, StageConfig
 from jaxlin.distill import counts, gradient_function, merge, trained_part
 from jaxlin.placement import homes
+from jaxlin.sharding import on_every_device
 
 
 def make_loss(stage: StageConfig, student: ModelConfig, teacher: ModelConfig) -> Callable[..., jax.Array]:
@@ -22,7 +23,8 @@ def make_loss(stage: StageConfig, student: ModelConfig, teacher: ModelConfig) ->
     @jax.jit
     def loss(params, teacher_params, batch):
         # The compiler leaves out what nobody uses: the gradients.
-        return gradients(trained_part(params, stage), params, teacher_params, batch, counts(batch))[1]["loss"]
+        found = gradients(trained_part(params, stage), params, teacher_params, batch, counts(batch))[1]["loss"]
+        return on_every_device(found)
 
     return loss
 
@@ -51,6 +53,6 @@ def make_step(
             found, metrics = jax.tree.map(jnp.add, (found, metrics), micro(i))
         updates, opt_state = optimizer.update(found, opt_state, trained)
         metrics["gradient_norm"] = optax.tree.norm(found)
-        return merge(params, optax.apply_updates(trained, updates)), opt_state, metrics
+        return merge(params, optax.apply_updates(trained, updates)), opt_state, on_every_device(metrics)
 
     return step

@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any
 
 import jax
@@ -18,10 +19,10 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from jaxlin import placement, sharding
+from jaxlin import placement, processes, sharding
 from jaxlin.calibrate import calibrate
 from jaxlin.checkpoint import Checkpoints
-from jaxlin.config import RunConfig, StageConfig, UserError
+from jaxlin.config import DistributedConfig, ModelConfig, RunConfig, StageConfig, UserError
 from jaxlin.data import heldout_batches, train_batches
 from jaxlin.distill import trained_part
 from jaxlin.evaluation.fidelity import fidelity, fidelity_table
@@ -31,8 +32,8 @@ from jaxlin.metrics import MetricsLog, progress_bar
 from jaxlin.mixers import MIXERS
 from jaxlin.model_flops import model_flops
 from jaxlin.optimizer import make_optimizer, schedule
-from jaxlin.runs import Run, Teacher, check_folder, git_commit, load_teacher, new_run
-from jaxlin.student import init_student
+from jaxlin.runs import Run, Teacher, check_folder, git_commit, load_teacher, new_run, teacher_config, to_json
+from jaxlin.student import init_student, student_config
 from jaxlin.timing import ProfilerWindow, Stopwatch, parse_window
 from jaxlin.train_step import make_loss, make_step
 
@@ -59,23 +60,21 @@ class Trainer:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
-        self.console = Console()
+        self.console = Console(quiet=not processes.is_first())
         self.stages = run.stages()
         parse_window(run.profile)
-        check_folder(run)
-        self.mesh = sharding.make_mesh(run.mesh)
-        placement.check_batches(self.stages, self.mesh)
+        processes.from_first(lambda: check_folder(run))
+        processes.require_same("the settings", to_json(replace(run, distributed=DistributedConfig())))
+        config = teacher_config(run)
+        self._check_layers(config)
+        self.mesh = placement.make_mesh(run.mesh, (config, student_config(run, config)), self.stages)
         with jax.set_mesh(self.mesh):
             self.teacher: Teacher = load_teacher(run, self.mesh)
-            self._check_layers()
             self.unit = math.gcd(*(s.batch_size for s in (run.stage1, run.stage2, run.stage3)))
-            self.data = train_batches(
-                run.text, run.data, self.teacher.tokenizer, batch_size=self.unit, seed=run.seed,
-                process_index=jax.process_index(), process_count=jax.process_count(),
-            )  # fmt: skip
-            shards = sharding.batch_shards(self.mesh)
-            size = -(-max(1, min(8, run.data.eval_tokens // run.data.seq_len)) // shards) * shards
+            self.data = train_batches(run.text, run.data, self.teacher.tokenizer, batch_size=self.unit, seed=run.seed)
+            size = max(1, min(8, run.data.eval_tokens // run.data.seq_len))
             self.heldout = heldout_batches(run.text, run.data, self.teacher.tokenizer, batch_size=size)
+        processes.require_same("the texts", sha256(self.heldout[0]["tokens"].tobytes()).hexdigest())
         self.folder: Run = new_run(run, self.teacher.config)
         self.student = self.folder.student
         self.checkpoints = Checkpoints(run.folder / "checkpoints", keep=run.keep)
@@ -84,8 +83,8 @@ class Trainer:
         self.params: Any = None
         self.opt_state: Any = None
 
-    def _check_layers(self) -> None:
-        layers = self.teacher.config.num_hidden_layers
+    def _check_layers(self, teacher: ModelConfig) -> None:
+        layers = teacher.num_hidden_layers
         for n, stage in self.stages.items():
             if wrong := [i for i in stage.layers if not 0 <= i < layers]:
                 raise UserError(f"--stage{n}.layers {wrong[0]}: the teacher's layers are 0 to {layers - 1}")
@@ -122,9 +121,11 @@ class Trainer:
             self.params, self.opt_state = state["params"], state["opt_state"]
             self.progress = Progress(**extra["progress"])
             self.data.set_state(extra["data"])
-            where = f"stage {self.progress.stage}, step {self.progress.stage_step}"
             if not self._finished(max(self.stages)):
-                self._say(f"resumed at step {step} ({where}) of {self.run.folder}")
+                where = f"stage {self.progress.stage}, step {self.progress.stage_step}"
+                before, now = extra.get("topology"), self._topology()
+                moved = f", saved on {before}, now on {now}" if before not in (None, now) else ""
+                self._say(f"resumed at step {step} ({where}) of {self.run.folder}{moved}")
             return
         init = jax.jit(
             lambda teacher, key: jax.tree.map(
@@ -140,6 +141,11 @@ class Trainer:
         )
         self.folder.write("fidelity.json", report)
         self.console.print(fidelity_table(report))
+
+    def _topology(self) -> str:
+        """What the run is spread over."""
+        count = jax.process_count()
+        return sharding.describe(self.mesh) + (f" of {count} processes" if count > 1 else "")
 
     def _abstract_state(self, extra: dict[str, Any]) -> dict[str, Any]:
         """The shapes of a checkpoint: Adam's moments are of the stage it was written in."""
@@ -238,10 +244,9 @@ class Trainer:
         batch = {k: np.concatenate([p[k] for p in parts]) for k in ("tokens", "segment_ids")}
         # Micro-batches take every n-th row, so that each has its share of every device's rows.
         split = {k: v.reshape(-1, stage.accumulation, v.shape[-1]).swapaxes(0, 1) for k, v in batch.items()}
-        return {k: self._put(v, axis=1) for k, v in split.items()}
-
-    def _put(self, array: np.ndarray, axis: int = 0) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh, axis), array)
+        # Every process has the whole batch, and gives its devices their rows: in any mesh, also where rows are whole.
+        place = sharding.batch_sharding(self.mesh, axis=1)
+        return {k: jax.make_array_from_callback(v.shape, place, v.__getitem__) for k, v in split.items()}
 
     def _require_finite(self, loss: float, n: int) -> None:
         if not math.isfinite(loss):
@@ -255,7 +260,7 @@ class Trainer:
         return bool(every) and self.progress.tokens // every > (self.progress.tokens - tokens_per_step) // every
 
     def _save(self, milestone: bool) -> None:
-        extra = {"progress": vars(self.progress), "data": self.data.get_state()}
+        extra = {"progress": vars(self.progress), "data": self.data.get_state(), "topology": self._topology()}
         state = {"params": self.params, "opt_state": self.opt_state}
         self.checkpoints.save(self.progress.step, state, extra, milestone=milestone)
 
@@ -294,6 +299,7 @@ class Trainer:
                 "python": platform.python_version(),
                 "versions": {n: importlib.metadata.version(n) for n in ("jax", "flax", "optax", "orbax-checkpoint")},
                 "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+                "topology": self._topology(),
                 "teacher_parameters": sum(a.size for a in jax.tree.leaves(self.teacher.params)),
                 "student_parameters": sum(a.size for a in jax.tree.leaves(self.params)),
                 "state_elements_per_layer": state_elements(self.student),

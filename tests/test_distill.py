@@ -188,3 +188,24 @@ def test_accumulation_changes_nothing(stage):
     # Adam's first step is lr * sign(gradient): only where the gradient is all but zero may rounding show.
     close = [np.mean(np.abs(x - y) < 1e-5) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
     assert min(close) > 0.97
+
+
+@pytest.mark.parametrize("stage", [Stage1Config(), Stage2Config(), Stage3Config(ce_weight=1.0)])
+def test_packing_changes_nothing(stage):
+    """Documents that share rows give the losses and gradients of the same documents with a row each."""
+    tokens, segment_ids = np.asarray(BATCH["tokens"]), np.asarray(BATCH["segment_ids"])
+    documents = [row[ids == n] for row, ids in zip(tokens, segment_ids, strict=True) for n in (1, 2)]
+    documents = [document for document in documents if len(document)]
+    alone = {name: np.zeros((len(documents), 12), np.int32) for name in BATCH}
+    for row, document in enumerate(documents):
+        alone["tokens"][row, : len(document)] = document
+        alone["segment_ids"][row, : len(document)] = 1
+    student = student_of("retnet", teacher=TINY)
+    params, teacher_params = random_params(student, 7), random_params(TINY)
+    gradients = jax.jit(distill.gradient_function(stage, student, TINY, "none"))
+    (packed, metrics), (apart, others) = (
+        gradients(distill.trained_part(params, stage), params, teacher_params, batch, distill.counts(batch))
+        for batch in (BATCH, alone)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, others)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), packed, apart)
