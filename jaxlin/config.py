@@ -306,8 +306,10 @@ class RunConfig:
     """Dtype of matrix products; norms, gates, states, losses and Adam moments stay float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the student's trained parameters and Adam moments."""
-    remat: Literal["none", "block"] = "block"
-    """Stage 3: recompute each block in the backward pass instead of keeping its activations."""
+    remat: Literal["none", "block", "states", "dots"] = "block"
+    """Stage 3: what the backward pass finds kept of each block and need not compute again: everything (none); its input
+    alone (block); besides, states between chunks and outputs of the recurrence, so that it does not run again, but for
+    linear attention and mLSTM, which divide by a sum (states); or besides, what projections and MLP put out (dots)."""
     log_every: int = 10
     """Steps between lines of metrics."""
     save_every: int = 500
