@@ -138,6 +138,8 @@ class StageConfig:
     """Sequences per optimizer step, over all devices."""
     accumulation: int = 1
     """Micro-batches a step is split into."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW; or Muon for the projections of mixers and MLPs, with AdamW for the rest, at the same learning rates."""
     lr: float = 1e-3
     """Peak learning rate of parameters copied from the teacher."""
     lr_new: float = 1e-3
@@ -157,7 +159,7 @@ class StageConfig:
     decayed: Literal["matrices", "all_but_norms", "all"] = "matrices"
     """What decays: projections, embeddings and feature maps; all but norms and biases; or every parameter."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's moment decays."""
+    """AdamW's moment decays; Muon's momentum is the first."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     clip: float = 1.0

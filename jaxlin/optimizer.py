@@ -1,7 +1,9 @@
-"""AdamW as the recipe wants it: clipping per layer, two groups of learning rates, selective decay."""
+"""AdamW or Muon as the recipe wants them: clipping per layer, two groups of learning rates, selective decay."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import path_aware_map
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from jaxlin.config import StageConfig
 from jaxlin.distill import layer_weights
@@ -23,11 +26,43 @@ def make_optimizer(stage: StageConfig, steps: int, layers: int, period: int) -> 
     aligned = (layer_weights(stage, layers) > 0).reshape(-1, period)
     return optax.chain(
         clip if stage.clip else optax.identity(),
-        optax.scale_by_adam(*stage.betas, eps=stage.eps),
+        _muon(stage) if stage.optimizer == "muon" else optax.scale_by_adam(*stage.betas, eps=stage.eps),
         optax.add_decayed_weights(stage.weight_decay, mask=_decay_mask(stage.decayed)),
         _scale_by_path(lambda path: stage.lr_new if is_new(path) else stage.lr),
         optax.scale_by_schedule(lambda count: -schedule(stage, steps)(count)),
         only_layers(aligned) if stage.layers else optax.identity(),
+    )
+
+
+def _muon(stage: StageConfig) -> optax.GradientTransformation:
+    """Muon for the projections inside layers, Adam for the rest: embeddings, head, norms, gates, biases, new matrices.
+
+    The momentum of each layer's matrix, [inputs, outputs], is brought near to the orthogonal matrix of its directions
+    (Jordan et al. 2024, Newton-Schulz) and scaled to 0.2 sqrt(max(inputs, outputs)), the size of AdamW's updates, so
+    that both go by one learning rate (Liu et al. 2025, arXiv 2502.16982, equation 4).
+    """
+
+    def chosen(path: Path, _: Any = None) -> bool:
+        return path[0] == "layers" and path[-1] == "kernel" and path[-2] in MATRICES
+
+    def axes(path: Path, g: Any) -> Any:  # [layers, inputs, outputs], of which heads are two axes
+        if not chosen(path):
+            return g
+        first = g.ndim - 1 if path[-2] == "o_proj" else 2
+        return MuonDimensionNumbers(tuple(range(1, first)), tuple(range(first, g.ndim)))
+
+    def sized(path: Path, g: Any) -> Any:
+        if not chosen(path):
+            return g
+        return 0.2 * math.sqrt(max(math.prod(g.shape[i] for i in side) for side in axes(path, g))) * g
+
+    dimensions = functools.partial(path_aware_map, axes)
+    muon = scale_by_muon(beta=stage.betas[0], eps=stage.eps, weight_dimension_numbers=dimensions)
+    adam = optax.scale_by_adam(*stage.betas, eps=stage.eps)
+    return optax.chain(
+        optax.masked(muon, functools.partial(path_aware_map, chosen)),
+        optax.stateless(lambda updates, _: path_aware_map(sized, updates)),
+        optax.masked(adam, functools.partial(path_aware_map, lambda path, _: not chosen(path))),
     )
 
 
