@@ -166,6 +166,10 @@ class StageConfig:
     """Largest gradient norm; 0 does not clip."""
     clip_per_layer: bool = True
     """One norm per layer (stages 1 and 2); otherwise one over all parameters."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """Loss or gradient not finite: stop the run; or take no such step (optimizer and schedule wait), and report it."""
+    spike_factor: float = 0.0
+    """With skip: also where the gradient norm is more than this times the median of the last 64 steps; 0 is never."""
     layers: tuple[int, ...] = ()
     """Aligned layers, from 0 (the sets L1 and L2 of equations 2 and 4); empty means all. Stage 3 ignores it."""
     layer_reduction: Literal["sum", "mean"] = "sum"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,11 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 def make_optimizer(stage: StageConfig, steps: int, layers: int, period: int) -> optax.GradientTransformation:
     """The stage's optimizer, for the parameters it trains; gradients come accumulated, not clipped."""
+    optimizer = _optimizer(stage, steps, layers, period)
+    return skip_bad_steps(optimizer, stage.spike_factor) if stage.on_bad_step == "skip" else optimizer
+
+
+def _optimizer(stage: StageConfig, steps: int, layers: int, period: int) -> optax.GradientTransformation:
     clip = clip_by_layer(stage.clip) if stage.clip_per_layer else optax.clip_by_global_norm(stage.clip)
     aligned = (layer_weights(stage, layers) > 0).reshape(-1, period)
     return optax.chain(
@@ -104,6 +109,53 @@ def decay_rule(decayed: str) -> Callable[[Path, Any], bool]:
         return (path[-1] == "kernel" and path[-2] in MATRICES) or "feature_map" in path[-1] or path[-1] == "embedding"
 
     return rule
+
+
+class Guarded(NamedTuple):
+    """State of `skip_bad_steps`.
+
+    inner: the optimizer's own.
+    norms: gradient norms of the last steps that were taken, NaN where there were none yet.
+    skipped, in_a_row: steps skipped so far, and since the last that was taken.
+    """
+
+    inner: Any
+    norms: jax.Array
+    skipped: jax.Array
+    in_a_row: jax.Array
+
+
+def skip_bad_steps(
+    inner: optax.GradientTransformation, spike_factor: float, window: int = 64, least: int = 16
+) -> optax.GradientTransformationExtraArgs:
+    """Leave parameters and the state of `inner`, its schedule's count included, as they were where a step is bad.
+
+    It is where `loss` or the gradient's norm is not finite; with a `spike_factor` also where the norm is more than that
+    times the median of the last `window` steps taken, once there are `least` of them.
+    """
+
+    def init(params):
+        counters = (jnp.zeros((), jnp.int32) for _ in range(2))  # two arrays: a step donates each
+        return Guarded(inner.init(params), jnp.full(window, jnp.nan, jnp.float32), *counters)
+
+    def update(updates, state, params=None, *, loss, **extra):
+        del extra
+        norm = optax.tree.norm(updates).astype(jnp.float32)
+        bad = ~(jnp.isfinite(norm) & jnp.isfinite(loss))
+        if spike_factor:
+            known = jnp.sum(jnp.isfinite(state.norms)) >= least
+            bad |= known & (norm > spike_factor * jnp.nanmedian(state.norms))
+        found, after = inner.update(updates, state.inner, params)
+        norms = jnp.roll(state.norms, 1).at[0].set(norm)
+
+        def unless_bad(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(bad, b, a), new, old)
+
+        taken = Guarded(after, norms, state.skipped, jnp.zeros_like(state.in_a_row))
+        left = state._replace(skipped=state.skipped + 1, in_a_row=state.in_a_row + 1)
+        return unless_bad(found, jax.tree.map(jnp.zeros_like, found)), unless_bad(taken, left)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def clip_by_layer(limit: float) -> optax.GradientTransformation:

@@ -27,12 +27,13 @@ from jaxlin.evaluation.fidelity import fidelity, fidelity_table
 from jaxlin.evaluation.language_modeling import compare, put
 from jaxlin.metrics import MetricsLog, progress_bar
 from jaxlin.mixers import MIXERS
-from jaxlin.optimizer import make_optimizer, schedule
+from jaxlin.optimizer import Guarded, make_optimizer, schedule
 from jaxlin.runs import Run, Teacher, check_folder, git_commit, load_teacher, new_run
 from jaxlin.student import init_student
 from jaxlin.train_step import make_loss, make_step
 
 CALIBRATION_TOKENS = 65_536
+MOST_SKIPPED = 8  # in a row: more than chance
 log = logging.getLogger(__name__)
 
 
@@ -172,6 +173,7 @@ class Trainer:
         rate = schedule(stage, steps)
         tokens_per_step = stage.batch_size * self.run.data.seq_len
         since, since_step = time.perf_counter(), self.progress.stage_step
+        skipped = int(self.opt_state.skipped) if isinstance(self.opt_state, Guarded) else 0
         with progress_bar(self.console) as bar:
             task = bar.add_task(f"stage {n}", total=steps, completed=self.progress.stage_step, numbers="")
             while self.progress.stage_step < steps:
@@ -185,9 +187,11 @@ class Trainer:
                     now = time.perf_counter()
                     speed = (p.stage_step - since_step) * tokens_per_step / (now - since)
                     since, since_step = now, p.stage_step
-                    values |= {"lr": float(stage.lr * rate(p.stage_step - 1)), "tokens": p.tokens}
+                    # The schedule waits where steps are skipped.
+                    taken = p.stage_step - int(values.get("skipped", 0))
+                    values |= {"lr": float(stage.lr * rate(max(0, taken - 1))), "tokens": p.tokens}
                     self.metrics.write(p.step, n, values | {"tokens_per_second": speed})
-                    self._require_finite(values["loss"], n)
+                    skipped = self._report_bad_steps(values, n, skipped)
                     numbers = f"loss {values['loss']:.4g}  {speed:,.0f} tokens/s"
                     bar.update(task, numbers=numbers)
                     if not self.console.is_terminal:
@@ -210,12 +214,20 @@ class Trainer:
     def _put(self, array: np.ndarray, axis: int = 0) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh, axis), array)
 
-    def _require_finite(self, loss: float, n: int) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"stage {n}, step {self.progress.stage_step}: the loss is {loss}; lower --stage{n}.lr and "
-                f"--stage{n}.lr-new and run again: it resumes from the last checkpoint"
-            )
+    def _report_bad_steps(self, values: dict[str, Any], n: int, before: int) -> int:
+        """Stop at a loss that is not finite, or say how many steps were skipped since there were `before`."""
+        where = f"stage {n}, step {self.progress.stage_step}"
+        remedy = f"lower --stage{n}.lr and --stage{n}.lr-new and run again: it resumes from the last checkpoint"
+        if "skipped" not in values:
+            if not math.isfinite(values["loss"]):
+                raise UserError(f"{where}: the loss is {values['loss']}; {remedy}")
+            return 0
+        skipped, in_a_row = int(values["skipped"]), int(values["skipped_in_a_row"])
+        if skipped > before:
+            self._say(f"{where}: skipped {skipped - before} bad steps since the last line, {skipped} in this stage")
+        if in_a_row >= MOST_SKIPPED:
+            raise UserError(f"{where}: the last {in_a_row} steps were all skipped as bad; {remedy}")
+        return skipped
 
     def _is_milestone(self, tokens_per_step: int) -> bool:
         every = self.run.milestone_tokens

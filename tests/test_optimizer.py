@@ -1,4 +1,4 @@
-"""Muon beside AdamW: which parameters it moves, how, where its state lives, and that it resumes."""
+"""Muon beside AdamW: which parameters it moves, how, where its state lives, that it resumes; and steps that are bad."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from flax.traverse_util import flatten_dict
 
 from jaxlin import placement, sharding
 from jaxlin.checkpoint import Checkpoints
-from jaxlin.config import MeshConfig, Stage2Config, Stage3Config
+from jaxlin.config import MeshConfig, Stage1Config, Stage2Config, Stage3Config
 from jaxlin.distill import trained_part
-from jaxlin.optimizer import make_optimizer
+from jaxlin.optimizer import make_optimizer, skip_bad_steps
 from jaxlin.student import init_student
 from jaxlin.train_step import make_step
 from tests.models import TEACHER, random_params, student_of
@@ -110,6 +110,68 @@ def test_moments_live_with_their_parameters(stage):
         for path, a in flatten_dict(moments).items():
             assert isinstance(a, optax.MaskedNode) is (orthogonalised(path) is not mine), path
             assert isinstance(a, optax.MaskedNode) or a.sharding == homes[path], path
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient", "spike"])
+def test_a_bad_step_changes_nothing_but_its_count(bad):
+    """Parameters, moments and schedule after it are those of the run that never saw it."""
+    params = {"layers": {"block_0": {"mixer": {"q_proj": {"kernel": jnp.ones((2, 3, 4))}}}}}
+    stage = replace(STAGE, optimizer="adamw", schedule="cosine", on_bad_step="skip", spike_factor=5.0)
+    optimizer = make_optimizer(stage, 100, 2, 1)
+    update = jax.jit(lambda g, state, loss: optimizer.update(g, state, params, loss=loss))
+    good = [jax.tree.map(lambda p, i=i: p * (1 + 0.1 * (i % 3)), params) for i in range(18)]
+    state = optimizer.init(params)
+    for g in good:
+        updates, state = update(g, state, 1.0)
+        assert np.any(updates["layers"]["block_0"]["mixer"]["q_proj"]["kernel"])
+    assert state.skipped == 0
+    g, loss = {
+        "loss": (good[0], jnp.nan),
+        "gradient": (jax.tree.map(lambda g: g.at[0, 0, 0].set(jnp.inf), good[0]), 1.0),
+        "spike": (jax.tree.map(lambda g: 8 * g, good[0]), 1.0),
+    }[bad]
+    updates, after = update(g, state, loss)
+    same(updates, jax.tree.map(jnp.zeros_like, params))
+    assert (after.skipped, after.in_a_row) == (1, 1)
+    same((after.inner, after.norms), (state.inner, state.norms))
+    expected, _ = update(good[1], state, 1.0)
+    updates, later = update(good[1], after, 1.0)
+    same(updates, expected)
+    assert (later.skipped, later.in_a_row) == (1, 0)
+
+
+def test_a_spike_is_a_step_where_nobody_asked():
+    """Spikes count from the 16th step on, and never without a factor."""
+    params = {"layers": {"block_0": {"norm": {"weight": jnp.ones((2, 3))}}}}
+    for factor, steps, skipped in ((0.0, 20, 0), (5.0, 15, 0), (5.0, 16, 1)):
+        optimizer = skip_bad_steps(optax.sgd(0.1), factor)
+        update = jax.jit(lambda g, state, o=optimizer: o.update(g, state, params, loss=1.0)[1])
+        state = optimizer.init(params)
+        for _ in range(steps):
+            state = update(params, state)
+        assert update(jax.tree.map(lambda p: 9 * p, params), state).skipped == skipped
+
+
+def test_a_step_with_nan_is_counted_in_its_metrics():
+    """A teacher that is NaN once: the student is left as it was, and the step says so."""
+    stage = Stage1Config(batch_size=1, on_bad_step="skip")
+    params, teacher = random_params(STUDENT, 7), random_params(TEACHER)
+    tokens = jnp.ones((1, 1, 8), jnp.int32)
+    optimizer = make_optimizer(stage, 10, 2, 1)
+    step = make_step(stage, optimizer, STUDENT, TEACHER, "none")
+    state, before = optimizer.init(trained_part(params, stage)), jax.tree.map(np.asarray, params)
+    params = jax.tree.map(jnp.copy, params)  # the step takes the place of its arguments
+    for broken, skipped, in_a_row in ((True, 1, 1), (True, 2, 2), (False, 2, 0)):
+        given = jax.tree.map(lambda a: a * jnp.nan, teacher) if broken else teacher
+        params, state, metrics = step(params, state, given, {"tokens": tokens, "segment_ids": tokens})
+        assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (skipped, in_a_row)
+        assert bool(jnp.isfinite(metrics["loss"])) is not broken
+        changed = jax.tree.map(lambda a, b: bool((a != b).any()), params, before)
+        assert any(jax.tree.leaves(changed)) is not broken
 
 
 def _is_moments(state):
