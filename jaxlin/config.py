@@ -138,6 +138,8 @@ class StageConfig:
     """Sequences per optimizer step, over all devices."""
     accumulation: int = 1
     """Micro-batches a step is split into."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW; or Muon for the projections of mixers and MLPs, with AdamW for the rest, at the same learning rates."""
     lr: float = 1e-3
     """Peak learning rate of parameters copied from the teacher."""
     lr_new: float = 1e-3
@@ -157,13 +159,17 @@ class StageConfig:
     decayed: Literal["matrices", "all_but_norms", "all"] = "matrices"
     """What decays: projections, embeddings and feature maps; all but norms and biases; or every parameter."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's moment decays."""
+    """AdamW's moment decays; Muon's momentum is the first."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
     clip_per_layer: bool = True
     """One norm per layer (stages 1 and 2); otherwise one over all parameters."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """Loss or gradient not finite: stop the run; or take no such step (optimizer and schedule wait), and report it."""
+    spike_factor: float = 0.0
+    """With skip: also where the gradient norm is more than this times the median of the last 64 steps; 0 is never."""
     layers: tuple[int, ...] = ()
     """Aligned layers, from 0 (the sets L1 and L2 of equations 2 and 4); empty means all. Stage 3 ignores it."""
     layer_reduction: Literal["sum", "mean"] = "sum"
@@ -320,8 +326,10 @@ class RunConfig:
     """Dtype of matrix products; norms, gates, states, losses and Adam moments stay float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the student's trained parameters and Adam moments."""
-    remat: Literal["none", "block"] = "block"
-    """Stage 3: recompute each block in the backward pass instead of keeping its activations."""
+    remat: Literal["none", "block", "states", "dots"] = "block"
+    """Stage 3: what the backward pass finds kept of each block and need not compute again: everything (none); its input
+    alone (block); besides, states between chunks and outputs of the recurrence, so that it does not run again, but for
+    linear attention and mLSTM, which divide by a sum (states); or besides, what projections and MLP put out (dots)."""
     log_every: int = 10
     """Steps between lines of metrics."""
     save_every: int = 500

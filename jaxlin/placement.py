@@ -30,11 +30,19 @@ def parameters(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def optimizer_state(optimizer: optax.GradientTransformation, trained: Any, mesh: jax.sharding.Mesh) -> Any:
     """The optimizer's state for placed parameters: moments live with their parameters, counters everywhere."""
+
+    def absent(a: Any) -> bool:  # the moments of a parameter that another part of the optimizer moves
+        return isinstance(a, optax.MaskedNode)
+
+    def with_parameter(a: Any, parameter: Any) -> Any:
+        return a if absent(a) else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parameter.sharding)
+
     return optax.tree.map_params(
         optimizer,
-        lambda a, parameter: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parameter.sharding),
+        with_parameter,
         jax.eval_shape(optimizer.init, trained),
         trained,
+        is_leaf=absent,
         transform_non_params=lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
     )
 

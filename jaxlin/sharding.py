@@ -128,23 +128,29 @@ def on_every_device(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, PartitionSpec()), tree)
 
 
-def summed_over_rows(function: Callable[[Any, Any], Any], rows: Any, whole: Any) -> Any:
-    """function(rows, whole), a tree of sums over rows: each device's own rows [B, ...] first, then over devices.
+def over_rows(function: Callable[[Any, Any], tuple[Any, Any, Any]], rows: Any, whole: Any) -> tuple[Any, Any, Any]:
+    """function(rows, whole) -> (sums over rows, outputs by row [B, ...], gradients [D, ...] of what is in `whole`).
 
-    So `whole` is gathered once, however often `function` reads it, and its gradient is added up over devices once.
+    Each device calls it with its own rows and adds up sums and gradients with the others once: so `whole` is gathered
+    once too, however often `function` reads it. Gradients stay split along their first axis, over fsdp.
     """
     mesh = kernel_mesh()
-    if mesh is None or any(x.shape[0] % batch_shards(mesh) for x in jax.tree.leaves(rows)):
+    shards = 1 if mesh is None else batch_shards(mesh)
+    # XLA cannot compile the sum over axes of one device each beside an axis of several.
+    if shards == 1 or any(x.shape[0] % shards for x in jax.tree.leaves(rows)):
         return function(rows, whole)
 
     def local(rows, whole):
-        return jax.lax.psum(function(rows, whole), BATCH_AXES)
+        sums, by_row, gradients = function(rows, whole)
+        sums, gradients = jax.lax.psum((sums, gradients), BATCH_AXES)
+        return sums, by_row, gradients
 
     specs = (PartitionSpec(BATCH_AXES), PartitionSpec())
-    mapped = jax.shard_map(
-        local, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(BATCH_AXES), check_vma=False
-    )
-    return mapped(rows, whole)
+    out_specs = (PartitionSpec(), PartitionSpec(BATCH_AXES), PartitionSpec())
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=out_specs, axis_names=set(BATCH_AXES), check_vma=False)
+    sums, by_row, gradients = mapped(rows, whole)
+    split = PartitionSpec("fsdp", PartitionSpec.UNCONSTRAINED)
+    return sums, by_row, jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, split), gradients)
 
 
 def param_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -31,13 +31,14 @@ from jaxlin.kernels import topology
 from jaxlin.metrics import MetricsLog, progress_bar
 from jaxlin.mixers import MIXERS
 from jaxlin.model_flops import model_flops
-from jaxlin.optimizer import make_optimizer, schedule
+from jaxlin.optimizer import Guarded, make_optimizer, schedule
 from jaxlin.runs import Run, Teacher, check_folder, git_commit, load_teacher, new_run, teacher_config, to_json
 from jaxlin.student import init_student, student_config
 from jaxlin.timing import ProfilerWindow, Stopwatch, parse_window
 from jaxlin.train_step import make_loss, make_step
 
 CALIBRATION_TOKENS = 65_536
+MOST_SKIPPED = 8  # in a row: more than chance
 log = logging.getLogger(__name__)
 
 
@@ -188,6 +189,7 @@ class Trainer:
         rate = schedule(stage, steps)
         tokens_per_step = stage.batch_size * self.run.data.seq_len
         since, since_step = time.perf_counter(), self.progress.stage_step
+        skipped = int(self.opt_state.skipped) if isinstance(self.opt_state, Guarded) else 0
         window = ProfilerWindow(self.run.profile, self.run.folder / "profile" / f"stage{n}")
         clock, first, metrics = Stopwatch(), True, {}
         with progress_bar(self.console) as bar, closing(window):
@@ -214,12 +216,14 @@ class Trainer:
                     now = time.perf_counter()
                     speed = (p.stage_step - since_step) * tokens_per_step / (now - since)
                     since, since_step = now, p.stage_step
-                    values |= {"lr": float(stage.lr * rate(p.stage_step - 1)), "tokens": p.tokens}
+                    # The schedule waits where steps are skipped.
+                    taken = p.stage_step - int(values.get("skipped", 0))
+                    values |= {"lr": float(stage.lr * rate(max(0, taken - 1))), "tokens": p.tokens}
                     values |= {"tokens_per_second": speed, **clock.take()}
                     if chip:
                         values["mfu"] = sum(flops) * speed / peak
                     self.metrics.write(p.step, n, values)
-                    self._require_finite(values["loss"], n)
+                    skipped = self._report_bad_steps(values, n, skipped)
                     numbers = f"loss {values['loss']:.4g}  {speed:,.0f} tokens/s"
                     numbers += f"  MFU {values['mfu']:.1%}" if chip else ""
                     bar.update(task, numbers=numbers)
@@ -248,12 +252,20 @@ class Trainer:
         place = sharding.batch_sharding(self.mesh, axis=1)
         return {k: jax.make_array_from_callback(v.shape, place, v.__getitem__) for k, v in split.items()}
 
-    def _require_finite(self, loss: float, n: int) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"stage {n}, step {self.progress.stage_step}: the loss is {loss}; lower --stage{n}.lr and "
-                f"--stage{n}.lr-new and run again: it resumes from the last checkpoint"
-            )
+    def _report_bad_steps(self, values: dict[str, Any], n: int, before: int) -> int:
+        """Stop at a loss that is not finite, or say how many steps were skipped since there were `before`."""
+        where = f"stage {n}, step {self.progress.stage_step}"
+        remedy = f"lower --stage{n}.lr and --stage{n}.lr-new and run again: it resumes from the last checkpoint"
+        if "skipped" not in values:
+            if not math.isfinite(values["loss"]):
+                raise UserError(f"{where}: the loss is {values['loss']}; {remedy}")
+            return 0
+        skipped, in_a_row = int(values["skipped"]), int(values["skipped_in_a_row"])
+        if skipped > before:
+            self._say(f"{where}: skipped {skipped - before} bad steps since the last line, {skipped} in this stage")
+        if in_a_row >= MOST_SKIPPED:
+            raise UserError(f"{where}: the last {in_a_row} steps were all skipped as bad; {remedy}")
+        return skipped
 
     def _is_milestone(self, tokens_per_step: int) -> bool:
         every = self.run.milestone_tokens

@@ -181,6 +181,8 @@ MISTAKES = {
     "mislabelled teacher": (["--teacher", "{tmp}/mislabelled"], "model.safetensors"),
     "another teacher": (["--teacher", "{tmp}/other"], "but --config tiny is for"),
     "loss": (["--stage1.lr", "1e38", "--stage1.lr-new", "1e38", "--stage1.clip", "0"], "lower --stage1.lr"),
+    "skipping": (["--stage1.lr", "1e38", "--stage1.lr-new", "1e38", "--stage1.clip", "0",
+                  "--stage1.on-bad-step", "skip"], "steps were all skipped as bad; lower --stage1.lr"),
 }  # fmt: skip
 
 
@@ -221,7 +223,7 @@ def test_mistakes_get_one_clear_line(name, material, monkeypatch, capsys):
     assert message in " ".join(error.replace("│", " ").split()), error
     if name not in ("field", "value"):  # tyro's own box
         assert error.startswith("error: ") and error.count("\n") == 1, error
-    assert not run_dir.exists() or name == "loss"
+    assert not run_dir.exists() or name in ("loss", "skipping")
 
 
 def test_run_folder_of_another_run(finished, environment, tmp_path):
