@@ -6,7 +6,8 @@ from typing import Any
 
 import tyro
 
-from jaxlin.config import DistributedConfig, MeshConfig, UserError, parse, run_main
+from jaxlin.command_line import parse, run_main
+from jaxlin.config import DistributedConfig, MeshConfig, UserError
 
 
 @dataclass(frozen=True)

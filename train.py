@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxlin.config import parse_run, run_main
+from jaxlin.command_line import parse_run, run_main
 
 
 def main() -> None:

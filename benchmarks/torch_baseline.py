@@ -15,7 +15,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from jaxlin.config import ModelConfig, UserError, load_config_file, parse, preset, run_main
+from jaxlin.command_line import load_config_file, parse, preset, run_main
+from jaxlin.config import ModelConfig, UserError
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from jaxlin.config import DataConfig, UserError, parse, run_main
+from jaxlin.command_line import parse, run_main
+from jaxlin.config import DataConfig, UserError
 from jaxlin.sources import Document, open_text
 from jaxlin.split import Corpus, documents, split
 from jaxlin.streams import GROUP, Batch, Packed, ShardedText, segment_ids_of

@@ -18,7 +18,8 @@ import tyro
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlin import convert, runs
-from jaxlin.config import ModelConfig, RunConfig, UserError, parse, run_main
+from jaxlin.command_line import parse, run_main
+from jaxlin.config import ModelConfig, RunConfig, UserError
 from jaxlin.model import forward, head_kernel, init_state, project
 from jaxlin.sharding import on_every_device
 from jaxlin.student import is_new

@@ -220,6 +220,6 @@ def main(settings: Bench) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from jaxlin.config import parse, run_main
+    from jaxlin.command_line import parse, run_main
 
     run_main(lambda: main(parse(Bench)))

@@ -11,7 +11,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from jaxlin import distill, losses
-from jaxlin.config import Stage1Config, Stage2Config, Stage3Config, preset
+from jaxlin.command_line import preset
+from jaxlin.config import Stage1Config, Stage2Config, Stage3Config
 from jaxlin.mixers.common import RMSNorm
 from jaxlin.model import LanguageModel, blocks
 from jaxlin.optimizer import make_optimizer

@@ -26,7 +26,7 @@ LEVELS = [
     {"ops"},
     {"recurrence", "kernels"},
 ]  # fmt: skip
-LEAVES = {"config", "sharding", "processes"}
+LEAVES = {"config", "command_line", "sharding", "processes"}
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 FOREIGN = {
     "transformers": {"convert", "data", "evaluation", "gguf_teacher", "hf_files"},

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlin.config import UserError, parse_run
+from jaxlin.command_line import parse_run
+from jaxlin.config import UserError
 from jaxlin.evaluation.report import report_run
 from jaxlin.trainer import Trainer
 

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from jaxlin import sharding
-from jaxlin.config import MeshConfig, UserError, parse_run
+from jaxlin.command_line import parse_run
+from jaxlin.config import MeshConfig, UserError
 from jaxlin.kernels import topology
 from jaxlin.plan import held_bytes, leanest_mesh, plan
 

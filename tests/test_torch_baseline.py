@@ -7,7 +7,8 @@ import warnings
 import pytest
 
 from benchmarks import torch_baseline as baseline
-from jaxlin.config import UserError, parse
+from jaxlin.command_line import parse
+from jaxlin.config import UserError
 
 torch = pytest.importorskip("torch")
 

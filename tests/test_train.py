@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxlin.checkpoint import Checkpoints, load_params
-from jaxlin.config import parse_run
+from jaxlin.command_line import parse_run
 from jaxlin.trainer import Trainer
 from tests.models import STUDENT_MIXERS
 
