@@ -93,7 +93,8 @@ def plan(run: RunConfig) -> bool:
         if step.problem:
             print(f"\nstage {n}: {step.problem}\n", flush=True)
     large = [n for n, step in steps.items() if np.isnan(step.memory) or step.memory > goal.hbm_gib]
-    _print_times(run, goal, mesh, {n: step for n, step in steps.items() if n not in large})
+    if len(large) < len(steps):
+        _print_times(run, goal, mesh, {n: step for n, step in steps.items() if n not in large})
     if large:
         _print_nearest(run, goal, mesh, large)
     return not any(step.problem for step in steps.values())
