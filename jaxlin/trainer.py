@@ -59,7 +59,7 @@ class Trainer:
         self.console = Console(quiet=not processes.is_first())
         self.stages = run.stages()
         processes.from_first(lambda: check_folder(run))
-        processes.require_same("the settings", to_json(replace(run, distributed=DistributedConfig())))
+        processes.require_same("the settings", to_json(replace(run, run_dir="", distributed=DistributedConfig())))
         config = teacher_config(run)
         self._check_layers(config)
         self.mesh = placement.make_mesh(run.mesh, (config, student_config(run, config)), self.stages)
