@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import re
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +24,7 @@ from jax.experimental import multihost_utils
 from jaxlin.config import DistributedConfig, UserError
 
 T = TypeVar("T")
+WAIT_SECONDS = 300  # for process 0 to be there
 SHUTDOWN_SECONDS = 60  # a process that ends early waits so long for the others before it ends them too
 SETTINGS = (
     ("--distributed.coordinator", "JAX_COORDINATOR_ADDRESS", "HOST:PORT"),
@@ -48,6 +51,8 @@ def start(config: DistributedConfig) -> None:
     _check(coordinator, count, process)
     if count == 1:
         return
+    if coordinator and process:
+        _wait_for(coordinator)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -85,6 +90,21 @@ def _check(coordinator: str | None, count: int | None, process: int | None) -> N
         raise UserError(f"--distributed.processes {count}: must be at least 1")
     if count is not None and process is not None and not 0 <= process < count:
         raise UserError(f"--distributed.process {process}: must be from 0 to {count - 1}, of {count} processes")
+
+
+def _wait_for(coordinator: str) -> None:
+    """Wait until process 0 answers: JAX itself would end this process with a stack trace."""
+    host, port = coordinator.rsplit(":", 1)
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() >= deadline:
+                where = f"--distributed.coordinator {coordinator}"
+                raise UserError(f"{where}: process 0 did not answer within {WAIT_SECONDS} s ({error})") from error
+            time.sleep(1)
 
 
 def _cluster() -> str:

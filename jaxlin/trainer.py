@@ -65,7 +65,7 @@ class Trainer:
         self.stages = run.stages()
         parse_window(run.profile)
         processes.from_first(lambda: check_folder(run))
-        processes.require_same("the settings", to_json(replace(run, distributed=DistributedConfig())))
+        processes.require_same("the settings", to_json(replace(run, run_dir="", distributed=DistributedConfig())))
         config = teacher_config(run)
         self._check_layers(config)
         self.mesh = placement.make_mesh(run.mesh, (config, student_config(run, config)), self.stages)

@@ -203,16 +203,24 @@ def test_accumulation_on_a_mesh(pieces, tmp_path, alone):
     assert_same_numbers(train(tmp_path / "run", *CHEAP, *accumulation, *flags((2, 1, 4))), alone)
 
 
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory, compiled):
+    """Whole runs on three topologies, to be stopped and continued."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    train(folder / "fsdp", *CHEAP, *flags((1, 8, 1)))
+    train(folder / "tensor", *CHEAP, *flags((2, 1, 4)))
+    train_apart(folder / "processes", compiled, *CHEAP, *flags((2, 2, 2)))
+    return folder
+
+
+MOVES = {"fsdp": ((1, 1, 1), 1), "tensor": ((1, 4, 1), 4), "processes": ((1, 1, 1), 1)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 6, 10])
-def test_a_stopped_run_goes_on_elsewhere(step, compiled, tmp_path, alone):
+@pytest.mark.parametrize("name", MOVES)
+def test_a_stopped_run_goes_on_elsewhere(name, step, elsewhere, tmp_path, alone):
     """In the middle of each stage: fsdp 8 to one device; data 2 x tensor 4 to fsdp 4; two processes to one."""
-    for name, mesh in (("fsdp", (1, 8, 1)), ("tensor", (2, 1, 4))):
-        folder = cut(train(tmp_path / name, *CHEAP, *flags(mesh)), step, tmp_path / f"{name}-cut")
-        if name == "fsdp":
-            train(folder, *CHEAP, devices=1)
-        else:
-            train(folder, *CHEAP, *flags((1, 4, 1)), devices=4)
-        assert_same_numbers(folder, alone)
-    train_apart(tmp_path / "two", compiled, *CHEAP, *flags((2, 2, 2)))
-    assert_same_numbers(train(cut(tmp_path / "two", step, tmp_path / "two-cut"), *CHEAP, devices=1), alone)
+    mesh, devices = MOVES[name]
+    folder = cut(elsewhere / name, step, tmp_path / name)
+    assert_same_numbers(train(folder, *CHEAP, *flags(mesh), devices=devices), alone)

@@ -18,6 +18,7 @@ def calls(monkeypatch):
     for variable in (*VARIABLES, "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(variable, raising=False)
     found = []
+    monkeypatch.setattr(processes, "_wait_for", lambda coordinator: None)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: found.append((args, options)))
     return found
 
@@ -62,6 +63,13 @@ def test_what_is_refused(config, message, calls):
     with pytest.raises(UserError) as error:
         processes.start(DistributedConfig(config[0] or "", *config[1:]))
     assert str(error.value) == message and not calls
+
+
+def test_a_process_0_that_does_not_answer(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(processes, "WAIT_SECONDS", 0)
+    with pytest.raises(UserError, match=r"coordinator localhost:1: process 0 did not answer within 0 s \("):
+        processes.start(DistributedConfig("localhost:1", 2, 1))
 
 
 def test_an_environment_that_makes_no_sense(monkeypatch):
