@@ -67,27 +67,6 @@ def test_a_step_on_a_mesh(stage):
     assert moved and whole in ([], [(BATCH, TIME, TINY.hidden_size // 4)])
 
 
-@pytest.mark.parametrize("config", [MeshConfig(tensor=8), MeshConfig(fsdp=2, tensor=4), MeshConfig()], ids=str)
-def test_sums_over_rows(config):
-    """The sums and their gradients are those of one device, also where the rows are not divided."""
-    rng = np.random.default_rng(0)
-    rows, whole = rng.normal(size=(8, 4, 16)).astype(np.float32), rng.normal(size=(16, 8)).astype(np.float32)
-
-    def total(rows, whole):
-        def add(value, row):
-            return value + jnp.sum(jax.nn.logsumexp(row @ whole, axis=-1)), None
-
-        return jax.lax.scan(add, jnp.zeros(()), jnp.moveaxis(rows, 1, 0))[0]
-
-    expected = jax.value_and_grad(total, argnums=(0, 1))(rows, whole)
-    mesh = sharding.make_mesh(config)
-    with jax.set_mesh(mesh):
-        spread = jax.device_put(whole, jax.NamedSharding(mesh, jax.P("fsdp", "tensor")))
-        summed = jax.jit(jax.value_and_grad(lambda *a: sharding.summed_over_rows(total, *a), argnums=(0, 1)))
-        found = summed(jax.device_put(rows, sharding.batch_sharding(mesh)), spread)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
-
-
 def test_a_batch_that_does_not_divide():
     mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
     with pytest.raises(UserError, match=r"--stage3.batch-size 6: must be a multiple of accumulation x data x fsdp = 4"):
