@@ -6,7 +6,7 @@ The count is that of the whole step, so a loss does not depend on devices, packi
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,8 @@ def distillation_loss(
         dL/dh = dL/ds W^T,  dL/dW = the sum over tokens of h^T dL/ds
     """
     how = _How(config, temperature, chunk_tokens)
-    loss, sums = _loss(how, student, student_kernel, (teacher, teacher_kernel, at), weights)
+    found: Any = _loss(how, student, student_kernel, (teacher, teacher_kernel, at), weights)
+    loss, sums = found
     return loss, jax.lax.stop_gradient(sums)
 
 
@@ -214,8 +215,8 @@ def _compare_rows(how: _How, rows, whole):
         return (sums, for_kernel), for_hidden
 
     sums = LogitSums(*(jnp.zeros((), jnp.float32),) * 4)
-    for_kernel = () if weights is None else jnp.zeros(student_kernel.shape, jnp.float32)
+    for_kernel: Any = () if weights is None else jnp.zeros(student_kernel.shape, jnp.float32)
     (sums, for_kernel), for_hidden = jax.lax.scan(chunk, (sums, for_kernel), jax.tree.map(split, rows))
     if weights is None:
         return sums, (), ()
-    return sums, (jnp.moveaxis(for_hidden, 0, 1).reshape(rows[0].shape),), (for_kernel,)
+    return sums, (jnp.moveaxis(jnp.asarray(for_hidden), 0, 1).reshape(rows[0].shape),), (for_kernel,)

@@ -61,12 +61,16 @@ def _muon(stage: StageConfig) -> optax.GradientTransformation:
             return g
         return 0.2 * math.sqrt(max(math.prod(g.shape[i] for i in side) for side in axes(path, g))) * g
 
-    dimensions = functools.partial(path_aware_map, axes)
+    def resized(updates: Any, params: Any) -> Any:
+        del params
+        return path_aware_map(sized, updates)
+
+    dimensions: Any = functools.partial(path_aware_map, axes)
     muon = scale_by_muon(beta=stage.betas[0], eps=stage.eps, weight_dimension_numbers=dimensions)
     adam = optax.scale_by_adam(*stage.betas, eps=stage.eps)
     return optax.chain(
         optax.masked(muon, functools.partial(path_aware_map, chosen)),
-        optax.stateless(lambda updates, _: path_aware_map(sized, updates)),
+        optax.stateless(resized),
         optax.masked(adam, functools.partial(path_aware_map, lambda path, _: not chosen(path))),
     )
 
@@ -138,8 +142,8 @@ def skip_bad_steps(
         counters = (jnp.zeros((), jnp.int32) for _ in range(2))  # two arrays: a step donates each
         return Guarded(inner.init(params), jnp.full(window, jnp.nan, jnp.float32), *counters)
 
-    def update(updates, state, params=None, *, loss, **extra):
-        del extra
+    def update(updates, state, params=None, **extra):
+        loss = extra["loss"]
         norm = optax.tree.norm(updates).astype(jnp.float32)
         bad = ~(jnp.isfinite(norm) & jnp.isfinite(loss))
         if spike_factor:

@@ -25,8 +25,8 @@ class Stopwatch:
     """
 
     def __init__(self) -> None:
-        self.stage = dict.fromkeys(PARTS, 0.0)
-        self._interval = dict.fromkeys(PARTS, 0.0)
+        self.stage: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self._interval: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._since = time.perf_counter()
 
     def lap(self, part: str) -> None:

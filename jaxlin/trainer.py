@@ -191,7 +191,8 @@ class Trainer:
         since, since_step = time.perf_counter(), self.progress.stage_step
         skipped = int(self.opt_state.skipped) if isinstance(self.opt_state, Guarded) else 0
         window = ProfilerWindow(self.run.profile, self.run.folder / "profile" / f"stage{n}")
-        clock, first, metrics = Stopwatch(), True, {}
+        clock, first = Stopwatch(), True
+        metrics: dict[str, Any] = {}
         with progress_bar(self.console) as bar, closing(window):
             task = bar.add_task(f"stage {n}", total=steps, completed=self.progress.stage_step, numbers="")
             while self.progress.stage_step < steps:

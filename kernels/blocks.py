@@ -103,16 +103,16 @@ def _by_block(
     if grid == (1, 1):
         return function(*arguments)
 
-    arrays, axes, arguments_tree = _flatten(arguments, axes)
-    shapes, out_axes, results_tree = _flatten(jax.eval_shape(function, *arguments), out_axes)
+    arrays, places, arguments_tree = _flatten(arguments, axes)
+    shapes, out_places, results_tree = _flatten(jax.eval_shape(function, *arguments), out_axes)
     over = {m: n for m, n in over.items() if (arrays[n].shape, arrays[n].dtype) == (shapes[m].shape, shapes[m].dtype)}
 
     def step(index, totals):
         block = index // grid[1], index % grid[1]
         now = dict(enumerate(arrays)) | {n: totals[m] for m, n in over.items()}
-        parts = function(*arguments_tree.unflatten(_take(now[n], grid, block, a) for n, a in enumerate(axes)))
+        parts = function(*arguments_tree.unflatten(_take(now[n], grid, block, a) for n, a in enumerate(places)))
         parts = jax.tree.leaves(parts)
-        return [_put(x, y, grid, block, a) for x, y, a in zip(totals, parts, out_axes, strict=True)]
+        return [_put(x, y, grid, block, a) for x, y, a in zip(totals, parts, out_places, strict=True)]
 
     totals = [arrays[over[m]] if m in over else jnp.zeros(x.shape, x.dtype) for m, x in enumerate(shapes)]
     return results_tree.unflatten(lax.fori_loop(0, grid[0] * grid[1], step, totals))

@@ -59,6 +59,7 @@ class HeadGate:
             log_pair, log_enter = sums_after(upto, masks.before, layout.dtype), row_sum(upto)
             log_leave = row_sum(jnp.where(masks.after, g, 0.0))
         if m is not None:
+            assert w is not None and start is not None  # they come together
             unit = to_column(m, masks)
             ends = [m[:, (h + 1) * layout.chunk - 1 : (h + 1) * layout.chunk] for h in range(layout.pack)]
             log_pair += w - unit

@@ -43,7 +43,7 @@ def chip(topology: str) -> Chip:
     return CHIPS[name]
 
 
-def chip_of(device: jax.Device) -> Chip | None:
+def chip_of(device: Any) -> Chip | None:
     """The figures of a device that is here; None where they are not known, as for CPUs."""
     known = [chip for chip in (*CHIPS.values(), *GPUS.values()) if device.device_kind.startswith(chip.kind)]
     return max(known, key=lambda chip: len(chip.kind), default=None)
