@@ -71,7 +71,7 @@ class Checkpoints:
         }
         path, response = None, None
         try:
-            if jax.process_index() == 0:
+            if processes.is_first():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._sweep()
             attempt = processes.from_first(lambda: self._attempts(step))
@@ -160,7 +160,7 @@ class Checkpoints:
         try:
             try:
                 response.result()
-                if jax.process_index() == 0:
+                if processes.is_first():
                     manifest["files"] = {str(file.relative_to(path)): _checksum(file) for file in _files(path)}
                     part = path / f"{MANIFEST}.part"
                     part.write_text(json.dumps(manifest))
@@ -174,7 +174,7 @@ class Checkpoints:
     def _fail(self, step: int, error: Exception) -> None:
         """Clear away a failed save and say why."""
         quiet, deadline = 0, time.monotonic() + 30
-        while jax.process_index() == 0 and quiet < 3 and time.monotonic() < deadline:
+        while processes.is_first() and quiet < 3 and time.monotonic() < deadline:
             quiet = 0 if self._sweep() else quiet + 1  # Orbax's other threads go on writing for a moment
             time.sleep(0.1)
         if not _is_full(error):

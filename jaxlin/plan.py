@@ -221,8 +221,8 @@ def leanest_mesh(run: RunConfig, devices: Sequence[Any], but: jax.sharding.Mesh)
     """
     stages = run.stages()
     sizes: dict[MeshConfig, tuple[float, int]] = {}
-    for data in _divisors(len(devices)):
-        for fsdp in _divisors(len(devices) // data):
+    for data in sharding.divisors(len(devices)):
+        for fsdp in sharding.divisors(len(devices) // data):
             config = MeshConfig(data, fsdp, len(devices) // data // fsdp)
             try:
                 mesh = sharding.make_mesh(config, devices)
@@ -247,10 +247,6 @@ def held_bytes(run: RunConfig, mesh: jax.sharding.Mesh) -> float:
     stages = run.stages()
     teacher, _, (params, _, moments) = _placed(run, stages[max(stages)], mesh)
     return size(placement.parameters(teacher, teacher.dtype, mesh)) + size(params) + size(moments)
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def _bytes(memory: Any) -> int:

@@ -94,9 +94,14 @@ def _require_positive(config: MeshConfig) -> None:
             raise UserError(f"--mesh.{axis} {size}: must be at least 1{', or -1' if axis == 'data' else ''}")
 
 
+def divisors(number: int) -> list[int]:
+    """The divisors of a number: the sizes that an axis of a mesh may have."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def _choices(number: int) -> str:
     """The divisors of a number, as a choice: 1, 2, 4 or 8."""
-    return _listed([str(n) for n in range(1, number + 1) if number % n == 0], "or")
+    return _listed([str(n) for n in divisors(number)], "or")
 
 
 def _listed(items: Sequence[str], word: str) -> str:

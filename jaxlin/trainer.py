@@ -7,7 +7,6 @@ import logging
 import math
 import platform
 import sys
-import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -188,7 +187,7 @@ class Trainer:
         peak = chip.bf16_tflops * 1e12 * self.mesh.size if chip else math.nan
         rate = schedule(stage, steps)
         tokens_per_step = stage.batch_size * self.run.data.seq_len
-        since, since_step = time.perf_counter(), self.progress.stage_step
+        since = self.progress.stage_step
         skipped = int(self.opt_state.skipped) if isinstance(self.opt_state, Guarded) else 0
         window = ProfilerWindow(self.run.profile, self.run.folder / "profile" / f"stage{n}")
         clock, first = Stopwatch(), True
@@ -214,13 +213,13 @@ class Trainer:
                 if p.stage_step % self.run.log_every == 0 or p.stage_step == 1 or done:
                     values = _numbers(metrics)
                     clock.lap("step")
-                    now = time.perf_counter()
-                    speed = (p.stage_step - since_step) * tokens_per_step / (now - since)
-                    since, since_step = now, p.stage_step
+                    seconds = clock.take()
+                    speed = (p.stage_step - since) * tokens_per_step / sum(seconds.values())
+                    since = p.stage_step
                     # The schedule waits where steps are skipped.
                     taken = p.stage_step - int(values.get("skipped", 0))
                     values |= {"lr": float(stage.lr * rate(max(0, taken - 1))), "tokens": p.tokens}
-                    values |= {"tokens_per_second": speed, **clock.take()}
+                    values |= {"tokens_per_second": speed, **seconds}
                     if chip:
                         values["mfu"] = sum(flops) * speed / peak
                     self.metrics.write(p.step, n, values)

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from jaxlin.kernels.hlo_tpu_traffic import FREE, SCHEDULED, shape_bytes
+from jaxlin.kernels.hlo_tpu_traffic import FREE, SCHEDULED, plain_name, shape_bytes
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 COMPUTATION = re.compile(r"^(ENTRY )?(%[\w.-]+) \(.*\{$")
@@ -236,11 +236,6 @@ def group_size(rest: str, devices: int) -> int:
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return devices
-
-
-def plain_name(name: str) -> str:
-    """An instruction's name without its number: a Pallas call's own."""
-    return re.sub(r"[.\d]+$", "", name.lstrip("%"))
 
 
 def _root(computation: Computation) -> Instruction:

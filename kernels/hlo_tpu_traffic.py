@@ -148,7 +148,12 @@ def entry(text: str) -> tuple[list[Kernel], list[Around]]:
 def kernel_names(text: str) -> list[str]:
     """The Pallas kernels of a whole compiled program, loops included: one name for each call."""
     calls = (line for line in text.splitlines() if re.search('custom_call_target="(tpu_custom_call|mosaic_gpu)', line))
-    return [re.sub(r"[.\d]+$", "", line.split(" = ")[0].split("%")[-1]) for line in calls]
+    return [plain_name(line.split(" = ")[0].split("%")[-1]) for line in calls]
+
+
+def plain_name(name: str) -> str:
+    """An instruction's name without its number: a Pallas call's own."""
+    return re.sub(r"[.\d]+$", "", name.lstrip("%"))
 
 
 def _vmem(custom_call: str) -> int:
