@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
-from jaxlin.config import MeshConfig, UserError, parse, run_main
+from jaxlin.command_line import parse, run_main
+from jaxlin.config import DistributedConfig, MeshConfig, UserError
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Settings:
     batch_tokens: int | None = None
     """Padded tokens in a batch of the benchmarks; by default what suits the device."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=1))
-    """Devices that the benchmarks are spread over; by default one."""
+    """Devices that models and batches are spread over; by default one, or with several processes all."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """Several processes."""
     json: tyro.conf.UseCounterAction[int] = 0
     """End with one line of JSON, without times."""
 
@@ -53,18 +57,22 @@ def main() -> None:
     if settings.data and not Path(settings.data).is_dir():
         raise UserError(f"--data {settings.data}: no such folder")
 
+    from jaxlin import processes
+
+    processes.start(settings.distributed)  # before anything asks for devices
+
     from jaxlin.evaluation.report import as_line, choose_tasks, evaluate, failure, print_results
     from jaxlin.evaluation.subject import open_subject
 
     choose_tasks(settings.suite, settings.tasks)  # refuses unknown names before anything is loaded
     if settings.suite == "quick":
-        subject = open_subject(settings.run, settings.teacher, settings.text)
+        subject = open_subject(settings.run, settings.teacher, settings.text, mesh=mesh_of(settings))
         found = evaluate(subject, tasks=settings.tasks, limit=settings.limit)
     else:
         found = benchmark(settings)
     if found["results"]:
         print_results(found)
-    if settings.json:
+    if settings.json and processes.is_first():
         print(as_line(found))
     if found.get("failed"):
         raise UserError(failure(found["failed"]))
@@ -74,15 +82,14 @@ def benchmark(settings: Settings) -> dict:
     """Measure with a suite of benchmarks."""
     from rich.console import Console
 
+    from jaxlin import processes
     from jaxlin.evaluation import report
     from jaxlin.evaluation.scoring import Budget
     from jaxlin.evaluation.subject import open_subject
     from jaxlin.evaluation.suite import Bars
     from jaxlin.evaluation.task import Options
-    from jaxlin.sharding import make_mesh
 
-    bars = Bars(Console(stderr=True))
-    several = (settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor) != (1, 1, 1)
+    bars = Bars(Console(stderr=True, quiet=not processes.is_first()))
     options = Options(
         data=Path(settings.data) if settings.data else None,
         limit=settings.limit,
@@ -90,7 +97,7 @@ def benchmark(settings: Settings) -> dict:
         predict_only=bool(settings.predict_only),
         chat=bool(settings.chat),
         budget=Budget(settings.batch_tokens),
-        mesh=make_mesh(settings.mesh) if several else None,
+        mesh=mesh_of(settings),
         bar=bars,
     )
     report.check_data(settings.suite, settings.tasks, options)
@@ -101,6 +108,18 @@ def benchmark(settings: Settings) -> dict:
         return report.benchmark(subject, settings.suite, options, tasks=settings.tasks, folder=kept_in(settings))
     finally:
         bars.close()
+
+
+def mesh_of(settings: Settings) -> Any:
+    """The mesh to measure on, or None for one device."""
+    import jax
+
+    from jaxlin.sharding import make_mesh
+
+    one = settings.mesh == MeshConfig(data=1)
+    if one and jax.process_count() == 1:
+        return None
+    return make_mesh(MeshConfig() if one else settings.mesh)
 
 
 def kept_in(settings: Settings) -> Path:

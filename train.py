@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxlin.config import parse_run, run_main
+from jaxlin.command_line import parse_run, run_main
 
 
 def main() -> None:
@@ -13,11 +13,15 @@ def main() -> None:
 
         sys.exit(0 if plan(run) else 1)
 
+    from jaxlin import processes
+
+    processes.start(run.distributed)  # before anything asks for devices
+
     from jaxlin.evaluation.report import report_run
     from jaxlin.trainer import Trainer
 
     Trainer(run).train()
-    report_run(run.folder)
+    report_run(run.folder, run.mesh)
 
 
 if __name__ == "__main__":

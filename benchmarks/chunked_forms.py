@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxlin import ops
-from jaxlin.config import parse, run_main
+from jaxlin.command_line import parse, run_main
 
 # Mixer -> (op, gates). Gates are per head ("head") or per channel ("channel"), of every token but RetNet's.
 MIXERS = {

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from jaxlin import generate
-from jaxlin.config import UserError, parse, run_main
+from jaxlin.command_line import parse, run_main
+from jaxlin.config import UserError
 from jaxlin.model import init_state
 from jaxlin.runs import Teacher
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxlin.config import ModelConfig
 from jaxlin.layer_local import Batch
 from jaxlin.model import LanguageModel, apply
+from jaxlin.sharding import on_every_device
 
 
 def calibrate(
@@ -42,4 +43,5 @@ def _squares(config: ModelConfig, params: Any, batch: Batch) -> tuple[jax.Array,
     _, seen = apply(LanguageModel(config), params, batch["tokens"], **call)
     heads = seen["intermediates"]["layers"]["block_0"]["mixer"]["heads"][0].astype(jnp.float32)
     valid = batch["segment_ids"] != 0
-    return jnp.sum(jnp.where(valid[None, :, :, None, None], heads * heads, 0), axis=(1, 2)), jnp.sum(valid)
+    squares = jnp.sum(jnp.where(valid[None, :, :, None, None], heads * heads, 0), axis=(1, 2))
+    return on_every_device((squares, jnp.sum(valid)))

@@ -24,9 +24,9 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from jaxlin import processes
 from jaxlin.config import UserError
 
 MANIFEST = "manifest.json"
@@ -56,7 +56,7 @@ class Checkpoints:
         self._error: BaseException | None = None
 
     def save(self, step: int, state: dict[str, PyTree], extra: dict[str, Any], *, milestone: bool = False) -> None:
-        """Save `state`, a dict of pytrees of arrays, and `extra`, this process's JSON (bytes allowed).
+        """Save `state`, a dict of pytrees of arrays, and `extra`, JSON (bytes allowed) that is the same everywhere.
 
         On an accelerator this returns once the arrays have left it; `wait` or the next save reports what went wrong
         since. A milestone is never deleted. Raises UserError when the disk is full; what was saved before stays.
@@ -67,14 +67,14 @@ class Checkpoints:
             "step": step,
             "milestone": milestone,
             "leaves": {key: {name: _spec(leaf) for name, leaf in tree.items()} for key, tree in leaves.items()},
-            "extra": _gather(json.dumps(extra, default=_encode)),
+            "extra": [json.dumps(extra, default=_encode)],
         }
         path, response = None, None
         try:
-            if jax.process_index() == 0:
+            if processes.is_first():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._sweep()
-            attempt = _from_first(self._attempts(step))
+            attempt = processes.from_first(lambda: self._attempts(step))
             path = self._folder / (f"{step}.{attempt}" if attempt else f"{step}")
             response = ocp.save_checkpointables_async(path, {key: tree for key, tree in leaves.items() if tree})
         except Exception as error:
@@ -106,15 +106,14 @@ class Checkpoints:
         """(step, state, extra) of the newest checkpoint that is whole; each damaged one is reported in one line.
 
         `abstract_state` may be a function of `extra`, for states whose shape depends on when they were saved.
-
-        `extra` is this process's own if as many processes saved as load, else the first one's.
         """
         self.wait()
-        step = -1
-        if jax.process_index() == 0:
-            step = next((step for step in reversed(self.steps()) if not self._is_damaged(step)), -1)
-        step = _from_first(step)
-        return None if step < 0 else (step, *self._load(step, abstract_state))
+
+        def newest() -> int | None:
+            return next((step for step in reversed(self.steps()) if not self._is_damaged(step)), None)
+
+        step = processes.from_first(newest)
+        return None if step is None else (step, *self._load(step, abstract_state))
 
     def load(self, step: int, abstract_state: AbstractState) -> tuple[dict[str, PyTree], dict[str, Any]]:
         """(state, extra) of `step`, on the shardings of `abstract_state`'s ShapeDtypeStructs.
@@ -128,9 +127,7 @@ class Checkpoints:
     def _load(self, step: int, abstract_state: AbstractState) -> tuple[dict[str, PyTree], dict[str, Any]]:
         path = _complete(self._folder)[step]
         manifest = _read_manifest(path)
-        extras = manifest["extra"]
-        mine = extras[jax.process_index() if len(extras) == jax.process_count() else 0]
-        extra = json.loads(mine, object_hook=_decode)
+        extra = json.loads(manifest["extra"][0], object_hook=_decode)
         if callable(abstract_state):
             abstract_state = abstract_state(extra)
         wanted = {key: _flatten(tree) for key, tree in abstract_state.items()}
@@ -163,7 +160,7 @@ class Checkpoints:
         try:
             try:
                 response.result()
-                if jax.process_index() == 0:
+                if processes.is_first():
                     manifest["files"] = {str(file.relative_to(path)): _checksum(file) for file in _files(path)}
                     part = path / f"{MANIFEST}.part"
                     part.write_text(json.dumps(manifest))
@@ -177,7 +174,7 @@ class Checkpoints:
     def _fail(self, step: int, error: Exception) -> None:
         """Clear away a failed save and say why."""
         quiet, deadline = 0, time.monotonic() + 30
-        while jax.process_index() == 0 and quiet < 3 and time.monotonic() < deadline:
+        while processes.is_first() and quiet < 3 and time.monotonic() < deadline:
             quiet = 0 if self._sweep() else quiet + 1  # Orbax's other threads go on writing for a moment
             time.sleep(0.1)
         if not _is_full(error):
@@ -218,13 +215,17 @@ def load_params(folder: Path | str, step: int | None = None) -> dict[str, Any]:
     Nothing need be known of the model or the optimizer. Raises UserError when there is none, or it is damaged.
     """
     root = epath.Path(folder).absolute()
-    if step is None:
+
+    def chosen() -> int:
+        if step is not None:
+            _require_whole(root, step)
+            return step
         whole = (step for step in sorted(_complete(root), reverse=True) if not _damage(_complete(root)[step]))
-        if (step := next(whole, None)) is None:
+        if (newest := next(whole, None)) is None:
             raise UserError(f"{root}: there is no whole checkpoint in it")
-    else:
-        _require_whole(root, step)
-    path = _complete(root)[step]
+        return newest
+
+    path = _complete(root)[processes.from_first(chosen)]
     specs = _read_manifest(path)["leaves"]["params"]
     wanted = {n: np.broadcast_to(np.zeros((), jax.dtypes.canonicalize_dtype(d)), s) for n, (s, d) in specs.items()}
     params: dict[str, Any] = {}
@@ -331,21 +332,6 @@ def _is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _from_first(value: int) -> int:
-    """The first process's value, on every process."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else value
-
-
-def _gather(text: str) -> list[str]:
-    """`text` of every process, on every process."""
-    if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(data)))
-    rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def _encode(value: Any) -> Any:

@@ -1,24 +1,17 @@
 """Every setting of jaxlin, with its unit and its default, declared once.
 
-A run's settings are built in three layers, later ones winning: preset < config file < command line.
-This module is a leaf: it imports nothing of jaxlin, so anything may import it.
+This module is a leaf: it imports nothing of jaxlin, so anything may import it. `command_line.py` reads settings.
 """
 
 from __future__ import annotations
 
-import argparse
-import runpy
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
 PRESETS = ("recommended", "paper", "paper_code")
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -138,6 +131,8 @@ class StageConfig:
     """Sequences per optimizer step, over all devices."""
     accumulation: int = 1
     """Micro-batches a step is split into."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW; or Muon for the projections of mixers and MLPs, with AdamW for the rest, at the same learning rates."""
     lr: float = 1e-3
     """Peak learning rate of parameters copied from the teacher."""
     lr_new: float = 1e-3
@@ -157,13 +152,17 @@ class StageConfig:
     decayed: Literal["matrices", "all_but_norms", "all"] = "matrices"
     """What decays: projections, embeddings and feature maps; all but norms and biases; or every parameter."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's moment decays."""
+    """AdamW's moment decays; Muon's momentum is the first."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
     clip_per_layer: bool = True
     """One norm per layer (stages 1 and 2); otherwise one over all parameters."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """Loss or gradient not finite: stop the run; or take no such step (optimizer and schedule wait), and report it."""
+    spike_factor: float = 0.0
+    """With skip: also where the gradient norm is more than this times the median of the last 64 steps; 0 is never."""
     layers: tuple[int, ...] = ()
     """Aligned layers, from 0 (the sets L1 and L2 of equations 2 and 4); empty means all. Stage 3 ignores it."""
     layer_reduction: Literal["sum", "mean"] = "sum"
@@ -269,6 +268,18 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """How several processes find each other; Cloud TPU pods and SLURM need none of it."""
+
+    coordinator: str = ""
+    """HOST:PORT of process 0, the port a free one; or JAX_COORDINATOR_ADDRESS."""
+    processes: int | None = None
+    """Number of processes; or JAX_NUM_PROCESSES."""
+    process: int | None = None
+    """Number of this process, from 0; or JAX_PROCESS_ID."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One linearization run."""
 
@@ -300,14 +311,18 @@ class RunConfig:
     """Text to packed batches."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """The device mesh."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """Several processes."""
     seed: int = 0
     """Seed of initialisation and of the order of the text."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of matrix products; norms, gates, states, losses and Adam moments stay float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the student's trained parameters and Adam moments."""
-    remat: Literal["none", "block"] = "block"
-    """Stage 3: recompute each block in the backward pass instead of keeping its activations."""
+    remat: Literal["none", "block", "states", "dots"] = "block"
+    """Stage 3: what the backward pass finds kept of each block and need not compute again: everything (none); its input
+    alone (block); besides, states between chunks and outputs of the recurrence, so that it does not run again, but for
+    linear attention and mLSTM, which divide by a sum (states); or besides, what projections and MLP put out (dots)."""
     log_every: int = 10
     """Steps between lines of metrics."""
     save_every: int = 500
@@ -316,8 +331,11 @@ class RunConfig:
     """Rotating checkpoints kept."""
     milestone_tokens: int = 0
     """Tokens between checkpoints that are never deleted; 0 keeps none."""
+    profile: str = ""
+    """START:COUNT: write a profiler trace of COUNT steps of each stage, from its step START, into the run folder."""
     plan: str = ""
-    """Train nothing: compile each stage for a TPU topology (v5e:4x4), print what it takes; exit code 1 if too much."""
+    """Train nothing: compile each stage for a TPU topology (v5e:4x4) or the GPUs of this host (gpu), print memory,
+    traffic and time; exit code 1 if it does not fit."""
     teacher_config: Annotated[ModelConfig | None, tyro.conf.Suppress] = None
     """Architecture the teacher must have; gives plans and random teachers their shape."""
 
@@ -356,82 +374,3 @@ class RunConfig:
 def _require_at_least(flag: str, value: int, least: int) -> None:
     if value < least:
         raise UserError(f"{flag} {value}: must be at least {least}")
-
-
-def preset(name: str) -> RunConfig:
-    """The recipe called `name`, at the paper's budget of 3B tokens."""
-    if name == "recommended":
-        return RunConfig()
-    shared: dict[str, Any] = dict(clip_per_layer=False, lr_min=1e-4, schedule="wsd", decayed="all")
-    run = RunConfig(
-        stage1=Stage1Config(**shared, lr=2e-4, lr_new=2e-4, warmup=0.1),
-        stage2=Stage2Config(**shared, lr=2e-3, lr_new=2e-3, warmup=0.2, stable=0.8),
-        stage3=Stage3Config(schedule="linear", warmup=0.1, lr_min=0.0, ce_weight=1.0, decayed="all_but_norms"),
-        data=DataConfig(separate_documents=False, shuffle=False),
-    )
-    if name == "paper":
-        return replace(
-            run,
-            preset="paper",
-            stage1=replace(run.stage1, width_reduction="sum", layer_reduction="mean"),
-            stage2=replace(run.stage2, layer_reduction="mean"),
-        )
-    if name == "paper_code":
-        return replace(
-            run,
-            preset="paper_code",
-            stage2=replace(run.stage2, post_norm_target=True),
-            stage3=replace(run.stage3, kl_reduction="sequence_sum"),
-            param_dtype="bfloat16",
-        )
-    raise UserError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
-
-
-def load_config_file(name: str, base: RunConfig) -> RunConfig:
-    """Apply the config file `name` (in configs/, or a path) to `base`.
-
-    A config file is Python and defines `config(base: RunConfig) -> RunConfig`.
-    """
-    path = Path(name)
-    if path.suffix != ".py":
-        path = CONFIG_DIR / f"{name}.py"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*.py")))
-        raise UserError(f"--config {name}: no such file; give a path or one of {known}")
-    function = runpy.run_path(str(path)).get("config")
-    if function is None:
-        raise UserError(f"--config {name}: {path} defines no function config(base)")
-    return replace(function(base), config=name)
-
-
-def parse_run(args: Sequence[str] | None = None) -> RunConfig:
-    """The run that a command line asks for: preset < config file < flags."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="recommended")
-    first.add_argument("--config", default="demo")
-    known, _ = first.parse_known_args(args)
-    return parse(RunConfig, args, default=load_config_file(known.config, preset(known.preset)))
-
-
-def parse(cls: type[T], args: Sequence[str] | None = None, *, default: T | None = None) -> T:
-    """Parse a command line into the dataclass `cls`; every entry point of jaxlin parses with this."""
-    settings = (tyro.conf.FlagConversionOff,)
-    given: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(cls, args=args, config=settings, **given)
-
-
-def run_main(main: Callable[[], Any]) -> None:
-    """Call `main`; a `UserError`, or too little memory, becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    except RuntimeError as error:  # JAX's own error is one, and is not imported here
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)

@@ -2,8 +2,9 @@
 
 Documents are shuffled anew each epoch, tokenized in groups and joined into one endless stream, which is cut every
 `seq_len` tokens: no padding, nothing dropped, the rest of an epoch continues into the next. Each document ends with the
-end-of-text token, which belongs to it, and is a segment of its own. The order depends on the text, the seed and the
-number of processes only, not on `workers`; the iterator's state is a small dict, and continues bit for bit.
+end-of-text token, which belongs to it, and is a segment of its own. The order depends on the text and the seed only,
+not on `workers`, devices or processes: each process reads all, and gives its devices their rows. The iterator's state
+is a small dict, and continues bit for bit.
 
 Prepare a large corpus once: `python -m jaxlin.data --text PATH... --teacher demo --out tokens.npy`.
 """
@@ -22,9 +23,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from jaxlin.config import DataConfig, UserError, parse, run_main
+from jaxlin.command_line import parse, run_main
+from jaxlin.config import DataConfig, UserError
 from jaxlin.sources import Document, open_text
-from jaxlin.split import Corpus, documents, share, split
+from jaxlin.split import Corpus, documents, split
 from jaxlin.streams import GROUP, Batch, Packed, ShardedText, segment_ids_of
 
 PREFETCH = 8  # batches ready ahead of the training loop
@@ -37,19 +39,14 @@ def train_batches(
     *,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Endless batches {"tokens": int32 [B, T], "segment_ids": int32 [B, T]}, B = batch_size / process_count.
+    """Endless batches {"tokens": int32 [B, T], "segment_ids": int32 [B, T]}, the same in every process.
 
     Segments count from 1 in each sequence. `get_state()` gives a JSON-able dict, `set_state()` continues from one,
     `close()` ends the threads and processes. Documents that `heldout_batches` gives are left out.
     Raises UserError for text that cannot be read or is too short.
     """
-    if batch_size % process_count:
-        raise UserError(f"batch_size={batch_size} is not a multiple of the {process_count} processes")
-    training, _ = split(_open(text, config, tokenizer), 0 if config.heldout else config.heldout_fraction)
-    corpus = share(training, process_index, process_count)
+    corpus, _ = split(_open(text, config, tokenizer), 0 if config.heldout else config.heldout_fraction)
     tokenize = _Tokenize(tokenizer, config.separate_documents)
     _require_tokens(text, corpus, tokenize, config.seq_len)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -65,7 +62,7 @@ def train_batches(
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2)
         groups = groups.mp_prefetch(options, worker_init_fn=_one_thread)
-    batches = Packed(groups, config.seq_len).batch(batch_size // process_count, drop_remainder=True)
+    batches = Packed(groups, config.seq_len).batch(batch_size, drop_remainder=True)
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH))
 
 

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlin.config import ModelConfig, Stage1Config, Stage2Config, Stage3Config, StageConfig
 from jaxlin.layer_local import Batch, by_block, by_layer, walk
-from jaxlin.losses import attention_output_loss, distillation_loss, hidden_state_loss, logit_sums, targets
+from jaxlin.losses import attention_output_loss, distillation_loss, hidden_state_loss, loss_weights, targets
 from jaxlin.mixers.common import RMSNorm
 from jaxlin.model import apply, forward, head_kernel
 
@@ -41,12 +41,12 @@ def merge(params: Any, part: Any) -> Any:
 
 
 def counts(batch: Batch) -> dict[str, jax.Array]:
-    """What the losses of a step are divided by: valid tokens, tokens with a successor, sequences."""
+    """What the losses of a step are divided by: valid tokens, tokens with a successor, sequences with any."""
     at = targets(batch["tokens"], batch["segment_ids"])
     return {
         "tokens": jnp.sum(at.valid, dtype=jnp.float32),
         "next_tokens": jnp.sum(at.has_next, dtype=jnp.float32),
-        "sequences": jnp.float32(batch["tokens"].shape[0]),
+        "sequences": jnp.sum(jnp.any(at.valid, axis=1), dtype=jnp.float32),
     }
 
 
@@ -116,20 +116,21 @@ def _end_to_end(stage: Stage3Config, student: ModelConfig, teacher: ModelConfig,
         at = targets(tokens, segment_ids)
         target = forward(teacher, teacher_params, tokens, segment_ids=segment_ids, logits=False).hidden
 
+        weights = loss_weights(count["tokens"], count["next_tokens"], count["sequences"], stage)
+
         def loss(trained):
             out = forward(student, trained, tokens, segment_ids=segment_ids, logits=False, remat=remat)
-            sums = logit_sums(
+            return distillation_loss(
                 out.hidden,
                 target,
                 head_kernel(trained),
                 head_kernel(teacher_params),
                 at,
+                weights,
                 student,
                 temperature=stage.temperature,
                 chunk_tokens=stage.chunk_tokens,
             )
-            value = distillation_loss(sums, count["tokens"], count["next_tokens"], count["sequences"], stage)
-            return value, sums
 
         (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
         metrics = {

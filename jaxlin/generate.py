@@ -18,8 +18,10 @@ import tyro
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlin import convert, runs
-from jaxlin.config import ModelConfig, RunConfig, UserError, parse, run_main
+from jaxlin.command_line import parse, run_main
+from jaxlin.config import ModelConfig, RunConfig, UserError
 from jaxlin.model import forward, head_kernel, init_state, project
+from jaxlin.sharding import on_every_device
 from jaxlin.student import is_new
 
 PAD_TO = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
@@ -211,7 +213,7 @@ def _left_pad(
 def _prefill(config: ModelConfig, params, state, tokens, segment_ids):
     """Read tokens [B, T]; the logits after the last one [B, V], and the state."""
     out = forward(config, params, tokens, segment_ids=segment_ids, state=state, logits=False)
-    return project(out.hidden[:, -1], head_kernel(params), config), out.state
+    return on_every_device(project(out.hidden[:, -1], head_kernel(params), config)), out.state
 
 
 @jax.jit(static_argnums=(0, 1, 2), donate_argnums=5)
@@ -226,7 +228,7 @@ def _decode(config: ModelConfig, sampling: Sampling, steps: int, params, keys, c
         return (token, number + 1, out.state), token
 
     carry, tokens = jax.lax.scan(step, carry, length=steps)
-    return tokens.T, carry
+    return on_every_device(tokens.T), carry
 
 
 @jax.jit(static_argnums=0)

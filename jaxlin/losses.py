@@ -6,7 +6,7 @@ The count is that of the whole step, so a loss does not depend on devices, packi
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlin import sharding
 from jaxlin.config import ModelConfig, Stage1Config, Stage2Config, Stage3Config
+from jaxlin.mixers.common import precision
 from jaxlin.model import project
 
 
@@ -71,6 +72,19 @@ class LogitSums(NamedTuple):
     agree: Array
 
 
+class LossWeights(NamedTuple):
+    """What stage 3's loss multiplies the sums over tokens by."""
+
+    kl: Array
+    ce: Array
+
+
+def loss_weights(tokens, next_tokens, sequences, config: Stage3Config) -> LossWeights:
+    """Those of CE + lambda KL (paper, equations 5 and 6); the authors' code sums the KL over a sequence."""
+    kl = config.kl_weight / (tokens if config.kl_reduction == "token_mean" else sequences)
+    return LossWeights(jnp.float32(kl), jnp.float32(config.ce_weight / jnp.maximum(next_tokens, 1)))
+
+
 def logit_sums(
     student: Float[Array, "B T D"],
     teacher: Float[Array, "B T D"],
@@ -84,51 +98,125 @@ def logit_sums(
 ) -> LogitSums:
     """Compare two models' next-token distributions from their final hidden states, a chunk of tokens at a time.
 
-    Each device compares `chunk_tokens` of its own rows at a time. Neither model's [B, T, V] logits ever exist: those of
-    a chunk are recomputed in the backward pass. The KL at temperature tau is multiplied by tau^2, which keeps its
-    gradient's size (Hinton et al. 2015, arXiv 1503.02531, section 2.1).
+    Each device compares `chunk_tokens` of its own rows at a time, so neither model's [B, T, V] logits ever exist. The
+    KL at temperature tau is multiplied by tau^2, which keeps its gradient's size (Hinton et al. 2015, arXiv 1503.02531,
+    section 2.1). For values; what trains is `distillation_loss`.
     """
-    sums = functools.partial(_logit_sums, config=config, temperature=temperature, chunk_tokens=chunk_tokens)
-    return sharding.summed_over_rows(sums, (student, teacher, at), (student_kernel, teacher_kernel))
+    how = _How(config, temperature, chunk_tokens)
+    return _compare(how, (student, teacher, at), (student_kernel, teacher_kernel))[0]
 
 
-def _logit_sums(rows, kernels, *, config: ModelConfig, temperature: float, chunk_tokens: int) -> LogitSums:
-    """The sums of these rows: (student's hidden states, teacher's, `Targets`), each [B, T, ...]."""
-    student_kernel, teacher_kernel = kernels
+class _How(NamedTuple):
+    """The settings of a comparison that are known when it is compiled."""
+
+    config: ModelConfig
+    temperature: float
+    chunk_tokens: int
+
+
+def distillation_loss(
+    student: Float[Array, "B T D"],
+    teacher: Float[Array, "B T D"],
+    student_kernel: Float[Array, "D V"],
+    teacher_kernel: Float[Array, "D V"],
+    at: Targets,
+    weights: LossWeights,
+    config: ModelConfig,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 512,
+) -> tuple[Array, LogitSums]:
+    """weights.kl KL + weights.ce CE, with the sums of `logit_sums` as metrics, through which no gradient flows.
+
+    The teacher is a constant. Logits s (student) and t (teacher) exist once, a chunk of tokens at a time: where the
+    loss is to be differentiated, the forward pass also computes the gradients of the student's hidden states h and head
+    W, the head's summed over chunks in float32; the backward pass scales both (as Liger does, arXiv 2410.10989).
+
+        dL/ds = weights.kl tau (softmax(s / tau) - softmax(t / tau)) + weights.ce (softmax(s) - onehot(label))
+        dL/dh = dL/ds W^T,  dL/dW = the sum over tokens of h^T dL/ds
+    """
+    how = _How(config, temperature, chunk_tokens)
+    found: Any = _loss(how, student, student_kernel, (teacher, teacher_kernel, at), weights)
+    loss, sums = found
+    return loss, jax.lax.stop_gradient(sums)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(how: _How, student, student_kernel, constants, weights: LossWeights):
+    teacher, teacher_kernel, at = constants
+    sums, _, _ = _compare(how, (student, teacher, at), (student_kernel, teacher_kernel))
+    return weights.kl * sums.kl + weights.ce * sums.ce, sums
+
+
+def _loss_forward(how: _How, student, student_kernel, constants, weights: LossWeights):
+    teacher, teacher_kernel, at = constants
+    sums, for_student, for_kernel = _compare(how, (student, teacher, at), (student_kernel, teacher_kernel), weights)
+    loss = weights.kl * sums.kl + weights.ce * sums.ce
+    return (loss, sums), (*for_student, *for_kernel, sums, jnp.zeros((), student_kernel.dtype))
+
+
+def _loss_backward(how: _How, saved, cotangents):
+    del how
+    for_student, for_kernel, sums, parameter = saved
+    scale, _ = cotangents
+    student, kernel = ((scale * a).astype(b.dtype) for a, b in ((for_student, for_student), (for_kernel, parameter)))
+    return student, kernel, None, LossWeights(scale * sums.kl, scale * sums.ce)
+
+
+_loss.defvjp(_loss_forward, _loss_backward)
+
+
+def _compare(how: _How, rows, kernels, weights: LossWeights | None = None):
+    """(sums, gradient of the student's hidden states, of its head), each in a tuple; gradients only with `weights`."""
+    # Rounded to the dtype of the products before they are gathered, which halves what crosses the network.
+    kernels = tuple(kernel.astype(how.config.dtype) for kernel in kernels)
+    return sharding.over_rows(functools.partial(_compare_rows, how), rows, (kernels, weights))
+
+
+def _compare_rows(how: _How, rows, whole):
+    """`_compare` for these rows: (student's hidden states, teacher's, `Targets`), each [B, T, ...]."""
+    config, temperature, chunk_tokens = how
+    (student_kernel, teacher_kernel), weights = whole
     batch, length = rows[0].shape[:2]
     size = max(d for d in range(1, length + 1) if length % d == 0 and (d == 1 or d * batch <= max(chunk_tokens, batch)))
 
     def split(a):
         return jnp.moveaxis(a.reshape(batch, length // size, size, *a.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def chunk(sums, xs):
+    def chunk(carry, xs):
+        sums, for_kernel = carry
         hidden_s, hidden_t, at = xs
-        logits_s = project(hidden_s, student_kernel, config)
-        logits_t = jax.lax.stop_gradient(project(hidden_t, teacher_kernel, config))
-        log_s = jax.nn.log_softmax(logits_s / temperature)
-        log_t = jax.nn.log_softmax(logits_t / temperature)
-        kl = temperature**2 * jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1)
+        logits_s, logits_t = project(hidden_s, student_kernel, config), project(hidden_t, teacher_kernel, config)
+        log_s, log_t = (jax.nn.log_softmax(logits / temperature) for logits in (logits_s, logits_t))
+        # A comparison, not an index: the vocabulary may be split over devices.
+        label = at.labels[..., None] == jnp.arange(logits_s.shape[-1])
 
         def cross_entropy(logits):
-            picked = jnp.take_along_axis(logits, at.labels[..., None], axis=-1)[..., 0]
-            return jax.nn.logsumexp(logits, axis=-1) - picked
+            return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(label, logits, 0), axis=-1)
 
         def total(values, mask):
             return jnp.sum(jnp.where(mask, values, 0))
 
-        return LogitSums(
-            sums.kl + total(kl, at.valid),
+        sums = LogitSums(
+            sums.kl + temperature**2 * total(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1), at.valid),
             sums.ce + total(cross_entropy(logits_s), at.has_next),
             sums.teacher_ce + total(cross_entropy(logits_t), at.has_next),
             sums.agree + total(jnp.argmax(logits_s, -1) == jnp.argmax(logits_t, -1), at.valid),
-        ), None
+        )
+        if weights is None:
+            return (sums, for_kernel), ()
+        kl = temperature * weights.kl * at.valid[..., None]
+        ce = weights.ce * at.has_next[..., None]
+        slope = kl * (jnp.exp(log_s) - jnp.exp(log_t)) + ce * (jax.nn.softmax(logits_s) - label)
+        slope = slope.astype(config.dtype)
+        multiply = functools.partial(jnp.einsum, precision=precision(config.dtype), preferred_element_type=jnp.float32)
+        for_hidden = multiply("btv,dv->btd", slope, student_kernel).astype(hidden_s.dtype)
+        for_kernel = for_kernel + multiply("btd,btv->dv", hidden_s.astype(config.dtype), slope)
+        return (sums, for_kernel), for_hidden
 
-    zero = LogitSums(*(jnp.zeros((), jnp.float32),) * 4)
-    return jax.lax.scan(chunk, zero, jax.tree.map(split, rows))[0]
-
-
-def distillation_loss(sums: LogitSums, tokens, next_tokens, sequences, config: Stage3Config) -> Array:
-    """CE + lambda KL (paper, equations 5 and 6); the authors' code sums the KL over a sequence."""
-    kl = sums.kl / (tokens if config.kl_reduction == "token_mean" else sequences)
-    return config.ce_weight * sums.ce / jnp.maximum(next_tokens, 1) + config.kl_weight * kl
+    sums = LogitSums(*(jnp.zeros((), jnp.float32),) * 4)
+    for_kernel: Any = () if weights is None else jnp.zeros(student_kernel.shape, jnp.float32)
+    (sums, for_kernel), for_hidden = jax.lax.scan(chunk, (sums, for_kernel), jax.tree.map(split, rows))
+    if weights is None:
+        return sums, (), ()
+    return sums, (jnp.moveaxis(jnp.asarray(for_hidden), 0, 1).reshape(rows[0].shape),), (for_kernel,)

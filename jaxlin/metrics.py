@@ -10,11 +10,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from jaxlin import processes
+
 
 class MetricsLog:
-    """Appends to metrics.jsonl and TensorBoard; what is there from after `step` (a killed run's) is dropped."""
+    """Appends to metrics.jsonl and TensorBoard; what is there from after `step` (a killed run's) is dropped.
+
+    Of several processes the first writes.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
+        self._writes = processes.is_first()
+        if not self._writes:
+            return
         self._path = folder / "metrics.jsonl"
         if self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
@@ -25,6 +33,8 @@ class MetricsLog:
 
     def write(self, step: int, stage: int, values: dict[str, Any]) -> None:
         """One line of numbers and lists of numbers, at the run's step `step`."""
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step, "stage": stage, **values}) + "\n")
         for name, value in values.items():
             items = enumerate(value) if isinstance(value, list) else [(None, value)]
@@ -34,8 +44,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
 
 def progress_bar(console: Console) -> Progress:
@@ -49,5 +60,5 @@ def progress_bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[numbers]}"),
         console=console,
-        disable=not console.is_terminal,
+        disable=console.quiet or not console.is_terminal,
     )

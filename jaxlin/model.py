@@ -14,6 +14,13 @@ from jaxlin.mixers import MIXERS
 from jaxlin.mixers.common import Dense, RMSNorm, partitioned, positions_in_segments, precision
 from jaxlin.sharding import by_rows
 
+# What a period of blocks keeps of its forward pass for the backward one, by `RunConfig.remat`; its input always.
+KEPT = {
+    "block": None,
+    "states": jax.checkpoint_policies.save_only_these_names("chunk_states", "recurrence_outputs"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
 
 class Output(NamedTuple):
     """What a forward pass gives.
@@ -126,7 +133,9 @@ class LanguageModel(nn.Module):
             embedding_init=partitioned(nn.initializers.normal(0.02), ("vocab", "embed")),
             name="embed_tokens",
         )
-        body = nn.remat(Period, prevent_cse=False) if self.remat == "block" else Period
+        body = Period
+        if self.remat != "none":
+            body = nn.remat(Period, prevent_cse=False, policy=KEPT[self.remat])
         layers = nn.scan(
             body,
             variable_axes={"params": 0, "intermediates": 0},

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
@@ -335,7 +336,9 @@ def _sharded(function: Callable, arrays: dict, state: Any, options: dict, chunk_
     arrays = {name: x for name, x in arrays.items() if x is not None}
 
     def local(arrays, state):
-        return function(arrays | absent, state, options, chunk_size)
+        o, state = function(arrays | absent, state, options, chunk_size)
+        # With it, who keeps "chunk_states" for the backward pass need not run the op again to go on from its output.
+        return checkpoint_name(o, "recurrence_outputs"), state
 
     if mesh is None:
         return local(arrays, state)

@@ -5,6 +5,7 @@ Nothing here holds numbers: the trainer places what it makes by these, and a pla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import optax
 from flax import linen as nn
 
 from jaxlin import sharding
-from jaxlin.config import ModelConfig, StageConfig, UserError
+from jaxlin.config import MeshConfig, ModelConfig, StageConfig, UserError
 from jaxlin.student import abstract_params
 
 
@@ -29,11 +30,19 @@ def parameters(config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def optimizer_state(optimizer: optax.GradientTransformation, trained: Any, mesh: jax.sharding.Mesh) -> Any:
     """The optimizer's state for placed parameters: moments live with their parameters, counters everywhere."""
+
+    def absent(a: Any) -> bool:  # the moments of a parameter that another part of the optimizer moves
+        return isinstance(a, optax.MaskedNode)
+
+    def with_parameter(a: Any, parameter: Any) -> Any:
+        return a if absent(a) else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parameter.sharding)
+
     return optax.tree.map_params(
         optimizer,
-        lambda a, parameter: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=parameter.sharding),
+        with_parameter,
         jax.eval_shape(optimizer.init, trained),
         trained,
+        is_leaf=absent,
         transform_non_params=lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
     )
 
@@ -45,14 +54,33 @@ def batch(stage: StageConfig, seq_len: int, mesh: jax.sharding.Mesh) -> dict[str
     return {"tokens": array, "segment_ids": array}
 
 
+def make_mesh(
+    config: MeshConfig,
+    models: Sequence[ModelConfig],
+    stages: dict[int, StageConfig],
+    devices: Sequence[Any] | None = None,
+) -> jax.sharding.Mesh:
+    """The mesh over `devices` (default: all), for these models and stages. No parameter need exist.
+
+    Raises UserError for heads, widths, vocabularies and batches that the mesh does not divide.
+    """
+    devices = jax.devices() if devices is None else devices
+    sharding.require_divides((abstract_params(model) for model in models), config, len(devices))
+    mesh = sharding.make_mesh(config, devices)
+    check_batches(stages, mesh)
+    return mesh
+
+
 def check_batches(stages: dict[int, StageConfig], mesh: jax.sharding.Mesh) -> None:
     """Refuse batches that accumulation and the mesh do not divide."""
     shards = sharding.batch_shards(mesh)
     for n, stage in stages.items():
-        if stage.batch_size % (stage.accumulation * shards):
+        unit = stage.accumulation * shards
+        if stage.batch_size % unit:
+            below = stage.batch_size // unit * unit
             raise UserError(
-                f"--stage{n}.batch-size {stage.batch_size}: must be a multiple of accumulation x data x fsdp "
-                f"= {stage.accumulation * shards}"
+                f"--stage{n}.batch-size {stage.batch_size}: must be a multiple of accumulation x data x fsdp = {unit}: "
+                f"use {f'{below} or ' if below else ''}{below + unit}"
             )
 
 

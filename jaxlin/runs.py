@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxlin import convert
+from jaxlin import convert, processes
 from jaxlin.checkpoint import load_params
 from jaxlin.config import ModelConfig, RunConfig, UserError
 from jaxlin.model import init_params
@@ -26,7 +26,9 @@ from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params, student_config
 
 # Settings that may differ when a run is continued: they change no number of it.
-FREE = ("run_dir", "stage", "log_every", "save_every", "keep", "milestone_tokens", "mesh", "plan")
+FREE = (
+    "run_dir", "stage", "log_every", "save_every", "keep", "milestone_tokens", "mesh", "distributed", "plan", "profile",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,14 @@ class Teacher:
     config: ModelConfig
     params: Any
     tokenizer: Any
+
+
+def teacher_config(run: RunConfig) -> ModelConfig:
+    """The architecture of the run's teacher, whose parameters are not looked at; see `load_teacher`."""
+    if run.teacher_config is None and run.teacher == "random":
+        raise UserError("--teacher random: the config file gives no teacher_config to draw it from")
+    config = run.teacher_config or convert.load_config(run.teacher)
+    return replace(config, dtype=run.dtype)
 
 
 def load_teacher(run: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Teacher:
@@ -56,9 +66,7 @@ def load_teacher(run: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Teach
 
 
 def _random_teacher(run: RunConfig, mesh: jax.sharding.Mesh | None) -> Teacher:
-    if run.teacher_config is None:
-        raise UserError("--teacher random: the config file gives no teacher_config to draw it from")
-    config = replace(run.teacher_config, dtype=run.dtype)
+    config = teacher_config(run)
     abstract = abstract_params(config)
     out = None if mesh is None else param_shardings(abstract, mesh)
 
@@ -157,7 +165,9 @@ def new_run(run: RunConfig, teacher: ModelConfig) -> Run:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. Of several processes the first writes."""
+    if not processes.is_first():
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")

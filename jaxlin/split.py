@@ -1,4 +1,4 @@
-"""Which documents train, which are held out, and which process reads which."""
+"""Which documents train, and which are held out."""
 
 from __future__ import annotations
 
@@ -64,17 +64,6 @@ def split(corpus: Corpus, fraction: float) -> tuple[Corpus, Iterator[Document]]:
     return training, (corpus[int(place)] for place in places)
 
 
-def share(corpus: Corpus, index: int, count: int) -> Corpus:
-    """What process `index` of `count` reads: every count-th document, or whole shards if there are enough."""
-    if count == 1:
-        return corpus
-    if not isinstance(corpus, list):
-        return _View(corpus, len(range(index, len(corpus), count)), functools.partial(_nth_of_process, index, count))
-    if len(corpus) >= count:
-        return corpus[index::count]
-    return [Shard(s.name, functools.partial(_read_every, s.read, index, count)) for s in corpus]
-
-
 def documents(corpus: Corpus) -> Iterator[Document]:
     """Every document once, in order."""
     if isinstance(corpus, list):
@@ -86,14 +75,6 @@ def _nth_training(period: int, number: int) -> int:
     return number + number // (period - 1) + 1
 
 
-def _nth_of_process(index: int, count: int, number: int) -> int:
-    return index + number * count
-
-
 def _read_training(read: Callable[[int], Iterator[Document]], period: int, start: int) -> Iterator[Document]:
     first = _nth_training(period, start)
     return (document for place, document in enumerate(read(first), first) if place % period)
-
-
-def _read_every(read: Callable[[int], Iterator[Document]], index: int, count: int, start: int) -> Iterator[Document]:
-    return itertools.islice(read(_nth_of_process(index, count, start)), 0, None, count)

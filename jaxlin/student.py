@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ def student_config(run: RunConfig, teacher: ModelConfig) -> ModelConfig:
     return student
 
 
+@functools.lru_cache
 def abstract_params(config: ModelConfig) -> Any:
     """Shapes of a model's parameters, boxed with their logical axes."""
     tokens = jnp.zeros((1, 1), jnp.int32)

@@ -12,7 +12,9 @@ import optax
 
 from jaxlin.config import ModelConfig, StageConfig
 from jaxlin.distill import counts, gradient_function, merge, trained_part
+from jaxlin.optimizer import Guarded
 from jaxlin.placement import homes
+from jaxlin.sharding import on_every_device
 
 
 def make_loss(stage: StageConfig, student: ModelConfig, teacher: ModelConfig) -> Callable[..., jax.Array]:
@@ -22,7 +24,8 @@ def make_loss(stage: StageConfig, student: ModelConfig, teacher: ModelConfig) ->
     @jax.jit
     def loss(params, teacher_params, batch):
         # The compiler leaves out what nobody uses: the gradients.
-        return gradients(trained_part(params, stage), params, teacher_params, batch, counts(batch))[1]["loss"]
+        found = gradients(trained_part(params, stage), params, teacher_params, batch, counts(batch))[1]["loss"]
+        return on_every_device(found)
 
     return loss
 
@@ -36,6 +39,7 @@ def make_step(
     `placed` (see `placement`) says where the new params and opt_state live; without it the compiler decides.
     """
     gradients = gradient_function(stage, student, teacher, remat)
+    update = optax.with_extra_args_support(optimizer).update
     options: dict[str, Any] = {} if placed is None else dict(out_shardings=(*homes(placed), None))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), **options)
@@ -49,8 +53,10 @@ def make_step(
         found, metrics = micro(0)
         for i in range(1, stage.accumulation):
             found, metrics = jax.tree.map(jnp.add, (found, metrics), micro(i))
-        updates, opt_state = optimizer.update(found, opt_state, trained)
+        updates, opt_state = update(found, opt_state, trained, loss=metrics["loss"])
         metrics["gradient_norm"] = optax.tree.norm(found)
-        return merge(params, optax.apply_updates(trained, updates)), opt_state, metrics
+        if isinstance(opt_state, Guarded):
+            metrics |= {"skipped": opt_state.skipped, "skipped_in_a_row": opt_state.in_a_row}
+        return merge(params, optax.apply_updates(trained, updates)), opt_state, on_every_device(metrics)
 
     return step

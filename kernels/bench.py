@@ -80,7 +80,7 @@ class Job:
 
     def run(self, settings: Bench, until: float) -> tuple[dict[str, Any], str]:
         """(the row, all that its process printed)."""
-        row = dict(op=self.op, shape=self.shape, implementation=self.implementation, failed={})
+        row: dict[str, Any] = dict(op=self.op, shape=self.shape, implementation=self.implementation, failed={})
         start = time.monotonic()
         if until <= start:
             return row | dict(failed=dict(row="not started before the deadline")), ""
@@ -88,7 +88,7 @@ class Job:
         good, output = child([self.op, self.shape, self.implementation, str(limit)], self, until - start)
         row = (last_row(output) or row) | dict(seconds=round(time.monotonic() - start, 1))
         if not good:
-            row["failed"] = row["failed"] | dict(row=why(output))
+            row["failed"] = {**row["failed"], "row": why(output)}
         return row, output
 
 
@@ -220,6 +220,6 @@ def main(settings: Bench) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from jaxlin.config import parse, run_main
+    from jaxlin.command_line import parse, run_main
 
     run_main(lambda: main(parse(Bench)))

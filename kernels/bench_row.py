@@ -33,7 +33,7 @@ class JaxCalls:
     def __init__(self, op: str, implementation: str, args: dict[str, Array], cotangent: Array):
         run = bench_ops.function(op, implementation)
         passes = dict(forward=lambda args, _: dict(o=run(**args)), both=bench_ops.forward_and_backward(op, run))
-        self.passes = {name: jax.jit(function) for name, function in passes.items()}
+        self.passes: dict[str, Any] = {name: jax.jit(function) for name, function in passes.items()}
         self.args, self.cotangent = args, cotangent
 
     def prepare(self, name: str) -> None:
@@ -54,7 +54,7 @@ class StepCalls(JaxCalls):
     """One decoded token through all layers, in one program that is given their states to overwrite."""
 
     def __init__(self, op: str, implementation: str, args: dict[str, Array], states: list):
-        self.program = jax.jit(bench_ops.walk(op, implementation), donate_argnums=0)
+        self.program: Any = jax.jit(bench_ops.walk(op, implementation), donate_argnums=0)
         self.args, self.states = args, states
 
     def prepare(self, name: str) -> None:
@@ -227,4 +227,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "roofs":
         roofs(float(sys.argv[2]))
     else:
-        (measure_step if sys.argv[2].startswith("step:") else measure)(*sys.argv[1:4], float(sys.argv[4]))
+        op, shape, implementation, limit = sys.argv[1:]
+        (measure_step if shape.startswith("step:") else measure)(op, shape, implementation, float(limit))

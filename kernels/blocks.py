@@ -30,6 +30,8 @@ TOKENS = 4096
 """Tokens times heads of a block, at most, if one head of one sequence has no more."""
 TIME, STATE, SAVED = (0, 2), (0, 1), (1, 2)
 """Axes of batch and heads, in arrays over time, in states, and in what is saved."""
+V = 2
+"""Where v is among the inputs (q, k, v, ...). The first output has its shape."""
 
 
 class Walk(NamedTuple):
@@ -60,14 +62,16 @@ def recurrence(forward: Callable, backward: Callable) -> Callable:
     def run_forward(walk, inputs, state, segment_ids):
         function = functools.partial(forward_whole, walk)
         arguments, axes = (inputs, state, segment_ids), (TIME, STATE, TIME)
-        outputs, final, (states, rest) = _by_block(walk, inputs, function, arguments, axes, (TIME, STATE, SAVED))
+        outputs, final, (states, rest) = _by_block(walk, inputs, function, arguments, axes, (TIME, STATE, SAVED), {})
         states = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), states)
         return (outputs, final), (inputs, (states, rest), segment_ids)
 
     def run_backward(walk, residuals, cotangents):
         function = functools.partial(backward_whole, walk)
         arguments, axes = (*residuals, *cotangents), (TIME, SAVED, TIME, TIME, STATE)
-        return (*_by_block(walk, residuals[0], function, arguments, axes, (TIME, STATE)), None)
+        # v's gradient goes over the output's: the page faults of new memory cost a CPU more than what is written to it.
+        over = {V: len(jax.tree.leaves(residuals))}
+        return (*_by_block(walk, residuals[0], function, arguments, axes, (TIME, STATE), over), None)
 
     run.defvjp(run_forward, run_backward)
     return run
@@ -85,10 +89,13 @@ def _from_chunks(arrays: Any, time: int) -> Any:
     return jax.tree.map(lambda x: chunk.from_chunks(x, time), arrays)
 
 
-def _by_block(walk: Walk, inputs: Any, function: Callable, arguments: tuple, axes: tuple, out_axes: tuple) -> tuple:
+def _by_block(
+    walk: Walk, inputs: Any, function: Callable, arguments: tuple, axes: tuple, out_axes: tuple, over: dict[int, int]
+) -> tuple:
     """function(*arguments), for blocks of the batch and of the heads where the walk says so.
 
-    `axes` and `out_axes` say where an argument and a result have batch and heads.
+    `axes` and `out_axes` say where an argument and a result have batch and heads. With over[m] = n, the m-th array of
+    the results is written over the n-th of the arguments, if they are alike; a block reads its part first.
     """
     batch, time, heads = inputs[0].shape[:3]
     rows = _largest_divisor(batch, TOKENS // time) if walk.by_block else batch
@@ -96,18 +103,25 @@ def _by_block(walk: Walk, inputs: Any, function: Callable, arguments: tuple, axe
     if grid == (1, 1):
         return function(*arguments)
 
+    arrays, places, arguments_tree = _flatten(arguments, axes)
+    shapes, out_places, results_tree = _flatten(jax.eval_shape(function, *arguments), out_axes)
+    over = {m: n for m, n in over.items() if (arrays[n].shape, arrays[n].dtype) == (shapes[m].shape, shapes[m].dtype)}
+
     def step(index, totals):
         block = index // grid[1], index % grid[1]
-        parts = function(*(
-            jax.tree.map(lambda x, a=a: _take(x, grid, block, a), tree) for tree, a in zip(arguments, axes, strict=True)
-        ))  # fmt: skip
-        return tuple(
-            jax.tree.map(lambda x, y, a=a: _put(x, y, grid, block, a), total, part)
-            for total, part, a in zip(totals, parts, out_axes, strict=True)
-        )
+        now = dict(enumerate(arrays)) | {n: totals[m] for m, n in over.items()}
+        parts = function(*arguments_tree.unflatten(_take(now[n], grid, block, a) for n, a in enumerate(places)))
+        parts = jax.tree.leaves(parts)
+        return [_put(x, y, grid, block, a) for x, y, a in zip(totals, parts, out_places, strict=True)]
 
-    totals = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments))
-    return lax.fori_loop(0, grid[0] * grid[1], step, totals)
+    totals = [arrays[over[m]] if m in over else jnp.zeros(x.shape, x.dtype) for m, x in enumerate(shapes)]
+    return results_tree.unflatten(lax.fori_loop(0, grid[0] * grid[1], step, totals))
+
+
+def _flatten(trees: tuple, axes: tuple) -> tuple[list, list, Any]:
+    """The arrays of `trees`, the axes of each, and the structure; axes[n] are those of trees[n]."""
+    arrays, structure = jax.tree.flatten(trees)
+    return arrays, [a for tree, a in zip(trees, axes, strict=True) for _ in jax.tree.leaves(tree)], structure
 
 
 def _largest_divisor(n: int, limit: int) -> int:

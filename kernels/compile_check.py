@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlin import config, ops, sharding
+from jaxlin import command_line, config, ops, sharding
 from jaxlin.kernels import hlo_tpu_traffic as hlo
 from jaxlin.kernels import topology
 
@@ -216,4 +216,4 @@ def _report(program: Program, limit: float, shards: int) -> Report:
 
 
 if __name__ == "__main__":
-    config.run_main(lambda: sys.exit(1 if main(config.parse(Settings)) else 0))
+    command_line.run_main(lambda: sys.exit(1 if main(command_line.parse(Settings)) else 0))

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 from jaxlin.kernels import tile_tpu_layout as tiles
 from jaxlin.kernels.gated_linear_attention_tpu_fwd import Inputs, Options, denominator
-from jaxlin.kernels.mlstm_tpu_stabilizer import with_gates
+from jaxlin.kernels.mlstm_tpu_stabilizer import with_stabilizer
 from jaxlin.kernels.tile_tpu_algebra import (
     NT,
     TN,
@@ -61,7 +61,7 @@ def backward(
         outputs["dz"] = ("normalizer", None)
         scratch["dz"] = (n.packs, 1, n.key_lanes)
     if x.m is not None:
-        scratch |= tiles.gate_scratch(layout)
+        scratch |= tiles.stabilizer_scratch(layout)
     kernel = functools.partial(_kernel, layout, options)
     return tiles.call(kernel, layout, "gated_linear_attention_backward", inputs, outputs, scratch, reverse=True)
 
@@ -98,7 +98,7 @@ def _pack(
 ) -> None:  # fmt: skip
     dtype, scale = layout.dtype, options.scale
     if "before" in x:
-        x = with_gates(segments, x, tiles.read_row(x["before"], p), scratch, p)
+        x = with_stabilizer(layout, segments, x, tiles.read_row(x["before"], p), scratch, p)
     q, k = (tile.stacked(x[name], p, layout.key) for name in "qk")
     v, do = (tile.stacked(x[name], p, layout.value) for name in ("v", "do"))
     s, ds = tiles.expand(x["states"][0, 0, 0, p], layout), scratch["ds"][p]

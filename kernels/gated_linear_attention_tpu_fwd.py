@@ -17,7 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import tile_tpu_layout as tiles
-from jaxlin.kernels.mlstm_tpu_stabilizer import previous, with_gates
+from jaxlin.kernels.mlstm_tpu_stabilizer import previous, with_stabilizer
 from jaxlin.kernels.tile_tpu_algebra import (
     NN,
     Masks,
@@ -79,7 +79,7 @@ def forward(layout: Layout, options: Options, x: Inputs, s: Array, z: Array | No
             outputs["normalizers"] = ("normalizers", None)
     if x.m is not None:
         outputs["m_end"] = ("row", None)
-        scratch |= tiles.gate_scratch(layout) | dict(m_end=(n.packs, 1, tiles.ROWS))
+        scratch |= tiles.stabilizer_scratch(layout) | dict(m_end=(n.packs, 1, tiles.ROWS))
         if save:
             outputs["before"] = ("rows", None)
     kernel = functools.partial(_kernel, layout, options)
@@ -122,7 +122,7 @@ def _pack(
     if "m0" in x:
         log_f, i = (tiles.read_row(x[name], p) for name in ("log_f", "i"))
         before, scratch["m_end"][p] = previous(layout, masks, segments, log_f, i, scratch["m_end"][p])
-        x = with_gates(segments, x, before, scratch, p)
+        x = with_stabilizer(layout, segments, x, before, scratch, p)
         if "before" in out:
             tiles.write_row(out["before"], p, before)
     q, k = (tile.stacked(x[name], p, layout.key) for name in "qk")

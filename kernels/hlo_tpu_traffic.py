@@ -35,6 +35,11 @@ def pallas_calls(jaxpr: Any) -> Iterator[Any]:
             yield from pallas_calls(sub)
 
 
+def call_name(call: Any) -> str:
+    """A Pallas call's name."""
+    return call.params["name"] if "name" in call.params else call.params["name_and_src_info"].name
+
+
 def block_bytes(call: Any) -> int:
     """HBM bytes of all blocks fetched or written over the grid: those whose index differs from the step before."""
     mapping = call.params["grid_mapping"]
@@ -129,7 +134,7 @@ def entry(text: str) -> tuple[list[Kernel], list[Around]]:
     lines = text[text.index("\nENTRY ") :].splitlines()[2:]
     for match in filter(None, map(SCHEDULED.match, lines)):
         name, shape, op, rest = match.groups()
-        written[name] = _hbm_bytes(shape)
+        written[name] = shape_bytes(shape)
         if 'custom_call_target="tpu_custom_call"' in rest:
             kernels.append(Kernel(name, _vmem(rest)))
         elif op not in FREE and not op.endswith(("-start", "-done")) and "ConcatBitcast" not in rest:
@@ -142,8 +147,13 @@ def entry(text: str) -> tuple[list[Kernel], list[Around]]:
 
 def kernel_names(text: str) -> list[str]:
     """The Pallas kernels of a whole compiled program, loops included: one name for each call."""
-    calls = (line for line in text.splitlines() if 'custom_call_target="tpu_custom_call"' in line)
-    return [re.sub(r"[.\d]+$", "", line.split(" = ")[0].split("%")[-1]) for line in calls]
+    calls = (line for line in text.splitlines() if re.search('custom_call_target="(tpu_custom_call|mosaic_gpu)', line))
+    return [plain_name(line.split(" = ")[0].split("%")[-1]) for line in calls]
+
+
+def plain_name(name: str) -> str:
+    """An instruction's name without its number: a Pallas call's own."""
+    return re.sub(r"[.\d]+$", "", name.lstrip("%"))
 
 
 def _vmem(custom_call: str) -> int:
@@ -151,11 +161,11 @@ def _vmem(custom_call: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _hbm_bytes(shape: str) -> int:
-    """Bytes of an HLO shape, or a tuple of them, that live in HBM: memory space S(1) is VMEM."""
+def shape_bytes(shape: str, everywhere: bool = False) -> int:
+    """Bytes of an HLO shape, or a tuple of them, that live in HBM: memory space S(1) is VMEM; or `everywhere`."""
     total = 0
     for dtype, sizes, layout in SHAPE.findall(shape):
-        if "S(" not in layout:
+        if everywhere or "S(" not in layout:
             bits = BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 0)
             total += math.prod(int(n) for n in sizes.split(",") if n) * bits // 8
     return total

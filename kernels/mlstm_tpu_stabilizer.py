@@ -4,7 +4,7 @@
 
 Each sum is of just its own terms (a product of triangles, see tile_tpu_gates.py), so m is as exact as the
 recurrence's. At a new segment m_{t-1} is 0, as in `mlstm.stabilizer`; padding hands m on. The forward kernel saves
-m_{t-1}, from which both kernels make m_t and the gates in its units.
+m_{t-1}, from which both kernels make m_t.
 """
 
 from __future__ import annotations
@@ -44,13 +44,11 @@ def previous(
     return before, halves(ends, (1, ROWS))
 
 
-def with_gates(segments: Segments | None, x: dict, before: Array, rows: dict, p: Any) -> dict:
-    """The refs `x` with g = log f + m_{t-1} - m_t, w = i - m_t and m_t of pack p, which are made in the refs `rows`."""
-    log_f, i = read_row(x["log_f"], p) + before, read_row(x["i"], p)
-    m = jnp.maximum(log_f, i)
-    gates = dict(g=log_f - m, w=i - m)
-    if segments is not None:
-        gates = {name: jnp.where(segments.tokens, row, 0.0) for name, row in gates.items()}
-    for name, row in (gates | dict(m=m)).items():
+def with_stabilizer(layout: Layout, segments: Segments | None, x: dict, before: Array, rows: dict, p: Any) -> dict:
+    """The refs `x` with log f and i as the gates g and w, and m_t and m before the chunk of pack p, made in `rows`."""
+    m = jnp.maximum(read_row(x["log_f"], p) + before, read_row(x["i"], p))
+    m = m if segments is None else jnp.where(segments.tokens, m, before)
+    firsts = [before[:, h * layout.chunk : h * layout.chunk + 1] for h in range(layout.pack)]
+    for name, row in dict(m=m, start=halves(firsts, (1, ROWS))).items():
         write_row(rows[name], p, row)
-    return x | {name: rows[name] for name in "gwm"}
+    return x | dict(g=x["log_f"], w=x["i"]) | {name: rows[name] for name in ("m", "start")}

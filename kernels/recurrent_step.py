@@ -37,7 +37,8 @@ Step = Callable[[float, Token, Array, Any], tuple[Array, Array, Any]]
 def compose(core: Callable, scale: float, x: Token, s: Array, z: Array | None) -> tuple[Array, Array, Any]:
     """A `Step` around `core`: `definition` or a kernel with its arguments, which is what touches S."""
     dtype, heads = x.v.dtype, x.v.shape[1]
-    q, k, v, g, beta, w, _ = (None if a is None else a.astype(jnp.float32) for a in x)
+    q, k, v = (a.astype(jnp.float32) for a in (x.q, x.k, x.v))
+    g, beta, w = (None if a is None else a.astype(jnp.float32) for a in (x.g, x.beta, x.w))
     if w is not None or z is not None:
         q, k = (per_value_head(a, heads) for a in (q, k))
     if w is not None:
@@ -116,8 +117,9 @@ def mlstm(
 
 def _token(segment_ids: Array | None, **arrays: Array | None) -> Token:
     """Arrays [B, 1, ...], or a constant g, with zeros in padding."""
-    masked = dict(zip(arrays, chunk.mask_padding(segment_ids, *arrays.values()), strict=True))
-    return Token(**{n: x if x is None or x.ndim == 1 else x[:, 0] for n, x in masked.items()})
+    masked: dict[str, Any] = dict(zip(arrays, chunk.mask_padding(segment_ids, *arrays.values()), strict=True))
+    first: dict[str, Any] = {n: x if x is None or x.ndim == 1 else x[:, 0] for n, x in masked.items()}
+    return Token(**first)
 
 
 def _zeros(q: Array, v: Array) -> Array:

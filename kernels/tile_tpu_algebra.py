@@ -1,8 +1,9 @@
 """The algebra of one stacked tile (see tile_tpu_layout.py): products, masks, the triangular inverse.
 
-Precision. float32 tiles are multiplied at `Precision.HIGHEST`. With bfloat16 inputs, an operand that is bfloat16
-already is exact; a float32 one is split into bfloat16 pieces: one where it meets the state, two (16 bits, as in bf16x3)
-inside a chunk. The split is written out, since some releases of Mosaic know only one pass and six.
+Precision. float32 tiles are multiplied at `Precision.HIGHEST`, q k^T and k k^T as three bfloat16 pieces each. With
+bfloat16 inputs, an operand that is bfloat16 already is exact; a float32 one is split into bfloat16 pieces: one where it
+meets the state, two (16 bits, as in bf16x3) inside a chunk. The split is written out, since some releases of Mosaic
+know only one pass and six.
 """
 
 from __future__ import annotations
@@ -22,7 +23,19 @@ def product(x: Array, y: Array, axes: tuple[int, int], dtype: Any, exact: bool =
     """x y contracted over `axes`, in float32; float32 operands of a bfloat16 problem as one or (`exact`) two pieces."""
     if dtype == jnp.float32:
         return _dot(x, y, axes, lax.Precision.HIGHEST)
-    count = 2 if exact else 1
+    return _by_pieces(x, y, axes, 2 if exact else 1)
+
+
+def inner_products(x: Array, y: Array, dtype: Any) -> Array:
+    """x y^T, of rows that may be nearly orthogonal: in a float32 problem more exact than a sum in float32.
+
+    The six passes are as many as `HIGHEST` takes, but each is summed by itself. The large one adds products of 16 bits,
+    which a float32 sum hardly rounds, so that what cancels in it does; in the others there is little to round.
+    """
+    return _by_pieces(x, y, NT, 3 if dtype == jnp.float32 else 1)
+
+
+def _by_pieces(x: Array, y: Array, axes: tuple[int, int], count: int) -> Array:
     terms = [
         _dot(a, b, axes, lax.Precision.DEFAULT)
         for i, a in enumerate(pieces(x, count))
@@ -57,12 +70,13 @@ def _ones(mask: Array) -> Array:
 
 
 def pieces(x: Array, count: int) -> list[Array]:
-    """x as a sum of bfloat16s, by cutting the mantissa; one piece is rounded instead."""
+    """x as a sum of bfloat16s, each of them what is left, rounded: in its bits, as XLA drops casts to and fro."""
     if x.dtype == jnp.bfloat16:
         return [x]
     if count == 1:
         return [x.astype(jnp.bfloat16)]
-    high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536), jnp.float32)
+    bits = (lax.bitcast_convert_type(x, jnp.int32) + jnp.int32(0x8000)) & jnp.int32(-0x10000)
+    high = lax.bitcast_convert_type(bits, jnp.float32)
     return [high.astype(jnp.bfloat16), *pieces(x - high, count - 1)]
 
 

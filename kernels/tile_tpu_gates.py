@@ -24,6 +24,7 @@ from jaxlin.kernels.tile_tpu_algebra import (
     Masks,
     Segments,
     column_sum,
+    inner_products,
     product,
     row_sum,
     sums_after,
@@ -43,9 +44,13 @@ class HeadGate:
     keep_row: Array  # [1, pack * K] the same
 
     def __init__(
-        self, layout: Layout, masks: Masks, segments: Segments | None, g: Array | None, w: Array | None
-    ) -> None:
-        """g, w: log decays and log input gates [1, 128] of a pack."""
+        self, layout: Layout, masks: Masks, segments: Segments | None, g: Array | None, w: Array | None,
+        m: Array | None, start: Array | None,
+    ) -> None:  # fmt: skip
+        """Of a pack [1, 128]: log decays g, log input gates w; with m (and m before the chunk) in units of e^m.
+
+        m_i is taken off w_j and not off the gates between them, where its rounding would add up.
+        """
         self.layout, self.masks = layout, masks
         zero = jnp.zeros((ROWS, 1), jnp.float32)
         log_pair, log_enter, log_leave = jnp.zeros((ROWS, ROWS), jnp.float32), zero, zero
@@ -53,7 +58,14 @@ class HeadGate:
             upto = jnp.where(masks.upto, g, 0.0)
             log_pair, log_enter = sums_after(upto, masks.before, layout.dtype), row_sum(upto)
             log_leave = row_sum(jnp.where(masks.after, g, 0.0))
-        if w is not None:
+        if m is not None:
+            assert w is not None and start is not None  # they come together
+            unit = to_column(m, masks)
+            ends = [m[:, (h + 1) * layout.chunk - 1 : (h + 1) * layout.chunk] for h in range(layout.pack)]
+            log_pair += w - unit
+            log_enter += to_column(start, masks) - unit
+            log_leave += to_column(w, masks) - halves(ends, (ROWS, 1))
+        elif w is not None:
             log_pair, log_leave = log_pair + w, log_leave + to_column(w, masks)
         self.pair = jnp.where(masks.upto, jnp.exp(log_pair), 0.0)
         self.enter, self.leave = jnp.exp(log_enter), jnp.exp(log_leave)
@@ -66,7 +78,7 @@ class HeadGate:
 
     def scores(self, x: Array, k: Array) -> Array:
         """sum_k x_ik k_jk D_ij for j <= i, else 0."""
-        return product(x, k, NT, self.layout.dtype) * self.pair
+        return inner_products(x, k, self.layout.dtype) * self.pair
 
     def scores_vjp(self, d: Array, scores: Array, x: Array, k: Array) -> tuple[Array, Array, Array]:
         """dx, dk and what `gradient` wants of them, for a cotangent d of `scores`."""
@@ -211,10 +223,10 @@ class ChannelGate:
 def make_gate(
     layout: Layout, masks: Masks, segments: Segments | None, tile: Reader, x: dict, pack: Any
 ) -> HeadGate | ChannelGate:
-    """The decays of a pack, from the refs g (rows), g_channel (tokens) and w (rows), of which any may be absent."""
+    """The decays of a pack, from the refs g_channel (tokens) and g, w, m, start (rows), of which any may be absent."""
     if "g_channel" in x:
         return ChannelGate(layout, masks, segments, tile.tokens(x["g_channel"], pack, layout.key))
-    return HeadGate(layout, masks, segments, read_row(x.get("g"), pack), read_row(x.get("w"), pack))
+    return HeadGate(layout, masks, segments, *(read_row(x.get(name), pack) for name in ("g", "w", "m", "start")))
 
 
 def _eye(size: int) -> Array:

@@ -255,9 +255,9 @@ def shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
     )
 
 
-def gate_scratch(layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Room for the gates g and w and the stabiliser m of a chunk, shaped like a block of rows."""
-    return dict.fromkeys("gwm", (1, 1, 1, layout.packs, ROWS))
+def stabilizer_scratch(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Room for the stabiliser m of a chunk's tokens and of its start, shaped like a block of rows."""
+    return dict.fromkeys(("m", "start"), (1, 1, 1, layout.packs, ROWS))
 
 
 def interpreted() -> bool:

@@ -1,4 +1,4 @@
-"""TPUs that are not here: their published figures, and devices to compile for. `libtpu` is a compiler too."""
+"""Published figures of chips, and devices to compile for that are not here: `libtpu` is a compiler too."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ class Chip(NamedTuple):
     hbm_gb_per_s: float
     bf16_tflops: float
     hbm_gib: float
+    network_gb_per_s: float
+    """Out of one device, over all its links to others of the slice or the host."""
+    kind: str
+    """JAX's name of the device, or how it begins."""
 
 
-# cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}; a TPU7x chip is two devices.
+# cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}; a TPU7x chip is two devices. Networks are published both ways together.
 CHIPS = {
-    "v5e": Chip(819, 197, 16),
-    "v5p": Chip(2765, 459, 95),
-    "v6e": Chip(1640, 918, 32),
-    "tpu7x": Chip(7380 / 2, 2307 / 2, 192 / 2),
+    "v5e": Chip(819, 197, 16, 400 / 2, "TPU v5 lite"),
+    "v5p": Chip(2765, 459, 95, 1200 / 2, "TPU v5"),
+    "v6e": Chip(1640, 918, 32, 800 / 2, "TPU v6 lite"),
+    "tpu7x": Chip(7380 / 2, 2307 / 2, 192 / 2, 1200 / 2 / 2, "TPU7x"),
+}
+# nvidia.com's data sheets of the SXM modules, without sparsity. Other boards of these chips have other rates and names.
+GPUS = {
+    "h100": Chip(3350, 989, 80e9 / 2**30, 900 / 2, "NVIDIA H100 80GB HBM3"),
+    "h200": Chip(4800, 989, 141e9 / 2**30, 900 / 2, "NVIDIA H200"),
 }
 
 
@@ -32,6 +41,12 @@ def chip(topology: str) -> Chip:
     if name not in CHIPS:
         raise ValueError(f"{topology}: the chip must be one of {', '.join(CHIPS)}")
     return CHIPS[name]
+
+
+def chip_of(device: Any) -> Chip | None:
+    """The figures of a device that is here; None where they are not known, as for CPUs."""
+    known = [chip for chip in (*CHIPS.values(), *GPUS.values()) if device.device_kind.startswith(chip.kind)]
+    return max(known, key=lambda chip: len(chip.kind), default=None)
 
 
 def devices(topology: str) -> Any:

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlin.config import UserError, parse
+from jaxlin.command_line import parse
+from jaxlin.config import UserError
 from jaxlin.kernels import bench, bench_ops, bench_process, bench_report, bench_row
 from jaxlin.kernels.bench import Bench
 

@@ -48,3 +48,11 @@ def test_one_block_at_a_time(monkeypatch):
         return jax.jit(loss).lower(x).compile().memory_analysis().temp_size_in_bytes / heads
 
     assert temporary(8) < 0.5 * temporary(1)
+
+
+def test_gradient_of_v_takes_the_place_of_the_gradient_of_o(monkeypatch):
+    """Beside its results a gradient needs the output (or its gradient) and the states, here half as large: no third."""
+    monkeypatch.setattr(blocks, "TOKENS", 512)
+    x = [jax.random.normal(jax.random.key(n), (1, 512, 16, 32)) for n in range(3)]
+    loss = jax.grad(lambda x: jnp.sum(ops.gated_linear_attention(*x, implementation="chunked")[0] ** 2))
+    assert jax.jit(loss).lower(x).compile().memory_analysis().temp_size_in_bytes < 2 * x[0].nbytes

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxlin import runs
-from jaxlin.config import UserError, load_config_file, preset
+from jaxlin.command_line import load_config_file, preset
+from jaxlin.config import UserError
 from jaxlin.evaluation import compare as command
 from jaxlin.evaluation import comparison, paper, plots
 from jaxlin.evaluation.bootstrap import Series, interval, ranks, resample

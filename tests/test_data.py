@@ -1,8 +1,7 @@
-"""Text to batches: every kind of source, exact packing, shares, epochs, continuing, held-out text, errors."""
+"""Text to batches: every kind of source, exact packing, epochs, continuing, held-out text, errors."""
 
 import dataclasses
 import functools
-import itertools
 import json
 import random
 
@@ -13,7 +12,7 @@ from jaxlin import streams
 from jaxlin.config import DataConfig, UserError
 from jaxlin.data import Prepare, heldout_batches, prepare, train_batches
 from jaxlin.sources import PIECE_BYTES, Shard, open_text
-from jaxlin.split import documents, share, split
+from jaxlin.split import documents, split
 
 SEPARATOR = 0
 WORDS = [f"w{n}" for n in range(200)]
@@ -141,8 +140,8 @@ def take(batches, count):
     return {key: np.concatenate([batch[key] for batch in got]) for key in got[0]}
 
 
-def train(text, config, tokenizer, count, batch_size=4, seed=0, **share):
-    batches = train_batches([text], config, tokenizer, batch_size=batch_size, seed=seed, **share)
+def train(text, config, tokenizer, count, batch_size=4, seed=0):
+    batches = train_batches([text], config, tokenizer, batch_size=batch_size, seed=seed)
     got = take(batches, count)
     batches.close()
     return got
@@ -200,17 +199,12 @@ def test_without_separation_text_runs_on(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "parquet"])
-def test_processes_share_the_documents(kind, tmp_path, tokenizer):
+def test_a_document_trains_or_is_held_out(kind, tmp_path, tokenizer):
     text = write_source(kind, tmp_path, tokenizer)
-    corpus = open_text([text], "text", end_of_text=0, vocab_size=len(tokenizer))
-    training, heldout = split(corpus, 0.1)
-    shares = [list(documents(share(training, n, 3))) for n in range(3)]
-    assert all(shares)
-    assert sorted([*itertools.chain(*shares), *heldout]) == sorted(TEXTS)
-    both = [train(text, CONFIG, tokenizer, 12, process_index=n, process_count=2) for n in range(2)]
-    seen = [{document[0] for document in epochs(rows)[1:]} for rows in both]
-    assert not seen[0] & seen[1]
-    assert both[0]["tokens"].shape == (24, 16)
+    training, heldout = split(open_text([text], "text", end_of_text=0, vocab_size=len(tokenizer)), 0.1)
+    heldout = list(heldout)
+    assert len(heldout) == 9
+    assert sorted([*documents(training), *heldout]) == sorted(TEXTS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -358,8 +352,6 @@ def test_errors_are_one_clear_line(tmp_path, tokenizer):
         assert "\n" not in str(caught.value) and name.split("*")[0].split(":")[0] in str(caught.value)
     with pytest.raises(UserError, match="cannot be opened"):
         train_batches([f"hf:{tmp_path / 'absent'}"], CONFIG, tokenizer, batch_size=1, seed=0)
-    with pytest.raises(UserError, match="multiple of the 2 processes"):
-        train_batches([good], CONFIG, tokenizer, batch_size=3, seed=0, process_count=2)
     with pytest.raises(UserError, match="heldout-fraction 0"):
         heldout_batches([good], CONFIG, tokenizer, batch_size=3)
 

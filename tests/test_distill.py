@@ -11,9 +11,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from jaxlin import distill, losses
-from jaxlin.config import Stage1Config, Stage2Config, Stage3Config, preset
+from jaxlin.command_line import preset
+from jaxlin.config import Stage1Config, Stage2Config, Stage3Config
 from jaxlin.mixers.common import RMSNorm
-from jaxlin.model import LanguageModel, blocks, head_kernel
+from jaxlin.model import LanguageModel, blocks
 from jaxlin.optimizer import make_optimizer
 from jaxlin.train_step import make_step
 from tests.models import TEACHER, random_params, student_of
@@ -133,41 +134,13 @@ def test_loss_scales_of_the_presets():
     np.testing.assert_array_equal(distill.layer_weights(code.stage1, 4), [1] * 4)
     np.testing.assert_array_equal(distill.layer_weights(replace(paper.stage1, layers=(1, 3)), 4), [0, 0.5, 0, 0.5])
     # Equation 6 averages the KL over tokens; the code sums it over the 512 tokens of a sequence: lambda is 512.
-    sums = losses.LogitSums(
-        kl=jnp.float32(2048.0), ce=jnp.float32(1022.0), teacher_ce=jnp.float32(0), agree=jnp.float32(0)
-    )
     counted = dict(tokens=1024.0, next_tokens=1022.0, sequences=2.0)
-    assert losses.distillation_loss(sums, **counted, config=paper.stage3) == 1.0 + 2.0
-    assert losses.distillation_loss(sums, **counted, config=code.stage3) == 1.0 + 512 * 2.0
-    assert losses.distillation_loss(sums, **counted, config=preset("recommended").stage3) == 2.0
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_chunked_logit_sums_equal_full_logits(temperature):
-    """Loss and gradients of the chunked KL and CE == those from [B, T, V] logits."""
-    params = random_params(TINY)
-    hidden = jax.random.normal(jax.random.key(1), (2, 2, 12, TINY.hidden_size))
-    kernels = head_kernel(params), head_kernel(params) * 0.5
-    at = losses.targets(BATCH["tokens"], BATCH["segment_ids"])
-
-    def chunked(h, kernel, size):
-        sums = losses.logit_sums(h, hidden[1], kernel, kernels[1], at, TINY, temperature=temperature, chunk_tokens=size)
-        return sums.kl + 2 * sums.ce, sums
-
-    def full(h, kernel):
-        logits = h @ kernel, hidden[1] @ kernels[1]
-        log_s, log_t = (jax.nn.log_softmax(a / temperature) for a in logits)
-        kl = temperature**2 * jnp.sum(jnp.exp(log_t) * (log_t - log_s), -1)
-        ce = -jnp.take_along_axis(jax.nn.log_softmax(logits[0]), at.labels[..., None], -1)[..., 0]
-        return jnp.sum(kl * at.valid) + 2 * jnp.sum(ce * at.has_next)
-
-    expected, gradients = jax.value_and_grad(full, argnums=(0, 1))(hidden[0], kernels[0])
-    for size in (4, 24):
-        (value, sums), found = jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True)(hidden[0], kernels[0], size)
-        np.testing.assert_allclose(value, expected, rtol=1e-5)
-        jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-5), found, gradients)
-    assert at.has_next.sum() == 7 - 1 + 5 - 1 + 9 - 1
-    assert sums.agree <= at.valid.sum()
+    for recipe, kl, ce in (
+        (paper, 1 / 1024, 1 / 1022),
+        (code, 512 / 1024, 1 / 1022),
+        (preset("recommended"), 1 / 1024, 0),
+    ):
+        np.testing.assert_allclose(losses.loss_weights(**counted, config=recipe.stage3), (kl, ce), rtol=1e-6)
 
 
 @pytest.mark.parametrize("stage", [Stage1Config(clip=0.0), Stage2Config(clip=1.0), Stage3Config(ce_weight=1.0)])
@@ -188,3 +161,24 @@ def test_accumulation_changes_nothing(stage):
     # Adam's first step is lr * sign(gradient): only where the gradient is all but zero may rounding show.
     close = [np.mean(np.abs(x - y) < 1e-5) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
     assert min(close) > 0.97
+
+
+@pytest.mark.parametrize("stage", [Stage1Config(), Stage2Config(), Stage3Config(ce_weight=1.0)])
+def test_packing_changes_nothing(stage):
+    """Documents that share rows give the losses and gradients of the same documents with a row each."""
+    tokens, segment_ids = np.asarray(BATCH["tokens"]), np.asarray(BATCH["segment_ids"])
+    documents = [row[ids == n] for row, ids in zip(tokens, segment_ids, strict=True) for n in (1, 2)]
+    documents = [document for document in documents if len(document)]
+    alone = {name: np.zeros((len(documents), 12), np.int32) for name in BATCH}
+    for row, document in enumerate(documents):
+        alone["tokens"][row, : len(document)] = document
+        alone["segment_ids"][row, : len(document)] = 1
+    student = student_of("retnet", teacher=TINY)
+    params, teacher_params = random_params(student, 7), random_params(TINY)
+    gradients = jax.jit(distill.gradient_function(stage, student, TINY, "none"))
+    (packed, metrics), (apart, others) = (
+        gradients(distill.trained_part(params, stage), params, teacher_params, batch, distill.counts(batch))
+        for batch in (BATCH, alone)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, others)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), packed, apart)

@@ -16,7 +16,8 @@ import pytest
 import eval as eval_script
 from jaxlin import convert, generate, runs
 from jaxlin.checkpoint import Checkpoints
-from jaxlin.config import MeshConfig, UserError, load_config_file, preset
+from jaxlin.command_line import load_config_file, preset
+from jaxlin.config import MeshConfig, UserError
 from jaxlin.evaluation import niah, quick
 from jaxlin.evaluation.fidelity import fidelity, fidelity_table
 from jaxlin.evaluation.language_modeling import compare, perplexity

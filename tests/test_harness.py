@@ -21,7 +21,8 @@ from lm_eval.api.registry import get_model
 
 import eval as eval_script
 from jaxlin import convert
-from jaxlin.config import RunConfig, UserError, run_main
+from jaxlin.command_line import run_main
+from jaxlin.config import RunConfig, UserError
 from jaxlin.evaluation import benchmarks, report, suite
 from jaxlin.evaluation.harness import JaxLM
 from jaxlin.evaluation.scoring import continuations, loglikelihoods

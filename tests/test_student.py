@@ -11,7 +11,8 @@ import pytest
 from flax import linen as nn
 
 from jaxlin.calibrate import calibrate
-from jaxlin.config import MixerOptions, UserError, preset
+from jaxlin.command_line import preset
+from jaxlin.config import MixerOptions, UserError
 from jaxlin.mixers import resolve_options
 from jaxlin.mixers.common import SILU_NEUTRAL_BIAS, ShortConv, TokenMixer
 from jaxlin.model import LanguageModel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -17,11 +18,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxlin.checkpoint import Checkpoints, load_params
-from jaxlin.config import parse_run
+from jaxlin.command_line import parse_run
 from jaxlin.trainer import Trainer
 from tests.models import STUDENT_MIXERS
 
 ROOT = Path(__file__).resolve().parent.parent
+TIMES = re.compile("^tokens_per_second$|^seconds_|_flops_per_token$")
 
 
 def command(folder, *args):
@@ -74,12 +76,28 @@ def test_whole_job(finished, environment):
     assert card["state_elements_per_layer"] == [4 * 16 * 16] * 4
     assert card["student_parameters"] > card["teacher_parameters"]
     assert list((folder / "tensorboard").iterdir())
+    assert_timed(folder, output)
     kept = Checkpoints(folder / "checkpoints", keep=2).steps()
     assert {24, 48, 68, 80} <= set(kept) and 32 not in kept  # one for every 6,144 tokens, for good
 
     before = load_params(folder / "checkpoints")
     assert "finished already, at step 80" in train(folder, environment)
     assert_same(load_params(folder / "checkpoints"), before)
+
+
+def assert_timed(folder, output):
+    """Each stage's seconds by what took them, and its flops; the last line of a stage has what its end took."""
+    for stage in (1, 2, 3):
+        found = [line for line in lines(folder) if line["stage"] == stage and "seconds_step" in line]
+        assert len(found) > 2
+        assert found[0]["seconds_compiling"] > 0 == found[1]["seconds_compiling"]
+        assert sum(line["seconds_step"] + line["seconds_data"] for line in found) > 0
+        assert found[-1]["seconds_saving"] > 0 < found[-1]["seconds_evaluation"]
+        assert found[-1]["student_flops_per_token"] > found[-1]["teacher_flops_per_token"] > 0
+        assert re.search(
+            rf"stage {stage}: data \d+%, compiling \d+%, step \d+%, saving \d+%, evaluation \d+%; ", output
+        )
+    assert not any("mfu" in line for line in lines(folder))  # of CPUs nobody publishes the rate
 
 
 @pytest.mark.slow
@@ -100,8 +118,13 @@ def test_killed_run_continues_bit_for_bit(finished, environment, tmp_path, stage
     assert step > 0
     whole, _ = finished
     assert_same(load_params(folder / "checkpoints"), load_params(whole / "checkpoints"))
-    same = [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines(folder)]
-    assert same == [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines(whole)]
+    assert untimed(folder) == untimed(whole)
+
+
+def untimed(folder):
+    """The metrics of a run, without its times, and without lines that have nothing else."""
+    found = ({k: v for k, v in line.items() if not TIMES.search(k)} for line in lines(folder))
+    return [line for line in found if line.keys() != {"step", "stage"}]
 
 
 def whole_lines(folder):
@@ -126,7 +149,9 @@ def test_every_mixer_trains(mixer, preset, tmp_path, monkeypatch):
 def test_stages_can_be_run_one_by_one(finished, environment, tmp_path):
     """--stage 1, then --stage 2 3 in the same folder is the whole job."""
     folder = tmp_path / "parts"
-    train(folder, environment, "--stage", "1")
+    output = train(folder, environment, "--stage", "1", "--profile", "3:2")
+    assert f"profiler trace in {folder / 'profile' / 'stage1'}" in output
+    assert list((folder / "profile" / "stage1").rglob("*.xplane.pb"))
     assert {line["stage"] for line in lines(folder)} == {1}
     assert "resumed at step 32 (stage 1, step 32)" in train(folder, environment, "--stage", "2", "3")
     assert_same(load_params(folder / "checkpoints"), load_params(finished[0] / "checkpoints"))
@@ -136,6 +161,7 @@ MISTAKES = {
     "mixer": (["--mixer", "attention"], "--mixer attention: choose one of softmax, linear_attention"),
     "hybrid": (["--mixer", "gla+softmax+gla"], "period of 3, which does not divide the 4 layers"),
     "preset": (["--preset", "best"], "--preset best: choose one of recommended, paper, paper_code"),
+    "profile": (["--profile", "0:2"], "--profile 0:2: give START:COUNT, a step of a stage from 1"),
     "config": (["--config", "huge"], "--config huge: no such file; give a path or one of demo, llama3_2_1b"),
     "stage": (["--stage", "4"], "--stage 4: stages are 1, 2 and 3"),
     "field": (["--stage1.speed", "3"], "--stage1.speed"),
@@ -155,6 +181,8 @@ MISTAKES = {
     "mislabelled teacher": (["--teacher", "{tmp}/mislabelled"], "model.safetensors"),
     "another teacher": (["--teacher", "{tmp}/other"], "but --config tiny is for"),
     "loss": (["--stage1.lr", "1e38", "--stage1.lr-new", "1e38", "--stage1.clip", "0"], "lower --stage1.lr"),
+    "skipping": (["--stage1.lr", "1e38", "--stage1.lr-new", "1e38", "--stage1.clip", "0",
+                  "--stage1.on-bad-step", "skip"], "steps were all skipped as bad; lower --stage1.lr"),
 }  # fmt: skip
 
 
@@ -195,7 +223,7 @@ def test_mistakes_get_one_clear_line(name, material, monkeypatch, capsys):
     assert message in " ".join(error.replace("│", " ").split()), error
     if name not in ("field", "value"):  # tyro's own box
         assert error.startswith("error: ") and error.count("\n") == 1, error
-    assert not run_dir.exists() or name == "loss"
+    assert not run_dir.exists() or name in ("loss", "skipping")
 
 
 def test_run_folder_of_another_run(finished, environment, tmp_path):

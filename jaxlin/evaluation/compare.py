@@ -13,7 +13,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jaxlin.config import UserError, parse, run_main
+from jaxlin.command_line import parse, run_main
+from jaxlin.config import UserError
 from jaxlin.evaluation import plots
 from jaxlin.evaluation.bootstrap import DRAWS
 from jaxlin.evaluation.columns import FEWEST

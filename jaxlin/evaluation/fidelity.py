@@ -15,6 +15,7 @@ from jaxlin.config import ModelConfig
 from jaxlin.distill import squares
 from jaxlin.evaluation.language_modeling import compare, on_mesh, put
 from jaxlin.layer_local import Batch, by_layer, walk
+from jaxlin.sharding import on_every_device
 
 
 def fidelity(
@@ -59,7 +60,7 @@ def _layer_sums(teacher: ModelConfig, student: ModelConfig, teacher_params, stud
         return *squares(mixed, teacher_layer.mixed, valid), cosine
 
     found = walk(teacher, student, teacher_params, batch, student_params["layers"], visit)
-    return *by_layer(found), jnp.sum(valid, dtype=jnp.float32)
+    return on_every_device((*by_layer(found), jnp.sum(valid, dtype=jnp.float32)))
 
 
 def _cosine(a, b):

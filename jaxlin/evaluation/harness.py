@@ -17,7 +17,8 @@ from lm_eval.models import utils as models_utils  # pyright: ignore[reportMissin
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
 from jaxlin import generate
-from jaxlin.config import UserError, run_main
+from jaxlin.command_line import run_main
+from jaxlin.config import UserError
 from jaxlin.evaluation.scoring import Budget, Progress, continuations, loglikelihoods
 from jaxlin.runs import Teacher
 

@@ -14,7 +14,7 @@ from jaxlin.config import ModelConfig
 from jaxlin.distill import Batch, counts
 from jaxlin.losses import logit_sums, targets
 from jaxlin.model import forward, head_kernel
-from jaxlin.sharding import batch_sharding
+from jaxlin.sharding import batch_sharding, batch_shards, on_every_device
 
 
 def compare(
@@ -75,6 +75,8 @@ def put(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
     host = {name: np.asarray(batch[name]) for name in ("tokens", "segment_ids")}
     if mesh is None:
         return host
+    # Padding rows, which count nowhere: what a batch holds does not depend on the mesh.
+    host = {name: np.pad(a, ((0, -len(a) % batch_shards(mesh)), (0, 0))) for name, a in host.items()}
     place = batch_sharding(mesh)
     return {name: jax.make_array_from_callback(a.shape, place, a.__getitem__) for name, a in host.items()}
 
@@ -91,7 +93,7 @@ def _sums(teacher: ModelConfig, student: ModelConfig, teacher_params, student_pa
     hidden = forward(student, student_params, tokens, segment_ids=segment_ids, logits=False).hidden
     kernels = head_kernel(student_params), head_kernel(teacher_params)
     sums = logit_sums(hidden, target, *kernels, targets(tokens, segment_ids), student)
-    return {**sums._asdict(), **counts(batch)}
+    return on_every_device({**sums._asdict(), **counts(batch)})
 
 
 @jax.jit(static_argnums=0)
@@ -100,4 +102,4 @@ def _own_sums(config: ModelConfig, params, batch):
     hidden = forward(config, params, tokens, segment_ids=segment_ids, logits=False).hidden
     kernel = head_kernel(params)
     sums = logit_sums(hidden, hidden, kernel, kernel, targets(tokens, segment_ids), config)
-    return {"ce": sums.ce, **counts(batch)}
+    return on_every_device({"ce": sums.ce, **counts(batch)})

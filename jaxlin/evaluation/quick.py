@@ -18,10 +18,10 @@ def held_out(subject: Subject, limit: int) -> dict[str, dict[str, Any]]:
     """Perplexity of each model on held-out text; KL and agreement of a student with its teacher."""
     teacher = subject.models["teacher"]
     if subject.run is None:
-        found = perplexity(teacher.config, teacher.params, subject.batches)
+        found = perplexity(teacher.config, teacher.params, subject.batches, mesh=subject.mesh)
         return {"teacher": {"perplexity": found["perplexity"]}}
     student = subject.models["student"]
-    found = compare(teacher.config, teacher.params, student.config, student.params, subject.batches)
+    found = compare(teacher.config, teacher.params, student.config, student.params, subject.batches, mesh=subject.mesh)
     return {
         "teacher": {"perplexity": found["teacher_perplexity"]},
         "student": {name: found[name] for name in ("perplexity", "kl", "agreement")},
@@ -31,14 +31,14 @@ def held_out(subject: Subject, limit: int) -> dict[str, dict[str, Any]]:
 def needle(subject: Subject, limit: int) -> dict[str, dict[str, Any]]:
     """S-NIAH-1 by prompt length."""
     return {
-        name: niah.scores(answerer(model, niah.ANSWER_TOKENS), model.tokenizer, NIAH_LENGTHS, limit)
+        name: niah.scores(answerer(model, niah.ANSWER_TOKENS, subject.mesh), model.tokenizer, NIAH_LENGTHS, limit)
         for name, model in subject.models.items()
     }
 
 
 def timing(subject: Subject, limit: int) -> dict[str, dict[str, Any]]:
     """Tokens per second, forward and decoding."""
-    return {name: speed(model, subject.batches[0]) for name, model in subject.models.items()}
+    return {name: speed(model, subject.batches[0], subject.mesh) for name, model in subject.models.items()}
 
 
 # Each takes the subject and a number of samples, and gives {"teacher": {metric: value}, "student": {...}}.

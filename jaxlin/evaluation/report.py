@@ -12,11 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jaxlin.config import UserError
+from jaxlin import processes
+from jaxlin.config import MeshConfig, UserError
 from jaxlin.evaluation import bear, benchmarks, longbench, quick, ruler, suite, swde
 from jaxlin.evaluation.subject import Subject, open_subject, params_sha256
 from jaxlin.evaluation.task import Kept, Options, Task, made_with
 from jaxlin.runs import write_text
+from jaxlin.sharding import make_mesh
 
 BENCHMARKS: dict[str, dict[str, Task]] = {
     "zero_shot": benchmarks.ZERO_SHOT,
@@ -121,9 +123,9 @@ def _what(subject: Subject, name: str) -> dict[str, Any]:
     return found | {"params_sha256": params_sha256(subject.measured.params)}
 
 
-def report_run(folder: str | Path) -> dict[str, Any]:
-    """Measure the run in `folder` with the quick suite and print the table."""
-    found = evaluate(open_subject(run=str(folder)))
+def report_run(folder: str | Path, mesh: MeshConfig) -> dict[str, Any]:
+    """Measure the run in `folder` with the quick suite, over all devices, and print the table."""
+    found = evaluate(open_subject(run=str(folder), mesh=make_mesh(mesh)))
     print_results(found)
     return found
 
@@ -140,7 +142,7 @@ def as_line(found: dict[str, Any]) -> str:
 
 def print_results(found: dict[str, Any], console: Console | None = None) -> None:
     """Results as a table, one row for each metric, one column for each model."""
-    console = console or Console()
+    console = console or Console(quiet=not processes.is_first())
     models = list(dict.fromkeys(model for task in found["results"].values() for model in task))
     what = f"{found['mixer']} ({found['preset']}) and its teacher" if "mixer" in found else "teacher"
     table = Table(title=f"{what} {found['teacher']}, suite {found['suite']}")

@@ -14,14 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from jaxlin import generate
 from jaxlin.config import ModelConfig, UserError
 from jaxlin.evaluation.language_modeling import on_mesh
 from jaxlin.model import forward, head_kernel, init_state, project
 from jaxlin.runs import Teacher
-from jaxlin.sharding import batch_sharding, batch_shards, kernel_mesh
+from jaxlin.sharding import batch_sharding, batch_shards, on_every_device
 
 SHORTEST = 16  # tokens; every padded length is a multiple of it
 HALF_STEPS = {"cpu": 48}  # the shortest padded length that is no power of two, by platform
@@ -283,10 +282,7 @@ def _score(config: ModelConfig, width: int, params, tokens, segment_ids, labels,
         return tuple(jax.lax.dynamic_update_slice_in_dim(a, b, start, 1) for a, b in zip(found, new, strict=True))
 
     nothing = jnp.zeros(labels.shape, jnp.float32), jnp.zeros(labels.shape, bool)
-    found = jax.lax.fori_loop(0, chunks, step, nothing)
-    if kernel_mesh() is not None:  # whole on every process
-        found = tuple(jax.lax.with_sharding_constraint(a, PartitionSpec()) for a in found)
-    return found
+    return on_every_device(jax.lax.fori_loop(0, chunks, step, nothing))
 
 
 def _check(pairs: Sequence[Pair], vocab_size: int) -> None:

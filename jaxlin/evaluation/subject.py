@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jaxlin import generate
+from jaxlin import generate, processes
 from jaxlin.config import RunConfig, UserError
 from jaxlin.data import heldout_batches
 from jaxlin.distill import Batch
+from jaxlin.evaluation.language_modeling import on_mesh
 from jaxlin.runs import Run, Teacher, load_teacher, open_run
 from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params
@@ -29,6 +30,8 @@ class Subject:
     models: dict[str, Teacher]
     config: RunConfig
     run: Run | None = None
+    mesh: jax.sharding.Mesh | None = None
+    """What the parameters are spread over; None where they are on one device."""
 
     @property
     def measured(self) -> Teacher:
@@ -56,26 +59,29 @@ def open_subject(
     config = opened.config if opened else RunConfig(teacher=teacher)
     if text:
         config = replace(config, data=replace(config.data, heldout=tuple(text)))
+    mesh = mesh if mesh is not None and mesh.size > 1 else None
     params = _place(opened, mesh) if opened else None  # first: a bad checkpoint fails at once
     models = {"teacher": load_teacher(config, mesh)}
     if opened:
         models["student"] = Teacher(opened.student, params, models["teacher"].tokenizer)
-    return Subject(models, config, opened)
+    return Subject(models, config, opened, mesh)
 
 
 def _place(run: Run, mesh: jax.sharding.Mesh | None) -> Any:
     """The student's parameters on their devices."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, run.params())
-    return jax.tree.map(jax.device_put, run.params(), param_shardings(abstract_params(run.student), mesh))
+    homes = param_shardings(abstract_params(run.student), mesh)
+    return jax.tree.map(lambda a, home: jax.make_array_from_callback(a.shape, home, a.__getitem__), run.params(), homes)
 
 
-def answerer(model: Teacher, max_new_tokens: int) -> Any:
+def answerer(model: Teacher, max_new_tokens: int, mesh: jax.sharding.Mesh | None = None) -> Any:
     """A function from prompts to greedy continuations, as token ids."""
 
     def answer(prompts: list[list[int]]) -> list[list[int]]:
         stop = generate.stop_tokens(model.tokenizer)
-        return generate.generate(model.config, model.params, prompts, max_new_tokens=max_new_tokens, stop_ids=stop)
+        with on_mesh(mesh):
+            return generate.generate(model.config, model.params, prompts, max_new_tokens=max_new_tokens, stop_ids=stop)
 
     return answer
 
@@ -85,5 +91,5 @@ def params_sha256(params: Any) -> str:
     digest = hashlib.sha256()
     for path, value in sorted(flatten_dict(params, sep="/").items()):
         digest.update(path.encode())
-        digest.update(np.ascontiguousarray(np.asarray(value)).tobytes())
+        digest.update(np.ascontiguousarray(processes.whole(value)).tobytes())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxlin import processes
 from jaxlin.config import UserError
 from jaxlin.evaluation.subject import Subject, params_sha256
 from jaxlin.evaluation.task import Kept, Options, Result, Task, sha256_of
@@ -54,7 +55,7 @@ def run(subject: Subject, tasks: Mapping[str, Task], options: Options, kept: Kep
                     "model_sha256": identities[model_name],
                     **{k: getattr(options, k) for k in ("limit", "seed", "predict_only", "chat")},
                 }
-                result = kept.get(model_name, key)
+                result = _kept(kept, model_name, key)
                 if result is None:
                     result = task.measure(model, options)
                     kept.put(model_name, key, result)
@@ -62,6 +63,17 @@ def run(subject: Subject, tasks: Mapping[str, Task], options: Options, kept: Kep
         except UserError as error:
             outcome.failed[name] = str(error)
     return outcome
+
+
+def _kept(kept: Kept, model: str, key: Mapping[str, Any]) -> Result | None:
+    """What the first process finds: all of them measure, or none."""
+
+    def find() -> dict[str, Any] | None:
+        found = kept.get(model, key)
+        return None if found is None else asdict(found)
+
+    found = processes.from_first(find)
+    return None if found is None else Result(**found)
 
 
 def model_sha256(model: Teacher) -> str:
