@@ -33,12 +33,13 @@ VARIANTS: dict[str, tuple] = {
     "A backward 3 stages": ("gated_linear_attention_gpu_bwd", "STAGES", 3),
     "B forward 3 stages": ("gated_delta_rule_gpu_fwd", "STAGES", 3),
     "B backward 2 stages": ("gated_delta_rule_gpu_bwd", "STAGES", 2),
-    "GLA forward 1 stage": ("gated_linear_attention_gpu_channel_fwd", "STAGES", {64: 1, 128: 1}),
+    "GLA walk 1 stage": ("gated_linear_attention_gpu_channel_walk", "STAGES", 1),
+    "GLA walk 3 stages": ("gated_linear_attention_gpu_channel_walk", "STAGES", 3),
     "GLA backward 2 stages": ("gated_linear_attention_gpu_channel_bwd", "STAGES", 2),
     "GLA unrolled": ("tile_gpu_channel", "UNROLL", True),
     "KDA unrolled": ("tile_gpu_channel", "UNROLL", True),
-    "KDA forward 2 stages": ("gated_delta_rule_gpu_channel_fwd", "STAGES", 2),
-    "KDA backward 2 stages": ("gated_delta_rule_gpu_channel_bwd", "STAGES", 2),
+    "KDA walk 2 stages": ("gated_delta_rule_gpu_channel_walk", "STAGES", 2),
+    "KDA adjoint 2 stages": ("gated_delta_rule_gpu_channel_walk", "ADJOINT_STAGES", 2),
     "no automatic barriers": ("options", "unsafe_no_auto_barriers", True),
 }
 PROGRAMS = {

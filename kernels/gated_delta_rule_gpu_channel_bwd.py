@@ -1,205 +1,182 @@
-"""Family B backward on Hopper, a gate per channel (KDA): one warpgroup walks the chunks in reverse, dS in registers.
+"""Family B backward on Hopper, a gate per channel (KDA): q, k, g and beta, of all chunks at once.
 
-S, T - I and P come from the forward pass in bfloat16. First what the values go through, for all channels,
+One warpgroup has a chunk and 64 keys. S, R of every chunk and dS', Y come from the walks
+(`gated_delta_rule_gpu_channel_walk`). With U = beta R,
 
-    Z = V - (e^b k) S ;  U = T (beta Z) ;  dU = P^T do + (e^{b_C - b} k) dS' ;  Y = T^T dU ;  dV = beta Y
     W_P = scale do U^T ;  W_L = -Y U^T       (below the diagonal; on it W_P alone: dq += W_ii k_i, dk += W_ii q_i)
 
-then what keys and gates get, 64 channels at a time, with F = W_P u_q and L = W_L u_k of each level, on both sides of
-the diagonal (`tile_gpu_channel`; u_q is q e_s in second halves, k e_s in first ones; u_k is beta k e_s, k e_s):
+and F = W_P u_q, L = W_L u_k of each level, on both sides of the diagonal (`tile_gpu_channel`; u_q is q e_s in second
+halves, k e_s in first ones; u_k is beta k e_s, k e_s),
 
-    dbeta_i = y_i.z_i + sum k e_s L (second halves) ;  dS = e^{b_C} dS' + scale (e^b q)^T do - (e^b k)^T dV
+    dbeta_i = y_i.r_i
     dq = scale e^b (do S^T) + sum e_s F (second halves)
-    dk = -e^b (dV S^T) + e^{b_C - b} (U dS'^T) + sum e_s (beta L (second halves), F + L (first halves))
-    R = sum u_q F + u_k L (second halves), the same negative (first halves)
-    dg_t = sum_{i >= t} (R_i + reads_i) + sum_{j < t} writes_j + e^{b_C} (S dS'^T)_kk
+    dk = -e^b (beta Y S^T) + e^{b_C - b} (U dS'^T) + sum e_s (beta L (second halves), F + L (first halves))
+    Rows = sum u_q F + u_k L (second halves), the same negative (first halves)
+    dg_t = sum_{i >= t} (Rows_i + reads_i) + sum_{j < t} writes_j + e^{b_C} (S dS'^T)_kk
 
-reads are q.dq and k.dk through S, writes k.dk through dS', by channel.
+reads are q.dq and k.dk through S, writes k.dk through dS', by channel. Blocks of 64 values are summed in registers, in
+float32: first for the Ws, then for the rest, for which the blocks, where there are several, are read again.
 
-Budget at K = V = 64: dq, dk, R, a decay, a product and pieces of tiles in registers. Shared memory: q, k, v, do, S, T,
-P of 8 KB and g of 16 KB in one stage, with the gradients written over q, k, v, g (dS waits there meanwhile), beta Z and
-dU over v, Y over T, the Ws over P and T, writes over S (72 KB); dS', U, g in two pieces (32 KB): two programs an SM.
+Bytes at K = V = 64, in units of q: q, k, g (2), do, R, Y, S, dS' are read, dq, dk, dg (2) written: 13. With the walk in
+reverse 23, the forward pass 23.
+
+Budget: dq, dk, Rows, a decay, a product and pieces of tiles in registers. Shared memory: q, k of 8 KB and b of 18 KB,
+and in turn g and its pieces, with the gradients written over them; do, R, Y, S, dS' of one block, and then u_q, u_k
+and writes over them (40 KB); the Ws (16 KB): 90 KB, two programs an SM, as many as the registers allow.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of
-from jaxlin.kernels.gated_linear_attention_gpu_fwd import RUN, Form, Inputs, clean, decays, present, sources, stored
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import RUN, Form, Inputs, clean, decays, present, stored
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot, rows
-from jaxlin.kernels.tile_gpu_channel import half
 
-STAGES = 1
-
-
-class Gradients(NamedTuple):
-    """dq, dk, dg for each value head and block of values [B, T, HV * V/64, K], dg float32; dv [B, T, HV, V]; dbeta
-    [V/64, B, HV, N, C]; of the initial S."""
-
-    q: Array
-    k: Array
-    v: Array
-    g: Array
-    beta: Array
-    s: Array
+VALUES = ("do", "r", "y")
+STATES = ("states", "d_states")
 
 
 def backward(
-    form: Form, x: Inputs, g: Array, states: Array, t: Array, p: Array, do: Array, ds: Array | None
-) -> Gradients:
-    """The gradients of `forward`, whose chunk states, T - I and P come in; ds None is zero."""
-    batch, time, _, key_dim = x.q.shape
-    heads, value_dim = x.v.shape[2:]
-    chunks, blocks = time // CHUNK, value_dim // BLOCK
-    flat = present(q=x.q, k=x.k, v=x.v, g=g, vectors=x.vectors, codes=x.codes, do=do, states=states, t=t, p=p, ds=ds)
+    form: Form, x: Inputs, g: Array, states: Array, r: Array, d_states: Array, y: Array, do: Array
+) -> tuple[Array, Array, Array, Array]:
+    """dq, dk, dg [B, T, HV, K], dg float32, and dbeta [B, HV, N, C]."""
+    batch, time, heads, key_dim = g.shape
+    blocks, chunks, halves = do.shape[3] // BLOCK, time // CHUNK, key_dim // CHUNK
+    flat = present(q=x.q, k=x.k, g=g, vectors=x.vectors, codes=x.codes)
+    flat |= dict(do=do, r=r, y=y, states=states, d_states=d_states)
     shape = jax.ShapeDtypeStruct
-    per_key = (batch, time, heads * blocks, key_dim)
-    out = dict(
-        q=shape(per_key, x.q.dtype),
-        k=shape(per_key, x.k.dtype),
-        v=shape(x.v.shape, x.v.dtype),
-        g=shape(per_key, jnp.float32),
-        beta=shape((blocks, batch, heads, chunks, CHUNK), jnp.float32),
-        s=shape((batch, heads, key_dim, value_dim), jnp.float32),
-    )
-    scratch = dict(
-        q=gpu.tile(STAGES, CHUNK, key_dim),
-        k=gpu.tile(STAGES, CHUNK, key_dim),
-        v=gpu.tile(STAGES, CHUNK, BLOCK),
-        g=gpu.float_tile(STAGES, CHUNK, key_dim),
-        do=gpu.tile(STAGES, CHUNK, BLOCK),
-        states=gpu.tile(STAGES, key_dim, BLOCK),
-        t=gpu.tile(STAGES, CHUNK, CHUNK),
-        p=gpu.tile(STAGES, CHUNK, CHUNK),
-        vectors=gpu.vector(STAGES, form.vectors, CHUNK),
-        **channel.pieces("d_state", "high", "low", key_dim=key_dim),
-        **{name: gpu.tile(CHUNK, CHUNK) for name in ("u", *(("u_q",) if key_dim > CHUNK else ()))},
-        vector=gpu.vector(CHUNK),
-        beta=gpu.vector(CHUNK),
-        barrier=gpu.barrier(9 + form.segments, min(STAGES, chunks)),
-    )
+    out = dict(q=shape(g.shape, x.q.dtype), k=shape(g.shape, x.k.dtype), g=shape(g.shape, jnp.float32))
+    out |= dict(beta=shape((batch, heads, chunks, CHUNK), jnp.float32))
+    scratch = {name: gpu.tile(CHUNK, CHUNK) for name in ("w_p", "w_l")} | channel.keys_and_gates(1)
+    scratch |= {name: gpu.tile(1, CHUNK, BLOCK) for name in VALUES + STATES}
+    scratch |= dict(vectors=gpu.vector(1, form.vectors, CHUNK), carried=gpu.vector(CHUNK), beta=gpu.vector(CHUNK))
     if form.segments:
-        scratch |= dict(codes=gpu.vector(STAGES, CHUNK, dtype=jnp.int32))
+        scratch |= dict(codes=gpu.vector(1, CHUNK, dtype=jnp.int32))
+    scratch |= dict(barrier=gpu.barrier(4 + form.segments, 1))
+    scratch |= dict(first_barrier=gpu.barrier(len(VALUES + STATES) if blocks == 1 else len(VALUES), 1))
+    if blocks > 1:
+        scratch |= dict(second_barrier=gpu.barrier(len(VALUES + STATES), 1))
 
     def gated_delta_rule_channel_bwd(index, inputs, outputs, buffers):
+        b, h, n = index
+        index = b, h, lax.div(n, jnp.int32(halves)), lax.rem(n, jnp.int32(halves))
         given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
-        _program(form, index, given, made, dict(zip(scratch, buffers, strict=True)), chunks)
+        _program(form, index, given, made, dict(zip(scratch, buffers, strict=True)), blocks)
 
-    grid = (batch, heads, blocks)
-    return Gradients(
-        *gpu.launch(gated_delta_rule_channel_bwd, list(flat.values()), list(out.values()), grid, list(scratch.values()))
+    grid = (batch, heads, chunks * halves)
+    return tuple(
+        gpu.launch(gated_delta_rule_channel_bwd, list(flat.values()), list(out.values()), grid, list(scratch.values()))
     )
 
 
-def _program(form: Form, index, given, made, buffer, chunks) -> None:
-    b, h, w = index
-    block, blocks, key_dim = gpu.block(w), given["v"].shape[3] // BLOCK, given["q"].shape[3]
-    halves = range(key_dim // CHUNK)
-    d_state, high, low = ([buffer[f"{x}{c}"] for c in halves] for x in ("d_state", "high", "low"))
-    u, vector = buffer["u"], buffer["vector"]
-    u_q = buffer.get("u_q", u)  # with one half, u_q comes after U
+def _program(form: Form, index, given, made, buffer, blocks) -> None:
+    b, h, n, c = index
+    w_p, w_l, ((q,), (k,), (gates,)) = buffer["w_p"], buffer["w_l"], channel.unpack(buffer, 1)
+    values, states = sources(given, buffer, index)
+    first = values + states if blocks == 1 else values
+    gpu.fetch(channel.sources(given, buffer, (b, h, n), 1, c), buffer["barrier"])
+    gpu.start_stream(first, buffer["first_barrier"], chunks=blocks, stages=1)
+    gpu.arrived(buffer["barrier"])
+    d, beta = decays(form, buffer, jnp.int32(0)), beta_of(form, buffer, jnp.int32(0))
+    keep = d.keep * channel.cumulative(gates, d.valid)
+    if form.segments:
+        clean(d.valid, q, k)
 
-    def chunk(n, slot, refill, d_states):
-        q, k, g = ([half(buffer[name].at[slot], c) for c in halves] for name in "qkg")
-        state = [buffer["states"].at[slot, channel.key_rows(c)] for c in halves]
-        v, do, t, p = (buffer[name].at[slot] for name in ("v", "do", "t", "p"))
-        if len(halves) == 1:
-            state = [buffer["states"].at[slot]]
-        d = decays(form, buffer, slot)
-        beta = beta_of(form, buffer, slot)
-        if form.segments:
-            clean(d.valid, *q, *k, v, do)
-        gpu.wait_out(0)
-        refill()
+    own, d_beta = put_pairs(form, first, buffer, beta, d.valid, blocks)
+    dq, dk, dk_read, carried = through_state(values + states, buffer, beta, d.valid, blocks)
+    u_q, u_k, writes = (buffer[name].at[0] for name in ("do", "y", "states"))  # where nothing is needed any more
+    dk = by_row(d.leave, channel.leave(gates.b)) * dk
+    gpu.put(writes, gpu.load(k) * dk)
+    enter = channel.enter(gates.b)
+    dq = by_row(d.enter_scaled, enter) * dq
+    dk_read = by_row(-beta * d.enter, enter) * dk_read
+    r = gpu.load(q) * dq + gpu.load(k) * dk_read
+    dk = dk + dk_read + by_row(own, gpu.load(q))
+    dq = dq + by_row(own, gpu.load(k))
+    dq, dk, r = inside((q, k, w_p, w_l, u_q, u_k, gates.b), beta, (dq, dk, r))
 
-        # U, dU and Y
-        z, du, keep, carried = gpu.load(v), None, [], []
-        for c in halves:
-            gpu.put(d_state[c], d_states[c])
-            keep.append(by_row(d.keep, rows(channel.split(g[c], d.valid, high[c], low[c], vector))))
-            carried.append(jnp.sum(keep[c] * gpu.load(state[c]) * d_states[c], 1))
-            g[c][...] = keep[c] * d_states[c]  # dS waits where g was: too many tiles are alive
-            enter = by_row(d.enter, channel.decay(high[c], low[c], channel.enter()))
-            z = z - channel.dot_pieces(enter * gpu.load(k[c]), state[c])
-            leave = by_row(d.leave, channel.decay(high[c], low[c], channel.leave()))
-            du = channel.dot_pieces(leave * gpu.load(k[c]), d_state[c], du)
-        x = by_row(beta, z)
-        gpu.put(v, x)
-        gpu.put(u, dot(t, v, x))
-        du = dot(p, do, du, ta=True)
-        gpu.put(v, du)
-        y = dot(t, v, du, ta=True)
-        d_beta = jnp.sum(y * z, 1)
-        gpu.put(t, y)
-        gpu.put(v, stored(d, by_row(beta, y)))
-
-        # the cotangents of P and L, over P and T
-        same = channel.same_run(buffer["codes"].at[slot], RUN) if form.segments else None
-        dp = dot(do, u, tb=True)
-        own = form.scale * channel.diagonal(dp)
-        channel.put_symmetric(p, dp, dot(u, do, tb=True), same, form.scale)
-        channel.put_symmetric(t, dot(t, u, tb=True), dot(u, t, tb=True), same, -1.0)
-
-        new = []
-        for c in halves:
-            # rows written to the next state, then rows that read this one
-            dk = by_row(d.leave, channel.decay(high[c], low[c], channel.leave())) * dot(u, d_state[c], tb=True)
-            enter = by_row(d.enter, channel.decay(high[c], low[c], channel.enter()))
-            dq = form.scale * enter * dot(do, state[c], tb=True)
-            dk_read = -enter * dot(v, state[c], tb=True)
-            gpu.put(state[c], gpu.load(k[c]) * dk)  # the writes: S is not read again
-            r = gpu.load(q[c]) * dq + gpu.load(k[c]) * dk_read
-            dk = dk + dk_read + by_row(own, gpu.load(q[c]))
-            dq = dq + by_row(own, gpu.load(k[c]))
-            gpu.put(u_q, form.scale * enter * gpu.load(q[c]))
-            ds = dot(u_q, do, gpu.load(g[c]), ta=True)
-            channel.put_pieces(-enter * gpu.load(k[c]), u_q, d_state[c])
-            g[c][...] = dot(d_state[c], v, dot(u_q, v, ds, ta=True), ta=True)
-
-            tiles = (q[c], k[c], p, t, u_q, d_state[c], high[c], low[c])
-            dq, dk, r, d_beta = inside(tiles, beta, (dq, dk, r, d_beta))
-
-            q[c][...], k[c][...] = stored(d, dq), stored(d, dk)
-            dg = channel.gate_gradient(r, state[c], carried[c], high[c], low[c], vector)
-            new.append(gpu.load(g[c]))
-            g[c][...] = dg if d.valid is None else jnp.where(rows(d.valid), dg, 0.0)
-        buffer["beta"][...] = d_beta
-        part = gpu.chunk_rows(n)
-        copies = [(buffer[x].at[slot], made[x].at[b, part, h * blocks + w]) for x in "qkg"]
-        copies += [(v, made["v"].at[b, part, h, block]), (buffer["beta"], made["beta"].at[w, b, h, n])]
-        gpu.copy_out(*copies)
-        return tuple(new)
-
-    extra = (
-        channel.source(given, buffer, index),
-        (lambda n: given["do"].at[b, gpu.chunk_rows(n), h, block], buffer["do"]),
-        (lambda n: given["states"].at[b, h, n, :, block], buffer["states"]),
-        (lambda n: given["t"].at[b, h, n], buffer["t"]),
-        (lambda n: given["p"].at[b, h, n], buffer["p"]),
-    )
-    parts = sources(given, buffer, index, extra)
-    ds = channel.start(given, "ds", index, key_dim)
-    ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES, reverse=True)
-    channel.finish(made["s"], ds, index)
+    q[...], k[...] = stored(d, dq), stored(d, dk)
+    buffer["beta"][...] = d_beta
+    channel.put_gradient(gates, r, writes, keep * carried, buffer["carried"], d.valid)
+    part, channels = gpu.chunk_rows(n), channel.key_rows(c)
+    gpu.copy_out(*((x, made[name].at[b, part, h, channels]) for name, x in (("q", q), ("k", k), ("g", gates.g))))
+    gpu.copy_out((buffer["beta"], made["beta"].at[b, h, n]), when=c == 0)
     gpu.wait_out(0, read=False)
 
 
+def sources(given, buffer, index) -> tuple[list, list]:
+    """The parts of do, R and Y of block w of the values, and of S and dS', with their buffers."""
+    b, h, n, c = index
+    part, channels = gpu.chunk_rows(n), channel.key_rows(c)
+    values = [(lambda w, x=given[name]: x.at[b, part, h, gpu.block(w)], buffer[name]) for name in VALUES]
+    states = [(lambda w, x=given[name]: x.at[b, h, n, channels, gpu.block(w)], buffer[name]) for name in STATES]
+    return values, states
+
+
+def put_pairs(form: Form, first: list, buffer, beta: Array, valid: Array | None, blocks: int) -> tuple[Array, Array]:
+    """Write W_P and W_L, and U of the last block over R; the diagonal of W_P, and dbeta."""
+
+    def block(w, slot, refill, sums):
+        do, y = (buffer[name].at[slot] for name in ("do", "y"))
+        dp, dp_t, dl, dl_t, d_beta = sums
+        u, found = put_u(buffer, slot, beta, valid)
+        dp, dp_t = dot(do, u, dp, tb=True), dot(u, do, dp_t, tb=True)
+        dl, dl_t = dot(y, u, dl, tb=True), dot(u, y, dl_t, tb=True)
+        return dp, dp_t, dl, dl_t, d_beta + found
+
+    sums = (*[gpu.zeros(CHUNK, CHUNK)] * 4, gpu.zero_rows(CHUNK))
+    barrier = buffer["first_barrier"]
+    dp, dp_t, dl, dl_t, d_beta = gpu.stream(first, barrier, block, sums, chunks=blocks, stages=1, started=True)
+    same = channel.same_run(buffer["codes"].at[0], RUN) if form.segments else None
+    channel.put_symmetric(buffer["w_p"], dp, dp_t, same, form.scale)
+    channel.put_symmetric(buffer["w_l"], dl, dl_t, same, -1.0)
+    return form.scale * channel.diagonal(dp), d_beta
+
+
+def through_state(
+    second: list, buffer, beta: Array, valid: Array | None, blocks: int
+) -> tuple[Array, Array, Array, Array]:
+    """do S^T, U dS'^T, Y S^T, and (S dS'^T)_kk [K]: sums over all values. One block is there already."""
+
+    def block(w, slot, refill, sums):
+        do, u, y, state, d_state = (buffer[name].at[slot] for name in VALUES + STATES)
+        dq, dk, dk_read, carried = sums
+        if blocks > 1:
+            put_u(buffer, slot, beta, valid)
+        dq, dk, dk_read = dot(do, state, dq, tb=True), dot(u, d_state, dk, tb=True), dot(y, state, dk_read, tb=True)
+        return dq, dk, dk_read, carried + jnp.sum(gpu.load(state) * gpu.load(d_state), 1)
+
+    sums = (*[gpu.zeros(CHUNK, CHUNK)] * 3, gpu.zero_rows(CHUNK))
+    if blocks == 1:
+        return block(0, 0, None, sums)
+    return gpu.stream(second, buffer["second_barrier"], block, sums, chunks=blocks, stages=1)
+
+
+def put_u(buffer, slot, beta: Array, valid: Array | None) -> tuple[gpu.Ref, Array]:
+    """U, written over R, and y.r by rows; do without what padding holds."""
+    do, r, y = (buffer[name].at[slot] for name in VALUES)
+    if valid is not None:
+        clean(valid, do)
+    found = gpu.load(r)
+    d_beta = jnp.sum(gpu.load(y) * found, 1)
+    gpu.put(r, by_row(beta, found))
+    return r, d_beta
+
+
 def inside(tiles, beta: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-    """dq, dk, R and dbeta with what the pairs of the chunk add, level by level; u_q and u_k are tiles to use."""
-    q, k, w_p, w_l, u_q, u_k, high, low = tiles
+    """dq, dk and Rows with what the pairs of the chunk add, level by level; u_q and u_k are tiles to use."""
+    q, k, w_p, w_l, u_q, u_k, b = tiles
 
     def level(s, carry):
-        dq, dk, r, d_beta = carry
+        dq, dk, r = carry
         second, first = channel.roles(s)
         weight = jnp.where(channel.second_half(s), rows(beta), 1.0)
-        e = channel.decay(high, low, channel.level(s))
+        e = channel.level(b, s)
         decayed = gpu.load(k) * e
         u_q[...] = jnp.where(channel.second_half(s), gpu.load(q) * e, decayed).astype(jnp.bfloat16)
         gpu.put(u_k, weight * decayed)
@@ -209,8 +186,6 @@ def inside(tiles, beta: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         dq, dk = dq + second * f, dk + first * f
         f = dot(channel.at_corners(w_l, s), u_k)
         r = r + (second - first) * (gpu.load(u_k) * f)
-        f = e * f
-        d_beta = d_beta + jnp.sum(second * (gpu.load(k) * f), 1)
-        return dq, dk + weight * f, r, d_beta
+        return dq, dk + weight * (e * f), r
 
     return channel.over_levels(level, carry)

@@ -9,7 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlin.kernels import chunk
 from jaxlin.kernels import gated_linear_attention_gpu_channel_split as split
 from jaxlin.kernels.gated_delta_rule_gpu_channel_bwd import backward
-from jaxlin.kernels.gated_delta_rule_gpu_channel_fwd import forward
+from jaxlin.kernels.gated_delta_rule_gpu_channel_intra import intra
+from jaxlin.kernels.gated_delta_rule_gpu_channel_walk import adjoint, forward
 from jaxlin.kernels.gated_delta_rule_gpu_split import ends, starts
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs
 from jaxlin.kernels.gated_linear_attention_gpu_op import by_chunk, fill, segment_codes, sum_group
@@ -44,42 +45,43 @@ def _delta_rule(form: Form, q, k, v, beta, g, s0, codes):
 
 
 def _delta_rule_fwd(form: Form, q, k, v, beta, g, s0, codes):
-    o, s, saved, m = _forward(form, Inputs(q, k, v, beta, codes), g, s0, save=True)
-    saved, m = checkpoint_name((saved, m), "chunk_states")
-    return (o, s), (q, k, v, beta, g, codes, saved, m, s0 is None)
+    o, s, saved = _forward(form, Inputs(q, k, v, beta, codes), g, s0, save=True)
+    return (o, s), (q, k, v, beta, g, codes, checkpoint_name(saved, "chunk_states"), s0 is None)
 
 
 def _delta_rule_bwd(form: Form, residuals, cotangents):
-    q, k, v, beta, g, codes, saved, m, fresh = residuals
+    q, k, v, beta, g, codes, (chunks, states, r, m), fresh = residuals
     do, ds = cotangents
     x, gates, parts = Inputs(q, k, v, beta, codes), g, split.parts(v)
     if parts > 1:
         x, gates = split.cut_inputs(x, g, parts)
         do = cut(do, parts, 1)
-        ds = ends(m, backward(form, x, gates, *saved, do, None).s, ds, parts)
-    d = backward(form, x, gates, *saved, do, ds)
-    d_beta = d.beta.sum(0)
+        ds = ends(m, adjoint(chunks, do, x.vectors, x.codes, None)[0], ds, parts)
+    ds, (dv, y, d_states) = adjoint(chunks, do, x.vectors, x.codes, ds, save=True)
+    dq, dk, dg, d_beta = backward(form, x, gates, states, r, d_states, y, do)
     if parts > 1:
-        d, d_beta = split.join_gradients(d, parts), join(d_beta, parts, 2)
-    dq, dk = (sum_group(x, q.shape[2]) for x in (d.q, d.k))
-    dg = sum_group(d.g, g.shape[2])
-    return dq, dk, d.v, d_beta[..., None, :], dg, None if fresh else d.s, None
+        dq, dk, dv, dg = (join(z, parts, 1) for z in (dq, dk, dv, dg))
+        d_beta = join(d_beta, parts, 2)
+    dq, dk = (sum_group(z, q.shape[2]) for z in (dq, dk))
+    return dq, dk, dv, d_beta[..., None, :], dg, None if fresh else ds[::parts], None
 
 
 def _forward(form: Form, x: Inputs, g: Array, s0: Array | None, save: bool):
-    """`forward`, over parts of the sequence where there are too few sequences, and M of each part, or None."""
-    parts = split.parts(x.v)
-    if parts == 1:
-        return *forward(form, x, g, s0, save), None
-    x, g = split.cut_inputs(x, g, parts)
-    key_dim, value_dim = x.q.shape[3], x.v.shape[3]
-    # N from a zero state, and behind it M from the identity with v = 0
-    zero_and_one = jnp.eye(key_dim, value_dim + key_dim, value_dim)
-    both = jnp.broadcast_to(zero_and_one, (x.v.shape[0], x.v.shape[2], *zero_and_one.shape))
-    _, both, _ = forward(form, x._replace(v=fill(x.v, (0, 0, 0, key_dim))), g, both, save=False)
-    n, m = both[..., :value_dim], both[..., value_dim:]
-    o, s, saved = forward(form, x, g, starts(m, n, s0, parts), save)
-    return join(o, parts, 1), s[parts - 1 :: parts], saved, m
+    """(o, final S, (chunks, their states, R, M of each part or None)), over parts where there are too few sequences."""
+    parts, m = split.parts(x.v), None
+    if parts > 1:
+        x, g = split.cut_inputs(x, g, parts)
+    chunks = intra(form, x, g)
+    if parts > 1:
+        # N from a zero state, and behind it M from the identity with v = 0
+        key_dim, value_dim = x.q.shape[3], x.v.shape[3]
+        zero_and_one = jnp.eye(key_dim, value_dim + key_dim, value_dim)
+        both = jnp.broadcast_to(zero_and_one, (x.v.shape[0], x.v.shape[2], *zero_and_one.shape))
+        _, both, _ = forward(chunks, fill(x.v, (0, 0, 0, key_dim)), x.vectors, x.codes, both, read=False)
+        n, m = both[..., :value_dim], both[..., value_dim:]
+        s0 = starts(m, n, s0, parts)
+    o, s, saved = forward(chunks, x.v, x.vectors, x.codes, s0, save=save)
+    return join(o, parts, 1), s[parts - 1 :: parts], (chunks, *saved, m) if save else None
 
 
 _delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd)

@@ -9,7 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlin.kernels import chunk
 from jaxlin.kernels import gated_linear_attention_gpu_channel_split as split
 from jaxlin.kernels.gated_linear_attention_gpu_channel_bwd import backward
-from jaxlin.kernels.gated_linear_attention_gpu_channel_fwd import forward
+from jaxlin.kernels.gated_linear_attention_gpu_channel_intra import intra
+from jaxlin.kernels.gated_linear_attention_gpu_channel_walk import walk
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs
 from jaxlin.kernels.gated_linear_attention_gpu_op import fill, segment_codes, sum_group
 from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
@@ -40,30 +41,35 @@ def _attend_fwd(form: Form, q, k, v, g, s0, codes):
 
 
 def _attend_bwd(form: Form, residuals, cotangents):
-    q, k, v, g, codes, (states, p), fresh = residuals
+    q, k, v, g, codes, (chunks, states), fresh = residuals
     do, ds = cotangents
     x, gates, parts = Inputs(q, k, v, None, codes), g, split.parts(v)
     if parts > 1:
         x, gates = split.cut_inputs(x, g, parts)
         do = cut(do, parts, 1)
-        first = backward(form, x, gates, states, p, do, None).s
-        ds = split.at_parts(split.keep_of_parts(gates, x.codes), first, ds, parts, reverse=True)
-    d = backward(form, x, gates, states, p, do, ds)
+        _, first, _ = walk(chunks.q, do, chunks.keep, x.codes, None, reverse=True)
+        ds = split.at_parts(chunks.keep, first, ds, parts, reverse=True)
+    dv, ds, d_states = walk(
+        chunks.q, do, chunks.keep, x.codes, ds, reading=chunks.k, p=chunks.p, reverse=True, save=True
+    )
+    dq, dk, dg = backward(form, x, gates, states, d_states, do)
     if parts > 1:
-        d = split.join_gradients(d, parts)
-    dq, dk = (sum_group(x, q.shape[2]) for x in (d.q, d.k))
-    return dq, dk, d.v, sum_group(d.g, g.shape[2]), None if fresh else d.s, None
+        dq, dk, dv, dg = (join(y, parts, 1) for y in (dq, dk, dv, dg))
+    dq, dk = (sum_group(y, q.shape[2]) for y in (dq, dk))
+    return dq, dk, dv, dg, None if fresh else ds[::parts], None
 
 
 def _forward(form: Form, x: Inputs, g: Array, s0: Array | None, save: bool):
-    """`forward`, over parts of the sequence where there are too few sequences; what is saved stays in parts."""
+    """(o, final S, (chunks, their states)), over parts where there are too few sequences; the last stay in parts."""
     parts = split.parts(x.v)
-    if parts == 1:
-        return forward(form, x, g, s0, save)
-    x, g = split.cut_inputs(x, g, parts)
-    _, first, _ = forward(form, x, g, None, save=False)
-    o, s, saved = forward(form, x, g, split.at_parts(split.keep_of_parts(g, x.codes), first, s0, parts), save)
-    return join(o, parts, 1), s[parts - 1 :: parts], saved
+    if parts > 1:
+        x, g = split.cut_inputs(x, g, parts)
+    chunks = intra(form, x, g)
+    if parts > 1:
+        _, first, _ = walk(chunks.k, x.v, chunks.keep, x.codes, None)
+        s0 = split.at_parts(chunks.keep, first, s0, parts)
+    o, s, states = walk(chunks.k, x.v, chunks.keep, x.codes, s0, reading=chunks.q, p=chunks.p, save=save)
+    return join(o, parts, 1), s[parts - 1 :: parts], (chunks, states)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

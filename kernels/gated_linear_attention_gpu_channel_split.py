@@ -1,8 +1,9 @@
 """Sequences with gates per channel cut into parts that run side by side; see `gated_linear_attention_gpu_split`.
 
-The state at the end of a part is M S + N. N is what the kernels find from a zero state, in a first pass that costs as
-much as the second; M is diag(e^{sum of g}) for family A. For family B its columns are the states that those of the
-identity are taken to by v = 0: further blocks of values in the same pass. Likewise in reverse.
+The state at the end of a part is M S + N. N is what the kernel that walks over the chunks finds from a zero state, in a
+first pass; M is the product of the chunks' keep for family A. For family B its columns are the states that those of the
+identity are taken to by v = 0: further blocks of values in the same pass. Likewise in reverse. What chunks have without
+the state is found before, once.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlin.kernels.gated_linear_attention_gpu_fwd import KEEP, MIN_GATE, VALID, Inputs
-from jaxlin.kernels.gated_linear_attention_gpu_split import combine, cut, join, parts_of
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import Inputs
+from jaxlin.kernels.gated_linear_attention_gpu_split import combine, cut, parts_of
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK
 
 
@@ -27,26 +28,10 @@ def cut_inputs(x: Inputs, g: Array, parts: int) -> tuple[Inputs, Array]:
     return Inputs(q, k, v, cut(x.vectors, parts, 2), codes), g
 
 
-def join_gradients(d, parts: int):
-    """The gradients of q, k, v, g with parts put together; that of the initial state is the first part's."""
-    q, k, v, g = (join(y, parts, 1) for y in (d.q, d.k, d.v, d.g))
-    return d._replace(q=q, k=k, v=v, g=g, s=d.s[::parts])
-
-
-def keep_of_parts(g: Array, codes: Array | None) -> Array:
-    """Family A's M, [B * P, HV, K], of parts cut."""
-    g = jnp.maximum(g, MIN_GATE)
-    if codes is None:
-        return jnp.exp(g.sum(1))
-    valid = (codes.reshape(codes.shape[0], -1) & VALID) != 0
-    keep = jnp.exp(jnp.where(valid[:, :, None, None], g, 0.0).sum(1))
-    return jnp.where(((codes[..., 0] & KEEP) != 0).all(1)[:, None, None], keep, 0.0)
-
-
 def at_parts(keep: Array, update: Array, start: Array | None, parts: int, reverse: bool = False) -> Array:
     """Family A's state at the start of each part (reverse: cotangent at its end), [B * P, HV, K, V].
 
-    keep [B * P, HV, K], update [B * P, HV, K, V]; start [B, HV, K, V] belongs to the first part (the last).
+    keep [B * P, HV, N, K] of chunks, update [B * P, HV, K, V]; start [B, HV, K, V] is of the first part (the last).
     """
     _, heads, key_dim, value_dim = update.shape
 
@@ -54,5 +39,5 @@ def at_parts(keep: Array, update: Array, start: Array | None, parts: int, revers
         return jnp.moveaxis(x.reshape(-1, parts, heads * key_dim, *x.shape[3:]), 1, 2)
 
     start = None if start is None else start.reshape(-1, heads * key_dim, value_dim)
-    found = combine(by_part(keep), by_part(update), start, reverse)
+    found = combine(by_part(keep.prod(2)), by_part(update), start, reverse)
     return jnp.moveaxis(found, 2, 1).reshape(update.shape)

@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import vector as vector_dialect
 
 CHUNK = 64
 """Rows of a chunk, and of every tile: wgmma multiplies 64 rows at a time."""
@@ -63,6 +65,16 @@ def vector(*shape: int, dtype: Any = jnp.float32) -> Any:
     return plgpu.SMEM(shape, dtype)
 
 
+def row_tile() -> Any:
+    """Shared memory for a float32 tile [C, C] whose rows `take_rows` reads; wider, so that rows lie in other banks."""
+    return plgpu.SMEM((CHUNK, CHUNK + 8), jnp.float32)
+
+
+def in_turn(*groups: Any) -> Any:
+    """The same shared memory for several groups of buffers, each used when the one before is done with; unpack it."""
+    return groups if interpreted() else plgpu.RefUnion(*groups)
+
+
 def put(ref: Ref, x: Array) -> None:
     """Write a tile to shared memory for a product, a copy or a load that follows."""
     ref[...] = x.astype(ref.dtype)
@@ -84,6 +96,27 @@ def load_columns(ref: Ref) -> Array:
     return _load(ref, _WGMMA.reduce(0))
 
 
+def take_rows(ref: Ref, index: Array) -> Array:
+    """Row index[i, 0] of a `row_tile` as row i: [C, C]; `index` is the same all along a row."""
+    if interpreted():
+        return jnp.take_along_axis(ref[:, : index.shape[1]], index, 0)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), _WGMMA),
+        return_type=plgpu.ShapeDtypeStruct(index.shape, jnp.float32, layout=_WGMMA),
+    )
+    def take(_, ref, index):
+        pair, registers = ir.VectorType.get((2,), ir.F32Type.get()), np.empty_like(index.registers)
+        places = index.layout.thread_idxs(index.shape)
+        for at, (_, column) in zip(np.ndindex(registers.shape), places, strict=True):
+            row = vector_dialect.extract(index.registers[at], [], [0])
+            row = arith.index_cast(ir.IndexType.get(), row)
+            registers[at] = vector_dialect.load(pair, ref, [row, column])
+        return mgpu.FragmentedArray(_registers=registers, _layout=index.layout, _is_signed=None)
+
+    return take(ref, index)
+
+
 def _load(ref: Ref, layout: Any) -> Array:
     if interpreted():
         return ref[...]
@@ -94,6 +127,11 @@ def _load(ref: Ref, layout: Any) -> Array:
 def zeros(rows: int, columns: int) -> Array:
     """A float32 tile of zeros in registers."""
     return _layout(jnp.zeros((rows, columns), jnp.float32), _WGMMA)
+
+
+def zero_rows(rows: int) -> Array:
+    """A float32 vector of zeros, as `load_rows` gives it."""
+    return _layout(jnp.zeros((rows,), jnp.float32), _WGMMA.reduce(1))
 
 
 def zero_columns(columns: int) -> Array:
@@ -233,23 +271,24 @@ def stream(
     chunks: int,
     stages: int,
     reverse: bool = False,
+    started: bool = False,
 ) -> Any:
     """Run `carry = body(n, slot, refill, carry)` over chunks, their data copied `stages` ahead by TMA.
 
     sources: (chunk -> its part of global memory, shared memory [stages, ...]); `barrier` has `stages` barriers of
     len(sources) arrivals. The body may overwrite its slot and copy it out. It calls `refill` once, when all that the
     previous chunk copied out has left shared memory: the previous slot is then loaded anew. With one stage a chunk is
-    loaded only once the one before is done and copied out: for programs that share an SM with another.
+    loaded only once the one before is done and copied out: for programs that share an SM with another. What
+    `start_stream` was called for is `started`.
     """
     stages = min(stages, chunks)
 
     def fetch(step, slot):
-        n = chunks - 1 - step if reverse else step
-        for part, buffer in sources:
-            plgpu.copy_gmem_to_smem(part(n), buffer.at[slot], barrier.at[slot])
+        fetch_chunk(sources, barrier, chunks - 1 - step if reverse else step, slot)
 
-    for step in range(stages):
-        fetch(jnp.int32(step), jnp.int32(step))
+    if not started:
+        for step in range(stages):
+            fetch(jnp.int32(step), jnp.int32(step))
 
     def turn(step, carry):
         slot = lax.rem(step, jnp.int32(stages))
@@ -273,9 +312,34 @@ def stream(
     return lax.fori_loop(jnp.int32(0), jnp.int32(chunks), turn, carry)
 
 
+def fetch_chunk(sources: Sequence[tuple[Callable[[Array], Ref], Ref]], barrier: Ref, n: Array, slot: Array) -> None:
+    """Start the copies of chunk n of a `stream`."""
+    for part, buffer in sources:
+        plgpu.copy_gmem_to_smem(part(n), buffer.at[slot], barrier.at[slot])
+
+
+def start_stream(
+    sources: Sequence[tuple[Callable[[Array], Ref], Ref]], barrier: Ref, *, chunks: int, stages: int
+) -> None:
+    """Start the first copies of a `stream`, ahead of it."""
+    for step in range(min(stages, chunks)):
+        fetch_chunk(sources, barrier, jnp.int32(step), jnp.int32(step))
+
+
 def barrier(sources: int, stages: int) -> Any:
     """The barriers of a `stream`."""
     return plgpu.Barrier(num_arrivals=sources, num_barriers=stages)
+
+
+def fetch(sources: Sequence[tuple[Ref, Ref]], barrier: Ref) -> None:
+    """Start copies (global memory, shared memory) of which there is one in a program; `arrived` waits for them."""
+    for part, buffer in sources:
+        plgpu.copy_gmem_to_smem(part, buffer, barrier.at[0])
+
+
+def arrived(barrier: Ref) -> None:
+    """Wait for what `fetch` started."""
+    plgpu.barrier_wait(barrier.at[0])
 
 
 def copy_out(*copies: tuple[Ref, Ref], when: Array | bool = True) -> None:

@@ -1,12 +1,10 @@
-"""Decays of a gate per channel on Hopper, of one chunk and 64 channels: sums of gates as products with zeros and ones.
+"""Decays of a gate per channel on Hopper, of one chunk and 64 channels, and the levels of products inside it.
 
-With g [C, K] the log gates of a chunk, every decay is the exponential of a sum of gates over consecutive rows,
-
-    sums(first, last)_ik = sum_{first_i <= t < last_i} g_tk                    so never positive, never a difference,
-
-which is a product of a matrix of zeros and ones with g. That is split in two bfloat16 tiles, g = high + low, 16 bits:
-an exponent x is off by 1e-5 x. Rows meet as in kernels/README.md: for i > j there is one level s = 1, 2, 4 ... 32 with
-i in the second and j in the first half of an aligned block of 2s rows, and with e_s = exp(sums(level))
+b [C, K], the cumulative log2 gates of the chunk, is a product of a triangle of ones with g, which is split in two
+bfloat16 tiles, 16 bits. A decay is two to a difference of rows of b, as for a gate per head: off by 1e-5 of the gates
+in between and by 2^-24 b; each gate is clamped at `MIN_GATE`, so that this stays below 3e-4. Rows meet as in
+kernels/README.md: for i > j there is one level s = 1, 2, 4 ... 32 with i in the second and j in the first half of an
+aligned block of 2s rows. With a the last row of its first half and e_s = 2^-|b - b_a|, never above 1,
 
     e^{b_i - b_j} = e_s[i] e_s[j],     P = sum over s of (q e_s) (k e_s)^T masked to the corners of level s.
 
@@ -23,41 +21,42 @@ rounding, so that the pairs on one side of t cancel in dg_t = sum_{i >= t} R_i b
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
-from jaxlin.kernels.gated_linear_attention_gpu_fwd import MIN_GATE
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, dot, rows
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, columns, dot, rows
 
 LEVELS = 6
 """log2(CHUNK): s = 1, 2, 4 ... 32."""
+MIN_GATE = -40.0
+"""Gates below are taken as this: e^-40 is nothing beside 1 in float32; sums of stronger ones would lose the weaker."""
 UNROLL = False
 """Levels one after the other in the code: a third fewer instructions, but more registers than there are."""
 Range = tuple[Array | None, Array | None]
 """first and last: rows [first_i, last_i) for every row i of a tile; None is the start or the end of the chunk."""
 
 
-def half(ref: gpu.Ref, c: int) -> gpu.Ref:
-    """64 of the columns of a tile in shared memory: keys of 128 are taken 64 at a time."""
-    return ref if ref.shape[-1] == CHUNK else ref.at[:, pl.ds(c * CHUNK, CHUNK)]
+class Gates(NamedTuple):
+    """The same shared memory for what becomes of g of 64 channels, one after the other."""
+
+    g: gpu.Ref  # [C, 64] float32; dg in the end
+    high: gpu.Ref
+    low: gpu.Ref
+    b: gpu.Ref
 
 
-def split(g: gpu.Ref, valid: Array | None, high: gpu.Ref, low: gpu.Ref, total: gpu.Ref) -> Array:
-    """Write log gates, none in padding, as the pieces that `sums` reads; e^{b_C} [K], for the rows of the state.
-
-    The pieces are those of log2(e) g: `decay` is a power of two.
-    """
-    x = jnp.maximum(gpu.load(g), MIN_GATE) * math.log2(math.e)
+def cumulative(gates: Gates, valid: Array | None) -> Array:
+    """Write b, of log gates g, none in padding; e^{b_C} [K], for the rows of the state."""
+    x = jnp.maximum(gpu.load(gates.g), MIN_GATE) * math.log2(math.e)
     if valid is not None:
         x = jnp.where(rows(valid), x, 0.0)
-    put_pieces(x, high, low)
-    total[...] = jnp.sum(x, 0)
-    gpu.commit()
-    return jnp.exp2(gpu.load_rows(total))
+    put_pieces(x, gates.high, gates.low)
+    gates.b.at[:, pl.ds(0, CHUNK)][...] = sums(gates.high, gates.low, (None, gpu.indices()[0] + 1))
+    return jnp.exp2(gpu.load_rows(_row(gates.b, CHUNK - 1)))
 
 
 def put_pieces(x: Array, high: gpu.Ref, low: gpu.Ref) -> None:
@@ -67,39 +66,16 @@ def put_pieces(x: Array, high: gpu.Ref, low: gpu.Ref) -> None:
     gpu.put(low, x - rounded.astype(jnp.float32))
 
 
-def dot_pieces(x: Array, b: gpu.Ref, acc: Array | None = None) -> Array:
-    """acc + x @ b with a float32 tile x, to 16 bits: two products."""
-    high = x.astype(jnp.bfloat16)
-    return dot((x - high.astype(jnp.float32)).astype(jnp.bfloat16), b, dot(high, b, acc))
-
-
 # ---- sums over rows ----
 
 
-def enter() -> Range:
-    """From the chunk's start to row i, inclusive."""
-    return None, gpu.indices()[0] + 1
-
-
-def leave() -> Range:
-    """From behind row i to the chunk's end."""
-    return gpu.indices()[0] + 1, None
-
-
-def level(s: Array) -> Range:
-    """In the second half of a block of 2s rows from its start to row i, in the first from behind row i to its end."""
-    i, second = gpu.indices()[0], second_half(s)
-    start = i & -s
-    return jnp.where(second, start, i + 1), jnp.where(second, i + 1, start + s)
-
-
 def before() -> Range:
-    """All rows before row i: the transpose of `leave`."""
+    """All rows before row i."""
     return None, gpu.indices()[0]
 
 
 def onward() -> Range:
-    """Row i and all behind it: the transpose of `enter`."""
+    """Row i and all behind it."""
     return gpu.indices()[0], None
 
 
@@ -112,19 +88,41 @@ def sums(high: gpu.Ref, low: gpu.Ref | None, over: Range, acc: Array | None = No
     return found if low is None else dot(chosen, low, found)
 
 
-def gate_gradient(r: Array, writes: gpu.Ref, carried: Array, high: gpu.Ref, low: gpu.Ref, vector: gpu.Ref) -> Array:
-    """dg_t = sum_{i >= t} r_i + sum_{j < t} writes_j + what the state carries over the chunk [K]; the last three tiles
-    are used up."""
-    put_pieces(r, high, low)
+def put_gradient(gates: Gates, r: Array, writes: gpu.Ref, carried: Array, vector: gpu.Ref, valid: Array | None) -> None:
+    """Write dg_t = sum_{i >= t} r_i + sum_{j < t} writes_j + what the state carries over the chunk [K], over b."""
+    put_pieces(r, gates.high, gates.low)
     vector[...] = carried
     gpu.commit()
-    dg = sums(high, low, onward(), gpu.columns(gpu.load_columns(vector)))
-    return sums(writes, None, before(), dg)
+    dg = sums(gates.high, gates.low, onward(), gpu.columns(gpu.load_columns(vector)))
+    dg = sums(writes, None, before(), dg)
+    gates.g[...] = dg if valid is None else jnp.where(rows(valid), dg, 0.0)
 
 
-def decay(high: gpu.Ref, low: gpu.Ref, over: Range) -> Array:
-    """e to the sums of gates, from their pieces as `split` writes them."""
-    return jnp.exp2(sums(high, low, over))
+# ---- decays ----
+
+
+def enter(b: gpu.Ref) -> Array:
+    """From the chunk's start to row i, inclusive."""
+    return jnp.exp2(_own(b))
+
+
+def leave(b: gpu.Ref) -> Array:
+    """From behind row i to the chunk's end."""
+    return jnp.exp2(columns(gpu.load_columns(_row(b, CHUNK - 1))) - _own(b))
+
+
+def level(b: gpu.Ref, s: Array) -> Array:
+    """e_s: from the middle of a block of 2s rows to row i of its second half, from row j of its first to the middle."""
+    middle = (gpu.indices()[0] & -2 * s) + s - 1
+    return jnp.exp2(-jnp.abs(_own(b) - gpu.take_rows(b, middle)))
+
+
+def _own(b: gpu.Ref) -> Array:
+    return gpu.load(b.at[:, pl.ds(0, CHUNK)])
+
+
+def _row(b: gpu.Ref, i: int) -> gpu.Ref:
+    return b.at[i, pl.ds(0, CHUNK)]
 
 
 # ---- levels ----
@@ -184,11 +182,6 @@ def diagonal(product: Array) -> Array:
 # ---- programs ----
 
 
-def pieces(*names: str, key_dim: int) -> dict:
-    """Shared memory for tiles of 64 channels each: name0, name1."""
-    return {f"{name}{c}": gpu.tile(CHUNK, CHUNK) for name in names for c in range(key_dim // CHUNK)}
-
-
 def key_rows(c: int) -> Any:
     """The rows of half c of the keys, of a state."""
     return pl.ds(c * CHUNK, CHUNK)
@@ -209,7 +202,33 @@ def finish(target: gpu.Ref, state: tuple[Array, ...], index: tuple[Array, Array,
         target.at[b, h, key_rows(c), gpu.block(w)][...] = tile
 
 
-def source(given: dict, buffer: dict, index: tuple[Array, Array, Array]) -> tuple:
-    """The part of g [B, T, HV, K] that a chunk reads, with its buffer."""
-    b, h, _ = index
-    return lambda n: given["g"].at[b, gpu.chunk_rows(n), h], buffer["g"]
+def keys_and_gates(count: int) -> dict:
+    """Shared memory for `count` times 64 keys of a chunk: q0, q1, k0, k1, and `Gates` in gates0, gates1."""
+    pair = (gpu.tile(CHUNK, CHUNK), gpu.tile(CHUNK, CHUNK))
+    both = gpu.in_turn((gpu.float_tile(CHUNK, CHUNK),), pair, (gpu.row_tile(),))
+    keys = {f"{name}{c}": gpu.tile(CHUNK, CHUNK) for name in "qk" for c in range(count)}
+    return keys | {f"gates{c}": both for c in range(count)}
+
+
+def unpack(buffer: dict, count: int) -> tuple[list[gpu.Ref], list[gpu.Ref], list[Gates]]:
+    """q, k and gates of `keys_and_gates`."""
+    q, k, gates = ([buffer[f"{name}{c}"] for c in range(count)] for name in ("q", "k", "gates"))
+    return q, k, [Gates(g, high, low, b) for (g,), (high, low), (b,) in map(tuple, gates)]
+
+
+def sources(given: dict, buffer: dict, index: tuple[Array, Array, Array], count: int, first: int | Array = 0) -> list:
+    """The parts of q, k, g, vectors and codes of chunk (b, h, n), with their buffers; keys from half `first` on."""
+    b, h, n = index
+    group = given["g"].shape[2] // given["q"].shape[2]
+    head, part = h if group == 1 else lax.div(h, jnp.int32(group)), gpu.chunk_rows(n)
+    q, k, gates = unpack(buffer, count)
+    found = []
+    for c in range(count):
+        channels = key_rows(first + c)
+        found += [(given[name].at[b, part, head, channels], x[c]) for name, x in (("q", q), ("k", k))]
+        found.append((given["g"].at[b, part, h, channels], gates[c].g))
+    if "vectors" in given:
+        found.append((given["vectors"].at[b, h, n], buffer["vectors"].at[0]))
+    if "codes" in given:
+        found.append((given["codes"].at[b, n], buffer["codes"].at[0]))
+    return found

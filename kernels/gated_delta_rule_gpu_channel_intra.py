@@ -1,0 +1,125 @@
+"""Family B on Hopper, a gate per channel (KDA): what chunks have without the state, one warpgroup for each.
+
+    A_ij = sum_k k_ik k_jk e^{b_ik - b_jk}, i > j ;  P_ij = scale sum_k q_ik k_jk e^{b_ik - b_jk}, i >= j
+    T = (I + diag(beta) A)^-1 ;  T' = (I + A diag(beta))^-1 ;  T diag(beta) = diag(beta) T'
+    Q = scale e^b q ;  K = e^b k ;  W = e^{b_C - b} k ;  keep = e^{b_C}
+
+A and P share the decayed keys of each level (`tile_gpu_channel`); T as for a gate per head. T and T' are kept without
+their diagonals. With T' the forward pass has U / beta without a division, and that is all that the gradients of keys,
+gates and beta need of the values; T is for the adjoint system. Each is an inverse of its own: with
+T' = I - A T diag(beta), o had 2e-2 where keys are correlated by 0.999. Masks of segments and zeros of padding are in
+all of these.
+
+Q and W have a second piece of bfloat16, 16 bits in all: with 8, o had 3.9e-3 by Q's and 3.7e-3 by W's, 3.6e-3 by K's
+(of 4e-3 allowed, 3.5e-3 with two of each; gates weak, T = 257).
+
+Bytes at K = V = 64, in units of q: q, k and g (2) are read, Q and W twice, K, P, T, T' written: 12.
+
+Budget at K = 64: P, A, T's blocks, a decay and a product in registers, 160 a thread, and pieces of tiles, so two
+programs an SM. Shared memory: q, k of 8 KB; b of 18 KB, and in turn g and its pieces; three tiles for the inverse and
+one for P (32 KB). What is made is written over all of these: 66 KB; 108 KB at K = 128.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import tile_gpu_channel as channel
+from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, unit_lower_inverse
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
+from jaxlin.kernels.mosaic_gpu import CHUNK, by_row, columns, dot
+
+
+class Chunks(NamedTuple):
+    """What the walks and the backward pass read, bfloat16 but for keep; keys [B, T, HV, K], pairs [B, HV, N, C, C]."""
+
+    q: Array
+    q_rest: Array
+    k: Array
+    w: Array
+    w_rest: Array
+    p: Array
+    t: Array  # T - I
+    t_values: Array  # T' - I
+    keep: Array  # [B, HV, N, K] float32
+
+
+def intra(form: Form, x: Inputs, g: Array) -> Chunks:
+    """Everything of all chunks; g [B, T, HV, K] float32."""
+    batch, time, heads, key_dim = g.shape
+    chunks, halves = time // CHUNK, key_dim // CHUNK
+    flat = present(q=x.q, k=x.k, g=g, vectors=x.vectors, codes=x.codes)
+    shape = jax.ShapeDtypeStruct
+    keys, pairs = shape(g.shape, x.q.dtype), shape((batch, heads, chunks, CHUNK, CHUNK), x.q.dtype)
+    out = Chunks(*[keys] * 5, *[pairs] * 3, shape((batch, heads, chunks, key_dim), jnp.float32))
+    scratch = channel.keys_and_gates(halves)
+    scratch |= {name: gpu.tile(CHUNK, CHUNK) for name in ("lower", "rest", "p", *(f"free{c}" for c in range(halves)))}
+    scratch |= dict(vectors=gpu.vector(1, form.vectors, CHUNK), keep=gpu.vector(key_dim))
+    if form.segments:
+        scratch |= dict(codes=gpu.vector(1, CHUNK, dtype=jnp.int32))
+    scratch |= dict(barrier=gpu.barrier(3 * halves + 1 + form.segments, 1))
+
+    def gated_delta_rule_channel_intra(index, inputs, outputs, buffers):
+        given, buffer = dict(zip(flat, inputs, strict=True)), dict(zip(scratch, buffers, strict=True))
+        _program(form, index, given, Chunks(*outputs), buffer, halves)
+
+    grid = (batch, heads, chunks)
+    return Chunks(*gpu.launch(gated_delta_rule_channel_intra, list(flat.values()), out, grid, list(scratch.values())))
+
+
+def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None:
+    b, h, n = index
+    halves, free = range(count), [buffer[f"free{c}"] for c in range(count)]
+    q, k, gates = channel.unpack(buffer, count)
+    p_tile, lower, rest = (buffer[name] for name in ("p", "lower", "rest"))
+    gpu.fetch(channel.sources(given, buffer, index, count), buffer["barrier"])
+    gpu.arrived(buffer["barrier"])
+    d, beta = decays(form, buffer, jnp.int32(0)), beta_of(form, buffer, jnp.int32(0))
+    keep = [channel.cumulative(gates[c], d.valid) for c in halves]
+    if form.segments:
+        clean(d.valid, *q, *k)
+
+    def level(s, carry):
+        p = a = None
+        for c in halves:
+            e = channel.level(gates[c].b, s)
+            gpu.put(free[0], gpu.load(k[c]) * e)
+            a = dot(free[0], free[0], a, tb=True)
+            p = dot((gpu.load(q[c]) * e).astype(jnp.bfloat16), free[0], p, tb=True)
+        corners = channel.corners(s)
+        return jnp.where(corners, p, carry[0]), jnp.where(corners, a, carry[1])
+
+    p = None
+    for c in halves:
+        p = dot(q[c], k[c], p, tb=True)
+    p, a = channel.over_levels(level, (p, gpu.zeros(CHUNK, CHUNK)))
+    (p,), (a,) = d.pair(p), d.keys(a)
+    gpu.put(p_tile, p)
+
+    gpu.put(lower, unit_lower_inverse(by_row(-beta, a), lower, rest, free[0]))
+    gpu.copy_out((lower, made.t.at[b, h, n]))
+    gpu.wait_out(0)
+    columns_beta = columns(gpu.load_columns(buffer["vectors"].at[0, form.vectors - 1]))
+    gpu.put(lower, unit_lower_inverse(-columns_beta * a, lower, rest, free[0]))
+
+    part = gpu.chunk_rows(n)
+    copies = [(p_tile, made.p.at[b, h, n]), (lower, made.t_values.at[b, h, n])]
+    for c in halves:
+        enter, leave = channel.enter(gates[c].b), by_row(d.leave, channel.leave(gates[c].b))
+        reading = by_row(d.enter_scaled, enter) * gpu.load(q[c])
+        keys = by_row(d.enter, enter) * gpu.load(k[c])
+        written = leave * gpu.load(k[c])
+        channel.put_pieces(reading, q[c], free[c])
+        channel.put_pieces(written, gates[c].high, gates[c].low)
+        k[c][...] = keys.astype(jnp.bfloat16)
+        buffer["keep"].at[channel.key_rows(c)][...] = d.keep * keep[c]
+        to = (made.q, made.q_rest, made.k, made.w, made.w_rest)
+        tiles = (q[c], free[c], k[c], gates[c].high, gates[c].low)
+        copies += [(x, y.at[b, part, h, channel.key_rows(c)]) for x, y in zip(tiles, to, strict=True)]
+    gpu.copy_out(*copies, (buffer["keep"], made.keep.at[b, h, n]))
+    gpu.wait_out(0, read=False)

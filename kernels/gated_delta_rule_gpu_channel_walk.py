@@ -1,0 +1,185 @@
+"""Family B on Hopper, a gate per channel (KDA): the walks over the chunks.
+
+One warpgroup has a (batch, value head, 64 values). With what `gated_delta_rule_gpu_channel_intra` made of each chunk,
+the state S in registers goes by
+
+    R = T' (V - K S) ;  U = beta R ;  o = Q S + P U ;  S' = keep S + W^T U
+
+and its cotangent in reverse by the adjoint system,
+
+    dU = P^T do + W dS' ;  Y = T^T dU ;  dV = beta Y ;  dS = keep dS' + Q^T do - K^T dV
+
+The states that a chunk starts from, R, dS' and Y are kept, in bfloat16, for what is left of the gradients. The identity
+in T and T' stays out of products, U is rounded to 16 bits. Where only the final state is wanted, the first pass over
+the parts of long sequences, Q and P stay away (in reverse, nothing does).
+
+Bytes at K = V = 64, in units of q: Q and W twice, K, V, P, T' are read, o, S, R written: 11. In reverse Q, K, do, P, T
+and W twice are read, dV, dS', Y written: 10.
+
+Budget at K = 64: S, R and o in registers, 96 a thread; every operand is in shared memory. Tiles of 8 KB in one stage,
+and all that a chunk makes is written over those it is done with: 64 KB, in reverse 56 KB, so that other programs on the
+SM compute while one loads. At K = 128 104 and 88 KB.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import tile_gpu_channel as channel
+from jaxlin.kernels.gated_delta_rule_gpu_channel_intra import Chunks
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import VALID, clean, present
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
+
+STAGES = 1
+ADJOINT_STAGES = 1
+KEYS, PAIRS, VALUES = ("q", "q_rest", "k", "w", "w_rest"), ("p", "t", "t_values"), ("v", "do", "o", "r", "y", "dv")
+
+
+def forward(
+    x: Chunks, v: Array, beta: Array, codes: Array | None, s0: Array | None, *, read: bool = True, save: bool = False
+) -> tuple[Array | None, Array, tuple[Array, Array] | None]:
+    """(o [B, T, HV, V] if `read`, final S [B, HV, K, V], if `save` (S at chunk starts [B, HV, N, K, V], R like o)).
+
+    v [B, T, HV, V], whose padding by `codes` [B, N, C] may hold anything; beta [B, HV, N, 1, C]; s0 None is zero.
+    """
+    given = dict(k=x.k, w=x.w, w_rest=x.w_rest, v=v, t_values=x.t_values, keep=x.keep, beta=beta, codes=codes, start=s0)
+    given |= dict(q=x.q, q_rest=x.q_rest, p=x.p) if read else {}
+    out = _walk(gated_delta_rule_channel_walk, given, v, ("o",) * read + ("r", "states") * save, STAGES, reverse=False)
+    return out.get("o"), out["s"], (out["states"], out["r"]) if save else None
+
+
+def adjoint(
+    x: Chunks, do: Array, beta: Array, codes: Array | None, ds: Array | None, *, save: bool = False
+) -> tuple[Array, tuple[Array, Array, Array] | None]:
+    """(dS of the initial state, if `save` (dV, Y [B, T, HV, V], dS' at chunk ends [B, HV, N, K, V])).
+
+    ds None is zero.
+    """
+    given = dict(
+        q=x.q, k=x.k, w=x.w, w_rest=x.w_rest, do=do, p=x.p, t=x.t, keep=x.keep, beta=beta, codes=codes, start=ds
+    )
+    out = _walk(gated_delta_rule_channel_adjoint, given, do, ("dv", "y", "states") * save, ADJOINT_STAGES, reverse=True)
+    return out["s"], (out["dv"], out["y"], out["states"]) if save else None
+
+
+def gated_delta_rule_channel_walk(tiles: dict, beta: Array, keep: list, state: tuple, save) -> tuple[tuple, dict]:
+    """S' and the tiles that hold o and R, from the tiles of a chunk; `save(c, tile)` is called with those of S."""
+    k, v, t, halves = tiles["k"], tiles["v"], tiles["t_values"], range(len(state))
+    reads = "q" in tiles
+    minus_z = -gpu.load(v)
+    for c in halves:
+        tile = v if c == 0 else k[0]
+        gpu.put(tile, state[c])
+        save(c, tile)
+        minus_z = dot(k[c], tile, minus_z)
+    u, rest = k[-1], tiles["q_rest"][0] if reads else t
+    z = -minus_z
+    gpu.put(u, z)
+    r, o = dot(t, u, z), None
+    if reads:
+        t[...] = r.astype(t.dtype)
+        for c in halves:
+            tile = v if c == 0 else k[0]
+            o = dot(tiles["q_rest"][c], tile, dot(tiles["q"][c], tile, o))
+    channel.put_pieces(by_row(beta, r), u, rest)
+    if reads:
+        o = dot(tiles["p"], rest, dot(tiles["p"], u, o))
+        tiles["p"][...] = o.astype(v.dtype)
+    new = []
+    for c in halves:
+        s = by_row(keep[c], state[c])
+        for x, y in ((tiles["w"][c], u), (tiles["w"][c], rest), (tiles["w_rest"][c], u)):
+            s = dot(x, y, s, ta=True)
+        new.append(s)
+    return tuple(new), dict(o=tiles["p"], r=t) if reads else {}
+
+
+def gated_delta_rule_channel_adjoint(tiles: dict, beta: Array, keep: list, state: tuple, save) -> tuple[tuple, dict]:
+    """dS and the tiles that hold dV and Y, from the tiles of a chunk; `save(c, tile)` is called with those of dS'."""
+    q, k, w, do, p, t = (tiles[name] for name in ("q", "k", "w", "do", "p", "t"))
+    halves = range(len(state))
+    du = dot(p, do, ta=True)
+    for c in halves:
+        tile = p if c == 0 else w[0]
+        gpu.put(tile, state[c])
+        save(c, tile)
+        du = dot(tiles["w_rest"][c], tile, dot(w[c], tile, du))
+    dv = w[-1]
+    gpu.put(dv, du)
+    y = dot(t, dv, du, ta=True)
+    t[...] = y.astype(t.dtype)
+    gpu.put(dv, by_row(beta, y))
+    through = [-dot(k[c], dv, -by_row(keep[c], state[c]), ta=True) for c in halves]
+    return tuple(dot(q[c], do, through[c], ta=True) for c in halves), dict(dv=dv, y=t)
+
+
+def _walk(body, given: dict, like: Array, made: tuple[str, ...], stages: int, reverse: bool) -> dict:
+    """The final S [B, HV, K, V], and by name what else is made, after `body` of all chunks; `like` [B, T, HV, V]."""
+    given = present(**given)
+    batch, heads, chunks, key_dim = given["keep"].shape
+    value_dim, halves, stages = like.shape[3], range(key_dim // CHUNK), min(stages, chunks)
+    shape = jax.ShapeDtypeStruct
+    out = dict(s=shape((batch, heads, key_dim, value_dim), jnp.float32))
+    out |= {name: shape(like.shape, like.dtype) for name in made}
+    if "states" in made:
+        out |= dict(states=shape((batch, heads, chunks, key_dim, value_dim), like.dtype))
+    scratch = {f"{name}{c}": gpu.tile(stages, CHUNK, CHUNK) for name in KEYS if name in given for c in halves}
+    scratch |= {name: gpu.tile(stages, CHUNK, CHUNK) for name in PAIRS + VALUES if name in given}
+    scratch |= dict(keep=gpu.vector(stages, key_dim), beta=gpu.vector(stages, 1, CHUNK))
+    if "codes" in given:
+        scratch |= dict(codes=gpu.vector(stages, CHUNK, dtype=jnp.int32))
+    scratch |= dict(barrier=gpu.barrier(len(scratch), stages))
+
+    def program(index, inputs, outputs, buffers):
+        x, y = dict(zip(given, inputs, strict=True)), dict(zip(out, outputs, strict=True))
+        _program(body, index, x, y, dict(zip(scratch, buffers, strict=True)), chunks, stages, reverse)
+
+    program.__name__ = body.__name__
+    grid = (batch, heads, value_dim // BLOCK)
+    results = gpu.launch(program, list(given.values()), list(out.values()), grid, list(scratch.values()))
+    return dict(zip(out, results, strict=True))
+
+
+def _program(body, index, given, made, buffer, chunks, stages, reverse) -> None:
+    b, h, w = index
+    block, key_dim = gpu.block(w), given["keep"].shape[3]
+    halves = range(key_dim // CHUNK)
+
+    def chunk(n, slot, refill, state):
+        tiles = {name: [buffer[f"{name}{c}"].at[slot] for c in halves] for name in KEYS if name in given}
+        tiles |= {name: buffer[name].at[slot] for name in PAIRS + VALUES if name in given}
+        gpu.wait_out(0)
+        refill()
+        if "codes" in buffer:
+            valid = lax.bitwise_and(gpu.load_rows(buffer["codes"].at[slot]), VALID) != 0
+            clean(valid, tiles["do" if reverse else "v"])
+        keep = [gpu.load_rows(buffer["keep"].at[slot, channel.key_rows(c)]) for c in halves]
+
+        def save(c, tile):
+            if "states" in made:
+                gpu.copy_out((tile, made["states"].at[b, h, n, channel.key_rows(c), block]))
+
+        beta = gpu.load_rows(buffer["beta"].at[slot, 0])
+        new, done = body(tiles, beta, keep, state, save)
+        rows = gpu.chunk_rows(n)
+        gpu.copy_out(*((tile, made[name].at[b, rows, h, block]) for name, tile in done.items() if name in made))
+        return new
+
+    def part(name):
+        x = given[name]
+        if name in VALUES:
+            return lambda n: x.at[b, gpu.chunk_rows(n), h, block]
+        return lambda n: x.at[b, n] if name == "codes" else x.at[b, h, n]
+
+    def key_part(name, c):
+        return lambda n: given[name].at[b, gpu.chunk_rows(n), h, channel.key_rows(c)]
+
+    sources = [(key_part(name, c), buffer[f"{name}{c}"]) for name in KEYS if name in given for c in halves]
+    sources += [(part(name), buffer[name]) for name in given if name in buffer]
+    state = channel.start(given, "start", index, key_dim)
+    state = gpu.stream(sources, buffer["barrier"], chunk, state, chunks=chunks, stages=stages, reverse=reverse)
+    channel.finish(made["s"], state, index)
+    gpu.wait_out(0, read=False)
