@@ -48,8 +48,8 @@ from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, columns, dot, rows
 from jaxlin.kernels.tile_gpu_channel import key_rows, over
 
 STAGES = 2
-ROWS, WRITES, COLUMNS, OWN = range(4)
-"""The first four vectors [C] of what is made for gates; [K] for the channels, and for those of z, follow."""
+ROWS, WRITES, COLUMNS, OWN, CHANNELS = range(5)
+"""The vectors [C] of what is made for gates; from the last on there are [K] for the channels, then for those of z."""
 
 
 class Cotangents(NamedTuple):
@@ -108,11 +108,11 @@ def backward(
     copies = 2 + 3 * halves + (x.vectors is not None) + (x.codes is not None) + 2 * summed + (dl is not None)
     scratch = dict(
         **{f"{name}{c}": gpu.tile(STAGES, CHUNK, CHUNK) for name in ("q", "k", "states") for c in range(halves)},
-        **{f"d_state{c}": gpu.tile(CHUNK, BLOCK) for c in range(halves)},
+        **{f"d_state{c}": gpu.tile(1, CHUNK, BLOCK) for c in range(halves)},
         v=gpu.tile(STAGES, CHUNK, BLOCK),
         do=gpu.tile(STAGES, CHUNK, BLOCK),
-        p=gpu.tile(CHUNK, CHUNK),
-        a=gpu.tile(CHUNK, CHUNK),
+        p=gpu.tile(1, CHUNK, CHUNK),
+        a=gpu.tile(1, CHUNK, CHUNK),
         barrier=gpu.barrier(copies, min(STAGES, chunks)),
     )
     if x.vectors is not None:
@@ -124,7 +124,7 @@ def backward(
     if dl is not None:
         scratch |= dict(dl=gpu.vector(STAGES, CHUNK))
     if gate:
-        scratch |= dict(gates=gpu.vector(4 * CHUNK + 2 * key_dim))
+        scratch |= dict(gates=gpu.vector(1, 4 * CHUNK + 2 * key_dim))
 
     def gated_linear_attention_bwd(index, inputs, outputs, buffers):
         given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
@@ -143,7 +143,6 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     summed, gate = form.denominator is not None, "gates" in made
     block, first, blocks = gpu.block(w), w == 0, given["v"].shape[3] // BLOCK
     halves = range(given["q"].shape[3] // CHUNK)
-    d_state = [buffer[f"d_state{c}"] for c in halves]
 
     def dz(c):
         return buffer["dz"].at[key_rows(c)]
@@ -158,12 +157,15 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
                 start = jnp.where(first, gpu.load_columns(given["dz"].at[b, h, key_rows(c)]), start)
             dz(c)[...] = start
 
-    def made_gates(row):
-        return buffer["gates"].at[pl.ds(row * CHUNK, CHUNK)]
-
     def chunk(n, slot, refill, ds):
         q, k, state = ([buffer[f"{name}{c}"].at[slot] for c in halves] for name in ("q", "k", "states"))
         v, do = (buffer[name].at[slot] for name in ("v", "do"))
+        here = gpu.unknown_zero(anew=True)
+        d_state = [buffer[f"d_state{c}"].at[here] for c in halves]
+        p_tile, a_tile = buffer["p"].at[here], buffer["a"].at[here]
+
+        def made_gates(row):
+            return buffer["gates"].at[here, pl.ds(row * CHUNK, CHUNK)]
 
         def z(c):
             return buffer["zs"].at[slot, key_rows(c)]
@@ -191,13 +193,13 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
                 if form.denominator == "max":
                     dl = jnp.where(jnp.abs(l) >= d.floor, jnp.where(l < 0, -dl, dl), 0.0)
             a = a + rows(dl)
-            buffer["p"][...] = by_row(r, p).astype(jnp.bfloat16)
+            p_tile[...] = by_row(r, p).astype(jnp.bfloat16)
             (decayed,) = d.pair(a)
         else:
             a = dot(do, v, tb=True)
             p, decayed = d.pair(qk, a)
-            buffer["p"][...] = p.astype(jnp.bfloat16)
-        gpu.put(buffer["a"], decayed)
+            p_tile[...] = p.astype(jnp.bfloat16)
+        gpu.put(a_tile, decayed)
         gpu.wait_out(0)
         refill()
         if gate:
@@ -208,8 +210,8 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             by_rows, own, writes = jnp.sum(strict, 1), jnp.sum(jnp.where(i == j, e, 0.0), 1), 0.0
 
         dv = over(halves, lambda c, x: dot(k[c], d_state[c], x))
-        dv = stored(d, dot(buffer["p"], do, by_row(d.leave, dv), ta=True))
-        gpu.put(buffer["p"], by_row(reading, gpu.load(do)))
+        dv = stored(d, dot(p_tile, do, by_row(d.leave, dv), ta=True))
+        gpu.put(p_tile, by_row(reading, gpu.load(do)))
         # one half of the keys after the other: few tiles are alive at once
         new = []
         for c in halves:
@@ -219,19 +221,21 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             dk = by_row(d.leave, dk)
             if gate:
                 writes += jnp.sum(gpu.load(k[c]) * dk, 1)
-            dk = dot(buffer["a"], q[c], dk, ta=True)
+            dk = dot(a_tile, q[c], dk, ta=True)
             dq = by_row(reading, dot(do, state[c], tb=True))
             if summed:
                 dq = dq + by_row(dl * d.enter_scaled, columns(gpu.load_columns(z(c))))
             if gate:
                 by_rows += jnp.sum(gpu.load(q[c]) * dq, 1)
-                channels(c)[...] = d.keep * jnp.sum(gpu.load(state[c]) * ds[c], 1)
+                made_gates(CHANNELS + c)[...] = d.keep * jnp.sum(gpu.load(state[c]) * ds[c], 1)
                 if summed:
-                    channels(len(halves) + c)[...] = d.keep * (gpu.load_columns(z(c)) * gpu.load_columns(dz(c)))
-            dq = dot(buffer["a"], k[c], dq)
+                    made_gates(CHANNELS + len(halves) + c)[...] = (
+                        d.keep * gpu.load_columns(z(c)) * gpu.load_columns(dz(c))
+                    )
+            dq = dot(a_tile, k[c], dq)
             if summed:
                 dz(c)[...] = d.keep * gpu.load_columns(dz(c)) + jnp.sum(by_row(dl * d.enter_scaled, gpu.load(q[c])), 0)
-            new.append(dot(q[c], buffer["p"], d.keep * ds[c], ta=True))
+            new.append(dot(q[c], p_tile, d.keep * ds[c], ta=True))
             q[c][...], k[c][...] = stored(d, dq), stored(d, dk)
         v[...] = dv
         if gate:
@@ -245,11 +249,8 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             for c in halves
         ]
         copies += [(v, made["v"].at[b, part, h, block])]
-        gpu.copy_out(*copies, *([(buffer["gates"], made["gates"].at[w, b, h, n])] if gate else []))
+        gpu.copy_out(*copies, *([(buffer["gates"].at[here], made["gates"].at[w, b, h, n])] if gate else []))
         return tuple(new)
-
-    def channels(c):
-        return buffer["gates"].at[pl.ds((4 + c) * CHUNK, CHUNK)]
 
     extra = [(lambda n: given["do"].at[b, gpu.chunk_rows(n), h, block], buffer["do"])]
     for c in halves:
