@@ -161,17 +161,18 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
             made_vector(COLUMNS)[...] = jnp.sum(e, 0)
             by_rows, writes = jnp.sum(e, 1), 0.0
 
-        # rows reading the state, then rows written to the next one, one half of the keys after the other
+        # rows written to the next state, then rows reading this one, one half of the keys after the other
         do_tile, new = x_tile, []
         gpu.put(do_tile, by_row(d.enter_scaled, gpu.load(do)))
         for c in halves:
-            dk = dot(read_tile, state[c], tb=True)
-            dk_leave = by_row(d.leave, dot(u_tile, d_state[c], tb=True))
+            dk = by_row(d.leave, dot(u_tile, d_state[c], tb=True))
             if gate:
+                writes += jnp.sum(gpu.load(k[c]) * dk, 1)
+            dk = dot(read_tile, state[c], dk, tb=True)
+            if gate:  # both what is written and what reads
                 by_rows += jnp.sum(gpu.load(k[c]) * dk, 1)
-                writes += jnp.sum(gpu.load(k[c]) * dk_leave, 1)
                 made_vector(CHANNELS + c)[...] = d.keep * jnp.sum(gpu.load(state[c]) * ds[c], 1)
-            dk = dot(da_tile, k[c], dk + dk_leave)
+            dk = dot(da_tile, k[c], dk)
             dk = dot(dp_tile, q[c], dk, ta=True)
             dk = stored(d, dot(da_tile, k[c], dk, ta=True))
             dq = by_row(d.enter_scaled, dot(do, state[c], tb=True))
@@ -181,7 +182,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
             new.append(dot(k[c], read_tile, dot(q[c], do_tile, d.keep * ds[c], ta=True), ta=True))
             q[c][...], k[c][...] = dq, dk
         if gate:
-            made_vector(ROWS)[...] = by_rows - writes
+            made_vector(ROWS)[...] = by_rows - 2 * writes
             made_vector(WRITES)[...] = writes
         part = gpu.chunk_rows(n)
         copies = [
