@@ -219,4 +219,6 @@ def _compare_rows(how: _How, rows, whole):
     (sums, for_kernel), for_hidden = jax.lax.scan(chunk, (sums, for_kernel), jax.tree.map(split, rows))
     if weights is None:
         return sums, (), ()
+    # A tied head transposes this next; XLA for CPUs turns that into a bfloat16 product that it cannot run.
+    for_kernel = jax.lax.optimization_barrier(for_kernel)
     return sums, (jnp.moveaxis(jnp.asarray(for_hidden), 0, 1).reshape(rows[0].shape),), (for_kernel,)

@@ -306,14 +306,14 @@ def _pallas(op: str, fresh: bool) -> Callable:
     if target == "tpu":
         kernel = importlib.import_module(f"jaxlin.kernels.{op}_tpu_op").pallas
         return lambda *, state, **arguments: kernel(**arguments, initial_state=state)
-    if target == "gpu" and (interpreted or _compute_capability().startswith("9.")):
+    if target == "gpu" and (interpreted or compute_capability().startswith("9.")):
         kernel = importlib.import_module(f"jaxlin.kernels.{op}_gpu_op").pallas  # Mosaic GPU is not on every platform
         return lambda *, state, **arguments: kernel(**arguments, initial_state=None if fresh else state)
-    capability = f" of compute capability {_compute_capability()}" if target == "gpu" and _compute_capability() else ""
+    capability = f" of compute capability {compute_capability()}" if target == "gpu" and compute_capability() else ""
     raise NotImplementedError(f"{op} has no Pallas kernel for {target}{capability}")
 
 
-def _compute_capability() -> str:
+def compute_capability() -> str:
     """Of the GPU compiled for, "9.0" for Hopper; empty where that is unknown."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:

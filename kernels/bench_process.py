@@ -29,6 +29,8 @@ from typing import Any
 CALLS, REPEATS = 20, 7
 MOST_SECONDS = 0.4
 """What slower calls may take between two synchronisations: fewer than CALLS are issued then."""
+SETTLE = 0.5
+"""Seconds before timing: the process that timed before gives its memory back as it ends, which stalls the device."""
 HOST_BOUND = 0.8
 """Share of the time spent issuing from which the host is taken to be what limits."""
 
@@ -49,6 +51,8 @@ def turn(alone: bool, seconds: float) -> Iterator[None]:
         if not alone:
             fcntl.flock(waiting, fcntl.LOCK_UN)
         faulthandler.dump_traceback_later(seconds, exit=True)  # waiting does not count
+        if alone:
+            time.sleep(SETTLE)
         try:
             yield
         finally:

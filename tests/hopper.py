@@ -24,7 +24,7 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the ops take the platform for a Hopper GPU, to lower for it."""
     monkeypatch.setattr(ops, "platform", lambda: "gpu")
-    monkeypatch.setattr(ops, "_compute_capability", lambda: "9.0")
+    monkeypatch.setattr(ops, "compute_capability", lambda: "9.0")
 
 
 def kernels_of(function, *args) -> int:

@@ -7,8 +7,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from jaxlin import ops
 from jaxlin.config import MixerOptions, ModelConfig
 from jaxlin.mixers.common import Dense, State, first_of_segment, precision, repeat_heads, rope_frequencies, rotate
+
+FLASH_TOKENS = 64
+"""Queries from which flash attention is worth its launch."""
 
 
 class SoftmaxAttention(nn.Module):
@@ -74,9 +78,32 @@ def _causal(length: int, segment_ids):
     return causal[:, None]
 
 
+def _has_flash_attention(q, k, dtype: str) -> bool:
+    """Whether cuDNN's flash attention (Dao et al. 2022, arXiv 2205.14135) takes these, as GPUs since Ampere have it.
+
+    Its backward pass wants even lengths where there is a mask; for a token or few it is no faster.
+    """
+    length, major = q.shape[1], ops.compute_capability().split(".")[0]
+    return (
+        dtype == "bfloat16"
+        and ops.platform() == "gpu"
+        and (major.isdigit() and int(major) >= 8)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
+        and length >= FLASH_TOKENS
+        and length % 2 == k.shape[1] % 2 == 0
+    )
+
+
 def attend(q, k, v, mask, dtype: str):
-    """softmax(q k^T / sqrt(d)) v, scores and softmax in float32. q [B, T, H, d], k and v [B, S, KV, d]."""
-    if dtype == "bfloat16" and jax.default_backend() == "gpu":
+    """softmax(q k^T / sqrt(d)) v, scores and softmax in float32. q [B, T, H, d], k and v [B, S, KV, d].
+
+    `mask` [B or 1, 1, T, S] says who may see whom. Where S is T it hides the future: cuDNN skips that.
+    """
+    if _has_flash_attention(q, k, dtype):
+        causal = q.shape[1] == k.shape[1]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+    if dtype == "bfloat16" and ops.platform() == "gpu":
         k, v = (repeat_heads(a, q.shape[2]) for a in (k, v))
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
     wide = jnp.promote_types(q.dtype, jnp.float32)
