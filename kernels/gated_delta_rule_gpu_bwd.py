@@ -14,9 +14,12 @@ with ~ for "times the decays". For the gate each row i gets, in float32 and with
 (reads = q.dQ + k.dK through S, writes = k.dK through dS') and each channel k keep (S dS'^T)_kk, so that
 dg = revcumsum(rows - columns) + sum(writes) + sum(channels). All is a sum over the programs that share a head.
 
-Budget at K = V = 64: dS, dK and up to three products in registers, 160 a thread. Shared memory: q, k, v, do, S, T - I
-of 8 KB in 2 stages, dq, dk, dv written over q, k, v (96 KB); dS, U and four tiles for operands that must lie there
-(48 KB) and vectors (5 KB): one program an SM. Two programs with one stage each were slower (0.78 against 0.61 ms).
+Budget at K = V = 64: dS, and of what a chunk makes up to three tiles and a product, 160 registers a thread. So nothing
+waits in registers for long: Z and Q K^T are found twice, E when U and Y are there, and keys of 128 are two tiles of 64
+of everything, dK and dQ of one half finished before the other is begun. (Whole, products did not fit beside dS and
+ptxas had each wait for the one before.) Shared memory: q, k, v, do, S, T - I of 8 KB in 2 stages, dq, dk, dv written
+over q, k, v (96 KB); dS, U and four tiles for operands that must lie there (48 KB) and vectors (5 KB): one program an
+SM. Two programs with one stage each were slower (0.78 against 0.61 ms).
 """
 
 from __future__ import annotations
@@ -32,10 +35,11 @@ from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present, sources, stored
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
+from jaxlin.kernels.tile_gpu_channel import key_rows, over
 
 STAGES = 2
-BETA, ROWS, WRITES, COLUMNS = range(4)
-"""The vectors [C] that come out, the last three only for gates, where one of channels [K] follows."""
+BETA, ROWS, WRITES, COLUMNS, CHANNELS = range(5)
+"""The vectors [C] that come out, all but the first only for gates; the last is of channels, [K]."""
 
 
 class Gradients(NamedTuple):
@@ -64,19 +68,18 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
         vectors=shape((blocks, batch, heads, chunks, size), f32),
         s=shape((batch, heads, key_dim, value_dim), f32),
     )
+    halves = key_dim // CHUNK
     scratch = dict(
-        q=gpu.tile(STAGES, CHUNK, key_dim),
-        k=gpu.tile(STAGES, CHUNK, key_dim),
+        **{f"{name}{c}": gpu.tile(STAGES, CHUNK, CHUNK) for name in ("q", "k", "states") for c in range(halves)},
+        **{f"d_state{c}": gpu.tile(1, CHUNK, BLOCK) for c in range(halves)},
         v=gpu.tile(STAGES, CHUNK, BLOCK),
         do=gpu.tile(STAGES, CHUNK, BLOCK),
-        states=gpu.tile(STAGES, key_dim, BLOCK),
         t=gpu.tile(STAGES, CHUNK, CHUNK),
         vectors=gpu.vector(STAGES, form.vectors, CHUNK),
-        d_state=gpu.tile(key_dim, BLOCK),
-        u=gpu.tile(CHUNK, BLOCK),
-        **{name: gpu.tile(CHUNK, CHUNK) for name in ("p", "dp", "x", "y")},
-        made=gpu.vector(size),
-        barrier=gpu.barrier(7 + form.segments, min(STAGES, chunks)),
+        u=gpu.tile(1, CHUNK, BLOCK),
+        **{name: gpu.tile(1, CHUNK, CHUNK) for name in ("p", "dp", "x", "y")},
+        made=gpu.vector(1, size),
+        barrier=gpu.barrier(4 + 3 * halves + form.segments, min(STAGES, chunks)),
     )
     if form.segments:
         scratch |= dict(codes=gpu.vector(STAGES, CHUNK, dtype=jnp.int32))
@@ -99,86 +102,106 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
 def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
     b, h, w = index
     block, blocks = gpu.block(w), given["v"].shape[3] // BLOCK
-    ds = gpu.load(given["ds"].at[b, h, :, block]) if "ds" in given else gpu.zeros(*buffer["d_state"].shape)
-
-    def made_vector(row):
-        return buffer["made"].at[pl.ds(row * CHUNK, CHUNK)]
+    halves = range(given["q"].shape[3] // CHUNK)
+    ds = tuple(
+        gpu.load(given["ds"].at[b, h, key_rows(c), block]) if "ds" in given else gpu.zeros(CHUNK, BLOCK) for c in halves
+    )
 
     def chunk(n, slot, refill, ds):
-        q, k, v, do, state, t = (buffer[name].at[slot] for name in ("q", "k", "v", "do", "states", "t"))
-        d_state, u_tile, p_tile, dp_tile, x_tile = (buffer[name] for name in ("d_state", "u", "p", "dp", "x"))
-        y_tile = da_tile = buffer["y"]  # one after the other
+        q, k, state = ([buffer[f"{name}{c}"].at[slot] for c in halves] for name in ("q", "k", "states"))
+        v, do, t = (buffer[name].at[slot] for name in ("v", "do", "t"))
+        here = gpu.unknown_zero(anew=True)
+        d_state = [buffer[f"d_state{c}"].at[here] for c in halves]
+
+        def made_vector(row):
+            return buffer["made"].at[here, pl.ds(row * CHUNK, CHUNK)]
+
         d = decays(form, buffer, slot)
         beta = beta_of(form, buffer, slot)
         if form.segments:
-            clean(d.valid, q, k, v, do)
-        gpu.put(d_state, ds)
-        through = d.keep * jnp.sum(gpu.load(state) * ds, 1) if gate else None
+            clean(d.valid, *q, *k, v, do)
+        for c in halves:
+            gpu.put(d_state[c], ds[c])
 
-        # U; what of P and dP follows; dU and Y
-        z = gpu.load(v) - by_row(d.enter, dot(k, state))
-        x = by_row(beta, z)
+        def z():  # found twice: kept, it would cost more
+            return gpu.load(v) - by_row(d.enter, over(halves, lambda c, x: dot(k[c], state[c], x)))
+
+        # U, dU, Y; a tile has one thing after the other
+        u_tile, x_tile, p_tile, y_tile = (buffer[name].at[here] for name in ("u", "x", "p", "y"))
+        x = by_row(beta, z())
         gpu.put(x_tile, x)
         gpu.put(u_tile, dot(t, x_tile, x))
-        dp = dot(do, u_tile, tb=True)
-        p, dp_decayed = d.pair(dot(q, k, tb=True), dp)
-        if gate:
-            i, j = gpu.indices()
-            e = jnp.where(i > j, dp * p, 0.0)
-        p_tile[...] = p.astype(jnp.bfloat16)
-        gpu.put(dp_tile, dp_decayed)
-        du = dot(p_tile, do, by_row(d.leave, dot(k, d_state)), ta=True)
+        (p,) = d.pair(over(halves, lambda c, x: dot(q[c], k[c], x, tb=True)))
+        gpu.put(p_tile, p)
+        du = by_row(d.leave, over(halves, lambda c, x: dot(k[c], d_state[c], x)))
+        du = dot(p_tile, do, du, ta=True)
         gpu.put(y_tile, du)
         gpu.wait_out(0)
         refill()
         y = dot(t, y_tile, du, ta=True)
-        d_beta = jnp.sum(y * z, 1)
+        d_beta = jnp.sum(y * z(), 1)
         gpu.put(x_tile, y)
         dv = by_row(beta, y)
         v[...] = stored(d, dv)
+        read_tile = p_tile
+        gpu.put(read_tile, by_row(-d.enter, dv))
 
-        # -dA is beta times what is here called dl
-        dl = dot(x_tile, u_tile, tb=True)
-        a, dl_decayed = d.keys(dot(k, k, tb=True), dl)
-        dl_a = dl * a
-        made_vector(BETA)[...] = d_beta - jnp.sum(dl_a, 1)
+        # -dA is beta times what is here called dl; both are times the decays and scale
+        dp_tile, da_tile = buffer["dp"].at[here], y_tile
+        i, j = gpu.indices()
+        dp, dl = d.pair(dot(do, u_tile, tb=True), dot(x_tile, u_tile, tb=True))
+        dl = jnp.where(i > j, dl, 0.0)
+        dp_tile[...] = dp.astype(jnp.bfloat16)
+        gpu.put(da_tile, by_row(beta * (-1 / form.scale), dl))
+        dl_a = dl * over(halves, lambda c, x: dot(k[c], k[c], x, tb=True))
+        made_vector(BETA)[...] = d_beta - jnp.sum(dl_a, 1) * (1 / form.scale)
         if gate:
-            e = e - by_row(beta, dl_a)
+            e = jnp.where(i > j, dp * over(halves, lambda c, x: dot(q[c], k[c], x, tb=True)), 0.0)
+            e = e - by_row(beta * (1 / form.scale), dl_a)
             made_vector(COLUMNS)[...] = jnp.sum(e, 0)
-            e_rows = jnp.sum(e, 1)
-        gpu.put(da_tile, by_row(-beta, dl_decayed))
+            by_rows, writes = jnp.sum(e, 1), 0.0
 
-        # rows reading the state, then rows written to the next one
-        gpu.put(x_tile, by_row(-d.enter, dv))
-        dk = dot(x_tile, state, tb=True)
-        dq = by_row(d.enter_scaled, dot(do, state, tb=True))
-        reads = jnp.sum(gpu.load(q) * dq, 1) + jnp.sum(gpu.load(k) * dk, 1) if gate else None
-        dk_leave = by_row(d.leave, dot(u_tile, d_state, tb=True))
+        # rows written to the next state, then rows reading this one, one half of the keys after the other
+        do_tile, new = x_tile, []
+        gpu.put(do_tile, by_row(d.enter_scaled, gpu.load(do)))
+        for c in halves:
+            dk = by_row(d.leave, dot(u_tile, d_state[c], tb=True))
+            if gate:
+                writes += jnp.sum(gpu.load(k[c]) * dk, 1)
+            dk = dot(read_tile, state[c], dk, tb=True)
+            if gate:  # both what is written and what reads
+                by_rows += jnp.sum(gpu.load(k[c]) * dk, 1)
+                made_vector(CHANNELS + c)[...] = d.keep * jnp.sum(gpu.load(state[c]) * ds[c], 1)
+            dk = dot(da_tile, k[c], dk)
+            dk = dot(dp_tile, q[c], dk, ta=True)
+            dk = stored(d, dot(da_tile, k[c], dk, ta=True))
+            dq = by_row(d.enter_scaled, dot(do, state[c], tb=True))
+            if gate:
+                by_rows += jnp.sum(gpu.load(q[c]) * dq, 1)
+            dq = stored(d, dot(dp_tile, k[c], dq))
+            new.append(dot(k[c], read_tile, dot(q[c], do_tile, d.keep * ds[c], ta=True), ta=True))
+            q[c][...], k[c][...] = dq, dk
         if gate:
-            writes = jnp.sum(gpu.load(k) * dk_leave, 1)
-            made_vector(ROWS)[...] = e_rows + reads - writes
+            made_vector(ROWS)[...] = by_rows - 2 * writes
             made_vector(WRITES)[...] = writes
-            buffer["made"].at[pl.ds(4 * CHUNK, q.shape[1])][...] = through
-        dk = dot(da_tile, k, dk + dk_leave)
-        dk = dot(dp_tile, q, dk, ta=True)
-        dk = dot(da_tile, k, dk, ta=True)
-        dq = dot(dp_tile, k, dq)
-
-        gpu.put(p_tile, by_row(d.enter_scaled, gpu.load(do)))
-        ds = dot(k, x_tile, dot(q, p_tile, d.keep * ds, ta=True), ta=True)
-        q[...], k[...] = stored(d, dq), stored(d, dk)
         part = gpu.chunk_rows(n)
-        copies = [(tile, made[x].at[b, part, h * blocks + w]) for tile, x in ((q, "q"), (k, "k"))]
-        copies += [(v, made["v"].at[b, part, h, block]), (buffer["made"], made["vectors"].at[w, b, h, n])]
+        copies = [
+            (tile[c], made[x].at[b, part, h * blocks + w, key_rows(c)])
+            for tile, x in ((q, "q"), (k, "k"))
+            for c in halves
+        ]
+        copies += [(v, made["v"].at[b, part, h, block]), (buffer["made"].at[here], made["vectors"].at[w, b, h, n])]
         gpu.copy_out(*copies)
-        return ds
+        return tuple(new)
 
-    extra = (
+    extra = [
         (lambda n: given["do"].at[b, gpu.chunk_rows(n), h, block], buffer["do"]),
-        (lambda n: given["states"].at[b, h, n, :, block], buffer["states"]),
         (lambda n: given["t"].at[b, h, n], buffer["t"]),
-    )
-    parts = sources(given, buffer, index, extra)
+    ]
+    for c in halves:
+        extra.append((lambda n, c=c: given["states"].at[b, h, n, key_rows(c), block], buffer[f"states{c}"]))
+    parts = sources(given, buffer, index, tuple(extra))
     ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES, reverse=True)
-    made["s"].at[b, h, :, block][...] = ds
+    for c in halves:
+        made["s"].at[b, h, key_rows(c), block][...] = ds[c]
     gpu.wait_out(0, read=False)

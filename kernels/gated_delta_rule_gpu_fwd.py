@@ -49,10 +49,10 @@ def forward(form: Form, x: Inputs, s0: Array | None, save: bool) -> tuple[Array,
         k=gpu.tile(STAGES, CHUNK, key_dim),
         v=gpu.tile(STAGES, CHUNK, BLOCK),
         vectors=gpu.vector(STAGES, form.vectors, CHUNK),
-        state=gpu.tile(key_dim, BLOCK),
-        lower=gpu.tile(CHUNK, CHUNK),
-        blocks=gpu.tile(CHUNK, CHUNK),
-        u=gpu.tile(CHUNK, BLOCK),
+        state=gpu.tile(1, key_dim, BLOCK),
+        lower=gpu.tile(1, CHUNK, CHUNK),
+        blocks=gpu.tile(1, CHUNK, CHUNK),
+        u=gpu.tile(1, CHUNK, BLOCK),
         barrier=gpu.barrier(4 + form.segments, min(STAGES, chunks)),
     )
     if form.segments:
@@ -71,15 +71,17 @@ def forward(form: Form, x: Inputs, s0: Array | None, save: bool) -> tuple[Array,
 def _program(form: Form, index, given, made, buffer, chunks) -> None:
     b, h, w = index
     save, block = "states" in made, gpu.block(w)
-    s = gpu.load(given["s0"].at[b, h, :, block]) if "s0" in given else gpu.zeros(*buffer["state"].shape)
+    s = gpu.load(given["s0"].at[b, h, :, block]) if "s0" in given else gpu.zeros(*buffer["state"].shape[1:])
 
     def chunk(n, slot, refill, s):
         q, k, v = (buffer[name].at[slot] for name in "qkv")
+        here = gpu.unknown_zero(anew=True)
+        state, lower, blocks, u_tile = (buffer[name].at[here] for name in ("state", "lower", "blocks", "u"))
         if save:
             gpu.wait_out(2)
-        gpu.put(buffer["state"], s)
+        gpu.put(state, s)
         if save:
-            gpu.copy_out((buffer["state"], made["states"].at[b, h, n, :, block]))
+            gpu.copy_out((state, made["states"].at[b, h, n, :, block]))
         d = decays(form, buffer, slot)
         beta = beta_of(form, buffer, slot)
         if form.segments:
@@ -87,20 +89,20 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         (a,) = d.keys(dot(k, k, tb=True))
         gpu.wait_out(1 if save else 0)
         refill()
-        t = unit_lower_inverse(by_row(-beta, a), buffer["lower"], buffer["u"], buffer["blocks"]).astype(jnp.bfloat16)
+        t = unit_lower_inverse(by_row(-beta, a), lower, u_tile, blocks).astype(jnp.bfloat16)
         if save:
-            gpu.put(buffer["lower"], t)
-            gpu.copy_out((buffer["lower"], made["t"].at[b, h, n]), when=w == 0)
+            gpu.put(lower, t)
+            gpu.copy_out((lower, made["t"].at[b, h, n]), when=w == 0)
 
-        x = by_row(beta, gpu.load(v) - by_row(d.enter, dot(k, buffer["state"])))
-        gpu.put(buffer["blocks"], x)
-        u = dot(t, buffer["blocks"], x)
-        gpu.put(buffer["u"], u)
+        x = by_row(beta, gpu.load(v) - by_row(d.enter, dot(k, state)))
+        gpu.put(blocks, x)
+        u = dot(t, blocks, x)
+        gpu.put(u_tile, u)
         (p,) = d.pair(dot(q, k, tb=True))
-        o = dot(p.astype(jnp.bfloat16), buffer["u"], by_row(d.enter_scaled, dot(q, buffer["state"])))
-        written = buffer["u"]
+        o = dot(p.astype(jnp.bfloat16), u_tile, by_row(d.enter_scaled, dot(q, state)))
+        written = u_tile
         if form.gated or form.segments:
-            written = buffer["blocks"]
+            written = blocks
             gpu.put(written, by_row(d.leave, u))
         s = dot(k, written, s * d.keep, ta=True)
         v[...] = stored(d, o)

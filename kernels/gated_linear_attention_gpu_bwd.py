@@ -17,8 +17,10 @@ and each channel k keep ((S dS'^T)_kk + z_k dz'_k), from which the caller takes,
 dg = revcumsum(rows - columns) + sums and dw = columns + own.
 
 Budget at K = V = 64: dS, P (or E), A and one product are alive at once, 128 registers a thread and pieces of tiles, in
-the 255 there are. Shared memory: q, k, v, do, S of 8 KB in 2 stages, with dq, dk, dv written over q, k, v (80 KB); P,
-A~ and dS as operands (24 KB); vectors (4 KB), sums over warps (6 KB): two programs an SM.
+the 255 there are. Keys of 128 are two tiles of 64 of everything, and what is a sum over values, dK and dQ, is finished
+for one half before the other is begun: whole, dS, dK and dQ alone would be 192 registers. Shared memory: q, k, v, do, S
+of 8 KB in 2 stages, with dq, dk, dv written over q, k, v (80 KB); P, A~ and dS as operands (24 KB); vectors (4 KB),
+with dz among them, sums over warps (6 KB): two programs an SM.
 """
 
 from __future__ import annotations
@@ -43,10 +45,11 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     stored,
 )
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, columns, dot, rows
+from jaxlin.kernels.tile_gpu_channel import key_rows, over
 
 STAGES = 2
-ROWS, WRITES, COLUMNS, OWN = range(4)
-"""The first four vectors [C] of what is made for gates; [K] for the channels, and for those of z, follow."""
+ROWS, WRITES, COLUMNS, OWN, CHANNELS = range(5)
+"""The vectors [C] of what is made for gates; from the last on there are [K] for the channels, then for those of z."""
 
 
 class Cotangents(NamedTuple):
@@ -101,16 +104,15 @@ def backward(
         out |= dict(z=shape((batch, heads, key_dim), f32))
     if gate:
         out |= dict(gates=shape((blocks, batch, heads, chunks, 4 * CHUNK + 2 * key_dim), f32))
-    copies = 5 + (x.vectors is not None) + (x.codes is not None) + 2 * summed + (dl is not None)
+    halves = key_dim // CHUNK
+    copies = 2 + 3 * halves + (x.vectors is not None) + (x.codes is not None) + 2 * summed + (dl is not None)
     scratch = dict(
-        q=gpu.tile(STAGES, CHUNK, key_dim),
-        k=gpu.tile(STAGES, CHUNK, key_dim),
+        **{f"{name}{c}": gpu.tile(STAGES, CHUNK, CHUNK) for name in ("q", "k", "states") for c in range(halves)},
+        **{f"d_state{c}": gpu.tile(1, CHUNK, BLOCK) for c in range(halves)},
         v=gpu.tile(STAGES, CHUNK, BLOCK),
         do=gpu.tile(STAGES, CHUNK, BLOCK),
-        states=gpu.tile(STAGES, key_dim, BLOCK),
-        p=gpu.tile(CHUNK, CHUNK),
-        a=gpu.tile(CHUNK, CHUNK),
-        d_state=gpu.tile(key_dim, BLOCK),
+        p=gpu.tile(1, CHUNK, CHUNK),
+        a=gpu.tile(1, CHUNK, CHUNK),
         barrier=gpu.barrier(copies, min(STAGES, chunks)),
     )
     if x.vectors is not None:
@@ -118,11 +120,11 @@ def backward(
     if form.segments:
         scratch |= dict(codes=gpu.vector(STAGES, CHUNK, dtype=jnp.int32))
     if summed:
-        scratch |= dict(l=gpu.vector(STAGES, CHUNK), zs=gpu.vector(STAGES, key_dim))
+        scratch |= dict(l=gpu.vector(STAGES, CHUNK), zs=gpu.vector(STAGES, key_dim), dz=gpu.vector(key_dim))
     if dl is not None:
         scratch |= dict(dl=gpu.vector(STAGES, CHUNK))
     if gate:
-        scratch |= dict(gates=gpu.vector(4 * CHUNK + 2 * key_dim))
+        scratch |= dict(gates=gpu.vector(1, 4 * CHUNK + 2 * key_dim))
 
     def gated_linear_attention_bwd(index, inputs, outputs, buffers):
         given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
@@ -140,98 +142,130 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     b, h, w = index
     summed, gate = form.denominator is not None, "gates" in made
     block, first, blocks = gpu.block(w), w == 0, given["v"].shape[3] // BLOCK
-    key_dim = given["q"].shape[3]
-    ds = gpu.load(given["ds"].at[b, h, :, block]) if "ds" in given else gpu.zeros(*buffer["d_state"].shape)
-    dz = None
+    halves = range(given["q"].shape[3] // CHUNK)
+
+    def dz(c):
+        return buffer["dz"].at[key_rows(c)]
+
+    ds = tuple(
+        gpu.load(given["ds"].at[b, h, key_rows(c), block]) if "ds" in given else gpu.zeros(CHUNK, BLOCK) for c in halves
+    )
     if summed:
-        dz = gpu.zero_columns(key_dim)
-        if "dz" in given:
-            dz = jnp.where(first, gpu.load_columns(given["dz"].at[b, h]), dz)
+        for c in halves:
+            start = gpu.zero_columns(CHUNK)
+            if "dz" in given:
+                start = jnp.where(first, gpu.load_columns(given["dz"].at[b, h, key_rows(c)]), start)
+            dz(c)[...] = start
 
-    def made_gates(row):
-        return buffer["gates"].at[pl.ds(row * CHUNK, CHUNK)]
+    def chunk(n, slot, refill, ds):
+        q, k, state = ([buffer[f"{name}{c}"].at[slot] for c in halves] for name in ("q", "k", "states"))
+        v, do = (buffer[name].at[slot] for name in ("v", "do"))
+        here = gpu.unknown_zero(anew=True)
+        d_state = [buffer[f"d_state{c}"].at[here] for c in halves]
+        p_tile, a_tile = buffer["p"].at[here], buffer["a"].at[here]
 
-    def chunk(n, slot, refill, carry):
-        ds, dz = carry
-        q, k, v, do, state = (buffer[name].at[slot] for name in ("q", "k", "v", "do", "states"))
+        def made_gates(row):
+            return buffer["gates"].at[here, pl.ds(row * CHUNK, CHUNK)]
+
+        def z(c):
+            return buffer["zs"].at[slot, key_rows(c)]
+
         d = decays(form, buffer, slot)
         if form.segments:
-            clean(d.valid, q, k, v, do)
-        gpu.put(buffer["d_state"], ds)
-        through = d.keep * jnp.sum(gpu.load(state) * ds, 1) if gate else None
+            clean(d.valid, *q, *k, v, do)
+        for c in halves:
+            gpu.put(d_state[c], ds[c])
 
         r = dl = None
-        reading, a, qk = d.enter_scaled, dot(do, v, tb=True), dot(q, k, tb=True)
+        reading, qk = d.enter_scaled, over(halves, lambda c, x: dot(q[c], k[c], x, tb=True))
         if summed:
             (p,) = d.pair(qk)
             l = gpu.load_rows(buffer["l"].at[slot])  # noqa: E741
             r = 1 / denominator_of(form, l, d.floor)
-            reading, a = reading * r, by_row(r, a)
+            reading, a = reading * r, by_row(r, dot(do, v, tb=True))
             if "dl" in given:
                 dl = jnp.where(first, gpu.load_rows(buffer["dl"].at[slot]), 0.0)
             else:
-                dl = -r * (jnp.sum(a * p, 1) + jnp.sum(gpu.load(q) * by_row(reading, dot(do, state, tb=True)), 1))
+                dl = jnp.sum(a * p, 1)
+                for c in halves:
+                    dl += jnp.sum(gpu.load(q[c]) * by_row(reading, dot(do, state[c], tb=True)), 1)
+                dl = -r * dl
                 if form.denominator == "max":
                     dl = jnp.where(jnp.abs(l) >= d.floor, jnp.where(l < 0, -dl, dl), 0.0)
             a = a + rows(dl)
+            p_tile[...] = by_row(r, p).astype(jnp.bfloat16)
             (decayed,) = d.pair(a)
         else:
+            a = dot(do, v, tb=True)
             p, decayed = d.pair(qk, a)
+            p_tile[...] = p.astype(jnp.bfloat16)
+        gpu.put(a_tile, decayed)
         gpu.wait_out(0)
         refill()
-        buffer["p"][...] = (p if r is None else by_row(r, p)).astype(jnp.bfloat16)
-        gpu.put(buffer["a"], decayed)
         if gate:
             i, j = gpu.indices()
             e = a * p
             strict = jnp.where(i > j, e, 0.0)
             made_gates(COLUMNS)[...] = jnp.sum(strict, 0)
-            e_rows, e_own = jnp.sum(strict, 1), jnp.sum(jnp.where(i == j, e, 0.0), 1)
+            by_rows, own, writes = jnp.sum(strict, 1), jnp.sum(jnp.where(i == j, e, 0.0), 1), 0.0
 
-        # dv is written as soon as v has been read: few tiles are alive at once
-        dk = dot(v, buffer["d_state"], tb=True)
-        dv = dot(buffer["p"], do, by_row(d.leave, dot(k, buffer["d_state"])), ta=True)
-        v[...] = stored(d, dv)
-        dk = by_row(d.leave, dk if dz is None else dk + columns(dz))
-        writes = jnp.sum(gpu.load(k) * dk, 1) if gate else None
-        dk = dot(buffer["a"], q, dk, ta=True)
-        dq = by_row(reading, dot(do, state, tb=True))
-        if summed:
-            dq = dq + by_row(dl * d.enter_scaled, columns(gpu.load_columns(buffer["zs"].at[slot])))
+        dv = over(halves, lambda c, x: dot(k[c], d_state[c], x))
+        dv = stored(d, dot(p_tile, do, by_row(d.leave, dv), ta=True))
+        gpu.put(p_tile, by_row(reading, gpu.load(do)))
+        # one half of the keys after the other: few tiles are alive at once
+        new = []
+        for c in halves:
+            dk = dot(v, d_state[c], tb=True)
+            if summed:
+                dk = dk + columns(gpu.load_columns(dz(c)))
+            dk = by_row(d.leave, dk)
+            if gate:
+                writes += jnp.sum(gpu.load(k[c]) * dk, 1)
+            dk = dot(a_tile, q[c], dk, ta=True)
+            dq = by_row(reading, dot(do, state[c], tb=True))
+            if summed:
+                dq = dq + by_row(dl * d.enter_scaled, columns(gpu.load_columns(z(c))))
+            if gate:
+                by_rows += jnp.sum(gpu.load(q[c]) * dq, 1)
+                made_gates(CHANNELS + c)[...] = d.keep * jnp.sum(gpu.load(state[c]) * ds[c], 1)
+                if summed:
+                    made_gates(CHANNELS + len(halves) + c)[...] = (
+                        d.keep * gpu.load_columns(z(c)) * gpu.load_columns(dz(c))
+                    )
+            dq = dot(a_tile, k[c], dq)
+            if summed:
+                dz(c)[...] = d.keep * gpu.load_columns(dz(c)) + jnp.sum(by_row(dl * d.enter_scaled, gpu.load(q[c])), 0)
+            new.append(dot(q[c], p_tile, d.keep * ds[c], ta=True))
+            q[c][...], k[c][...] = stored(d, dq), stored(d, dk)
+        v[...] = dv
         if gate:
-            made_gates(ROWS)[...] = e_rows + jnp.sum(gpu.load(q) * dq, 1) - writes
-            made_gates(OWN)[...] = e_own + writes
+            made_gates(ROWS)[...] = by_rows - writes
+            made_gates(OWN)[...] = own + writes
             made_gates(WRITES)[...] = writes
-            buffer["gates"].at[pl.ds(4 * CHUNK, key_dim)][...] = through
-            if dz is not None:
-                zdz = gpu.load_columns(buffer["zs"].at[slot]) * dz
-                buffer["gates"].at[pl.ds(4 * CHUNK + key_dim, key_dim)][...] = d.keep * zdz
-        dq = dot(buffer["a"], k, dq)
-
-        if summed:
-            dz = d.keep * dz + jnp.sum(by_row(dl * d.enter_scaled, gpu.load(q)), 0)
-        gpu.put(buffer["p"], by_row(reading, gpu.load(do)))
-        ds = dot(q, buffer["p"], d.keep * ds, ta=True)
-        q[...], k[...] = stored(d, dq), stored(d, dk)
         part = gpu.chunk_rows(n)
-        copies = [(tile, made[x].at[b, part, h * blocks + w]) for tile, x in ((q, "q"), (k, "k"))]
+        copies = [
+            (tile[c], made[x].at[b, part, h * blocks + w, key_rows(c)])
+            for tile, x in ((q, "q"), (k, "k"))
+            for c in halves
+        ]
         copies += [(v, made["v"].at[b, part, h, block])]
-        gpu.copy_out(*copies, *([(buffer["gates"], made["gates"].at[w, b, h, n])] if gate else []))
-        return ds, dz
+        gpu.copy_out(*copies, *([(buffer["gates"].at[here], made["gates"].at[w, b, h, n])] if gate else []))
+        return tuple(new)
 
-    extra = [
-        (lambda n: given["do"].at[b, gpu.chunk_rows(n), h, block], buffer["do"]),
-        (lambda n: given["states"].at[b, h, n, :, block], buffer["states"]),
-    ]
+    extra = [(lambda n: given["do"].at[b, gpu.chunk_rows(n), h, block], buffer["do"])]
+    for c in halves:
+        extra.append((lambda n, c=c: given["states"].at[b, h, n, key_rows(c), block], buffer[f"states{c}"]))
     if summed:
         extra += [(lambda n, x=given[x]: x.at[b, h, n], buffer[x]) for x in ("l", "zs", "dl") if x in given]
     parts = sources(given, buffer, index, tuple(extra))
-    ds, dz = gpu.stream(parts, buffer["barrier"], chunk, (ds, dz), chunks=chunks, stages=STAGES, reverse=True)
-    made["s"].at[b, h, :, block][...] = ds
-    if dz is not None:
+    ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES, reverse=True)
+    for c in halves:
+        made["s"].at[b, h, key_rows(c), block][...] = ds[c]
+    if summed:
 
         @pl.when(first)
         def _():
-            made["z"].at[b, h][...] = dz
+            for c in halves:
+                made["z"].at[b, h, key_rows(c)][...] = gpu.load_columns(dz(c))
 
     gpu.wait_out(0, read=False)

@@ -262,11 +262,19 @@ def stored(d: Decays, x: Array) -> Array:
 
 
 def sources(given: dict, buffer: dict, index: tuple[Array, Array, Array], extra: tuple = ()) -> list:
-    """The parts of q, k, v, vectors and codes that a chunk reads, with their buffers."""
+    """The parts of q, k, v, vectors and codes that a chunk reads, with their buffers; q and k whole or by 64 keys."""
     b, h, w = index
     group = given["v"].shape[2] // given["q"].shape[2]
     key_head = h if group == 1 else lax.div(h, jnp.int32(group))
-    found = [(lambda n, x=given[x]: x.at[b, gpu.chunk_rows(n), key_head], buffer[x]) for x in ("q", "k")]
+    if "q" in buffer:
+        found = [(lambda n, x=given[x]: x.at[b, gpu.chunk_rows(n), key_head], buffer[x]) for x in ("q", "k")]
+    else:
+
+        def half(x: str, c: int) -> tuple:
+            keys = pl.ds(c * CHUNK, CHUNK)
+            return lambda n: given[x].at[b, gpu.chunk_rows(n), key_head, keys], buffer[f"{x}{c}"]
+
+        found = [half(x, c) for x in ("q", "k") for c in range(given[x].shape[3] // CHUNK)]
     found.append((lambda n: given["v"].at[b, gpu.chunk_rows(n), h, gpu.block(w)], buffer["v"]))
     if "vectors" in given:
         x = given["vectors"]

@@ -105,7 +105,7 @@ def starts(form: Form, x: Inputs, s0: Array | None, z0: Array | None, parts: int
 
 def cotangent_of_l(form: Form, x: Inputs, o: Array, l: Array, do: Array) -> Array:  # noqa: E741
     """dl [B, HV, N, C], from l in the same form and o, do [B, T, HV, V]."""
-    along = jnp.einsum("bthv,bthv->bth", do, o, preferred_element_type=jnp.float32)
+    along = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1)
     along = along.reshape(along.shape[0], -1, CHUNK, along.shape[2]).transpose(0, 3, 1, 2)
     if form.denominator == "sum":
         return -along / denominator_of(form, l, None)

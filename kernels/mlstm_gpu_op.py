@@ -24,7 +24,7 @@ def pallas(
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     """`mlstm.chunked` by one kernel each way; initial_state None is zero.
 
-    q, k [B, T, H, K <= 64]; v [B, T, HV, V <= 64], all bfloat16; i, f [B, T, HV] pre-activations. Raises
+    q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; i, f [B, T, HV] pre-activations. Raises
     NotImplementedError for what the kernels do not serve.
     """
     if q.shape[1] == 1:

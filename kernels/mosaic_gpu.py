@@ -168,11 +168,12 @@ def indices(rows: int = CHUNK, columns: int = CHUNK) -> tuple[Array, Array]:
     return i, j
 
 
-def unknown_zero() -> Array:
+def unknown_zero(anew: bool = False) -> Array:
     """0, which no compiler knows to be 0: for what would else be constant in a register operand of several products.
 
     ptxas 13.0 sets the constant registers of such an operand only before the second product: the first one of a
-    program multiplies whatever was in them.
+    program multiplies whatever was in them. A zero found `anew` in every chunk, as an index into tiles [1, ...], keeps
+    their addresses from being computed before the loop, where each takes a register, which is then spilled.
     """
     if interpreted():
         return jnp.int32(0)
@@ -180,7 +181,7 @@ def unknown_zero() -> Array:
     @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())))
     def highest_bit_of_the_number_of_multiprocessors(_):
         asm = "{ .reg .u32 n; mov.u32 n, %nsmid; shr.u32 $0, n, 31; }"
-        value = llvm.inline_asm(ir.IntegerType.get_signless(32), [], asm, "=r")
+        value = llvm.inline_asm(ir.IntegerType.get_signless(32), [], asm, "=r", has_side_effects=anew)
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
     return highest_bit_of_the_number_of_multiprocessors()

@@ -21,6 +21,7 @@ rounding, so that the pairs on one side of t cancel in dg_t = sum_{i >= t} R_i b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -185,6 +186,14 @@ def diagonal(product: Array) -> Array:
 def key_rows(c: int) -> Any:
     """The rows of half c of the keys, of a state."""
     return pl.ds(c * CHUNK, CHUNK)
+
+
+def over(halves: range, product: Callable[[int, Array | None], Array]) -> Array:
+    """The sum over halves of the keys of products, each given those before to add to."""
+    total = None
+    for c in halves:
+        total = product(c, total)
+    return total
 
 
 def start(given: dict, name: str, index: tuple[Array, Array, Array], key_dim: int) -> tuple[Array, ...]:
