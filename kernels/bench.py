@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -197,16 +198,25 @@ def measure(settings: Bench) -> dict[str, Any]:
 
 
 def read(files: Sequence[Path]) -> dict[str, Any]:
-    """Results of several runs as one. Later rows replace earlier ones, unless nothing was timed in them."""
-    about, rows = {}, {}
-    for file in files:
-        found = json.loads(file.read_text())
-        about |= found["about"]
-        for row in found["rows"]:
+    """Results of several runs as one. Later rows replace earlier ones, unless nothing was timed in them.
+
+    about["runs"]: for each of several files the heading of its run, and how many rows are its.
+    """
+    runs = [json.loads(file.read_text()) for file in files]
+    last: dict[tuple[str, str, str], tuple[int, dict[str, Any]]] = {}
+    for number, run in enumerate(runs):
+        for row in run["rows"]:
             key = (row["op"], row["shape"], row["implementation"])
-            if key not in rows or "forward" in row:
-                rows[key] = row
-    return dict(about=about, rows=list(rows.values()))
+            if key not in last or "forward" in row:
+                last[key] = (number, row)
+    about = {key: value for run in runs for key, value in run["about"].items()}
+    if len(runs) > 1:
+        of = Counter((number, row["implementation"]) for number, row in last.values())
+        about["runs"] = [
+            (bench_report.heading(run["about"]), {name: count for (i, name), count in of.items() if i == number})
+            for number, run in enumerate(runs)
+        ]
+    return dict(about=about, rows=[row for _, row in last.values()])
 
 
 def main(settings: Bench) -> dict[str, Any]:

@@ -73,6 +73,21 @@ def heading(about: Row) -> str:
     return f"{about['device']}: copy {copy:.2f} TB/s, bfloat16 product {matmul:.0f} TFLOP/s; {versions}"
 
 
+def origin(about: Row) -> str:
+    """The heading, or those of all runs that rows come from."""
+    if "runs" not in about:
+        return f"{heading(about)}.\n"
+    lines = [
+        f"{number}. {head}: " + ", ".join(f"{count} of {_title(name)}" for name, count in counts.items())
+        for number, (head, counts) in enumerate(about["runs"], 1)
+    ]
+    return (
+        "Rows of several runs, one after the other on cards of one kind; ratios may be of two:\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
 def line(row: Row, about: Row) -> str:
     """A row in a terminal."""
     text = f"{row['op']:<17}{row['shape']:<17}{row['implementation']:<14}"
@@ -96,7 +111,7 @@ def markdown(results: Row) -> str:
     parts = [
         "# The kernels, timed\n",
         "Written by `python -m jaxlin.kernels.bench --markdown FILE`.\n",
-        f"{heading(about)}.\n",
+        origin(about),
         METHOD,
         summary(rows, whole),
     ]
@@ -247,6 +262,8 @@ def _bars(axes: Any, rows: Sequence[Row], shape: str) -> None:
     for number, (label, color, names) in enumerate(kinds):
         found = {at: find(rows, op, shape, *names) for at, op in enumerate(ops)}
         timed = {at: row["both"]["ms"] for at, row in found.items() if row and "both" in row}
+        if not timed:
+            continue
         bars = axes.bar([at + 0.27 * (number - 1) for at in timed], timed.values(), 0.26, color=color, label=label)
         axes.bar_label(bars, fmt="%.3g", fontsize="xx-small")
     softmax = find(rows, "softmax", shape, "cudnn", "xla")

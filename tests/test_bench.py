@@ -86,6 +86,7 @@ def test_later_results_count_where_they_were_timed(tmp_path):
     found = bench.read([tmp_path / "a", tmp_path / "b"])
     assert [r.get("both", {}).get("ms") for r in found["rows"]] == [0.4, None]
     assert found["rows"][1]["forward"]["ms"] == 0.3
+    assert [counts for _, counts in found["about"]["runs"]] == [{"fla": 1}, {"pallas": 1}]
 
 
 def test_shown_without_a_device(tmp_path):
