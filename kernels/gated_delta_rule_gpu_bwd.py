@@ -35,7 +35,7 @@ from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present, sources, stored
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
-from jaxlin.kernels.tile_gpu_channel import key_rows, over
+from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, over, store_state
 
 STAGES = 2
 BETA, ROWS, WRITES, COLUMNS, CHANNELS = range(5)
@@ -103,9 +103,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
     b, h, w = index
     block, blocks = gpu.block(w), given["v"].shape[3] // BLOCK
     halves = range(given["q"].shape[3] // CHUNK)
-    ds = tuple(
-        gpu.load(given["ds"].at[b, h, key_rows(c), block]) if "ds" in given else gpu.zeros(CHUNK, BLOCK) for c in halves
-    )
+    ds = load_state(given, "ds", index, given["q"].shape[3])
 
     def chunk(n, slot, refill, ds):
         q, k, state = ([buffer[f"{name}{c}"].at[slot] for c in halves] for name in ("q", "k", "states"))
@@ -202,6 +200,5 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         extra.append((lambda n, c=c: given["states"].at[b, h, n, key_rows(c), block], buffer[f"states{c}"]))
     parts = sources(given, buffer, index, tuple(extra))
     ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES, reverse=True)
-    for c in halves:
-        made["s"].at[b, h, key_rows(c), block][...] = ds[c]
+    store_state(made["s"], ds, index)
     gpu.wait_out(0, read=False)

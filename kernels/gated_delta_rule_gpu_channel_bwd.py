@@ -36,6 +36,7 @@ from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import RUN, Form, Inputs, clean, decays, present, stored
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot, rows
+from jaxlin.kernels.tile_gpu_keys import key_rows
 
 VALUES = ("do", "r", "y")
 STATES = ("states", "d_states")
@@ -103,7 +104,7 @@ def _program(form: Form, index, given, made, buffer, blocks) -> None:
     q[...], k[...] = stored(d, dq), stored(d, dk)
     buffer["beta"][...] = d_beta
     channel.put_gradient(gates, r, writes, keep * carried, buffer["carried"], d.valid)
-    part, channels = gpu.chunk_rows(n), channel.key_rows(c)
+    part, channels = gpu.chunk_rows(n), key_rows(c)
     gpu.copy_out(*((x, made[name].at[b, part, h, channels]) for name, x in (("q", q), ("k", k), ("g", gates.g))))
     gpu.copy_out((buffer["beta"], made["beta"].at[b, h, n]), when=c == 0)
     gpu.wait_out(0, read=False)
@@ -112,7 +113,7 @@ def _program(form: Form, index, given, made, buffer, blocks) -> None:
 def sources(given, buffer, index) -> tuple[list, list]:
     """The parts of do, R and Y of block w of the values, and of S and dS', with their buffers."""
     b, h, n, c = index
-    part, channels = gpu.chunk_rows(n), channel.key_rows(c)
+    part, channels = gpu.chunk_rows(n), key_rows(c)
     values = [(lambda w, x=given[name]: x.at[b, part, h, gpu.block(w)], buffer[name]) for name in VALUES]
     states = [(lambda w, x=given[name]: x.at[b, h, n, channels, gpu.block(w)], buffer[name]) for name in STATES]
     return values, states

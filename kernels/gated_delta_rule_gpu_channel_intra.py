@@ -33,6 +33,7 @@ from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, unit_lower_inverse
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
 from jaxlin.kernels.mosaic_gpu import CHUNK, by_row, columns, dot
+from jaxlin.kernels.tile_gpu_keys import key_rows, over
 
 
 class Chunks(NamedTuple):
@@ -94,9 +95,7 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
         corners = channel.corners(s)
         return jnp.where(corners, p, carry[0]), jnp.where(corners, a, carry[1])
 
-    p = None
-    for c in halves:
-        p = dot(q[c], k[c], p, tb=True)
+    p = over(halves, lambda c, x: dot(q[c], k[c], x, tb=True))
     p, a = channel.over_levels(level, (p, gpu.zeros(CHUNK, CHUNK)))
     (p,), (a,) = d.pair(p), d.keys(a)
     gpu.put(p_tile, p)
@@ -117,9 +116,9 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
         channel.put_pieces(reading, q[c], free[c])
         channel.put_pieces(written, gates[c].high, gates[c].low)
         k[c][...] = keys.astype(jnp.bfloat16)
-        buffer["keep"].at[channel.key_rows(c)][...] = d.keep * keep[c]
+        buffer["keep"].at[key_rows(c)][...] = d.keep * keep[c]
         to = (made.q, made.q_rest, made.k, made.w, made.w_rest)
         tiles = (q[c], free[c], k[c], gates[c].high, gates[c].low)
-        copies += [(x, y.at[b, part, h, channel.key_rows(c)]) for x, y in zip(tiles, to, strict=True)]
+        copies += [(x, y.at[b, part, h, key_rows(c)]) for x, y in zip(tiles, to, strict=True)]
     gpu.copy_out(*copies, (buffer["keep"], made.keep.at[b, h, n]))
     gpu.wait_out(0, read=False)

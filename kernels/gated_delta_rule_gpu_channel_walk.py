@@ -32,6 +32,7 @@ from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_delta_rule_gpu_channel_intra import Chunks
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import VALID, clean, present
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
+from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, store_state
 
 STAGES = 1
 ADJOINT_STAGES = 1
@@ -156,11 +157,11 @@ def _program(body, index, given, made, buffer, chunks, stages, reverse) -> None:
         if "codes" in buffer:
             valid = lax.bitwise_and(gpu.load_rows(buffer["codes"].at[slot]), VALID) != 0
             clean(valid, tiles["do" if reverse else "v"])
-        keep = [gpu.load_rows(buffer["keep"].at[slot, channel.key_rows(c)]) for c in halves]
+        keep = [gpu.load_rows(buffer["keep"].at[slot, key_rows(c)]) for c in halves]
 
         def save(c, tile):
             if "states" in made:
-                gpu.copy_out((tile, made["states"].at[b, h, n, channel.key_rows(c), block]))
+                gpu.copy_out((tile, made["states"].at[b, h, n, key_rows(c), block]))
 
         beta = gpu.load_rows(buffer["beta"].at[slot, 0])
         new, done = body(tiles, beta, keep, state, save)
@@ -175,11 +176,11 @@ def _program(body, index, given, made, buffer, chunks, stages, reverse) -> None:
         return lambda n: x.at[b, n] if name == "codes" else x.at[b, h, n]
 
     def key_part(name, c):
-        return lambda n: given[name].at[b, gpu.chunk_rows(n), h, channel.key_rows(c)]
+        return lambda n: given[name].at[b, gpu.chunk_rows(n), h, key_rows(c)]
 
     sources = [(key_part(name, c), buffer[f"{name}{c}"]) for name in KEYS if name in given for c in halves]
     sources += [(part(name), buffer[name]) for name in given if name in buffer]
-    state = channel.start(given, "start", index, key_dim)
+    state = load_state(given, "start", index, key_dim)
     state = gpu.stream(sources, buffer["barrier"], chunk, state, chunks=chunks, stages=stages, reverse=reverse)
-    channel.finish(made["s"], state, index)
+    store_state(made["s"], state, index)
     gpu.wait_out(0, read=False)

@@ -45,7 +45,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     stored,
 )
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, columns, dot, rows
-from jaxlin.kernels.tile_gpu_channel import key_rows, over
+from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, over, store_state
 
 STAGES = 2
 ROWS, WRITES, COLUMNS, OWN, CHANNELS = range(5)
@@ -147,9 +147,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     def dz(c):
         return buffer["dz"].at[key_rows(c)]
 
-    ds = tuple(
-        gpu.load(given["ds"].at[b, h, key_rows(c), block]) if "ds" in given else gpu.zeros(CHUNK, BLOCK) for c in halves
-    )
+    ds = load_state(given, "ds", index, given["q"].shape[3])
     if summed:
         for c in halves:
             start = gpu.zero_columns(CHUNK)
@@ -259,8 +257,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         extra += [(lambda n, x=given[x]: x.at[b, h, n], buffer[x]) for x in ("l", "zs", "dl") if x in given]
     parts = sources(given, buffer, index, tuple(extra))
     ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES, reverse=True)
-    for c in halves:
-        made["s"].at[b, h, key_rows(c), block][...] = ds[c]
+    store_state(made["s"], ds, index)
     if summed:
 
         @pl.when(first)

@@ -28,6 +28,7 @@ from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import RUN, Form, Inputs, clean, decays, present, stored
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
+from jaxlin.kernels.tile_gpu_keys import key_rows
 
 STAGES = 1
 """Blocks of values in flight."""
@@ -92,7 +93,7 @@ def _program(form: Form, index, given, made, buffer, blocks, stages) -> None:
 
     q[...], k[...] = stored(d, dq), stored(d, dk)
     channel.put_gradient(gates, r, writes, keep * carried, buffer["carried"], d.valid)
-    rows, channels = gpu.chunk_rows(n), channel.key_rows(c)
+    rows, channels = gpu.chunk_rows(n), key_rows(c)
     gpu.copy_out(*((x, made[name].at[b, rows, h, channels]) for name, x in (("q", q), ("k", k), ("g", gates.g))))
     gpu.wait_out(0, read=False)
 
@@ -100,7 +101,7 @@ def _program(form: Form, index, given, made, buffer, blocks, stages) -> None:
 def sources(given, buffer, index) -> list:
     """The parts of v, do, S and dS' of block w of the values, with their buffers."""
     b, h, n, c = index
-    rows, channels = gpu.chunk_rows(n), channel.key_rows(c)
+    rows, channels = gpu.chunk_rows(n), key_rows(c)
     found = [(lambda w, x=given[x]: x.at[b, rows, h, gpu.block(w)], buffer[x]) for x in ("v", "do")]
     states = [(lambda w, x=given[x]: x.at[b, h, n, channels, gpu.block(w)], buffer[x]) for x in ("states", "d_states")]
     return found + states

@@ -25,6 +25,7 @@ from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
 from jaxlin.kernels.mosaic_gpu import CHUNK, by_row, dot
+from jaxlin.kernels.tile_gpu_keys import key_rows, over
 
 
 class Chunks(NamedTuple):
@@ -87,14 +88,12 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
             product = dot(u.astype(jnp.bfloat16), decayed, product, tb=True)
         return jnp.where(channel.corners(s), product, p)
 
-    p = None
-    for c in halves:
-        p = dot(q[c], k[c], p, tb=True)
+    p = over(halves, lambda c, x: dot(q[c], k[c], x, tb=True))
     (p,) = d.pair(channel.over_levels(level, p))
     decayed[...] = p.astype(decayed.dtype)
     copies = [(decayed, made.p.at[b, h, n]), (buffer["keep"], made.keep.at[b, h, n])]
     for c in halves:
-        b_c, channels = gates[c].b, channel.key_rows(c)
+        b_c, channels = gates[c].b, key_rows(c)
         q[c][...] = by_row(d.enter_scaled, channel.enter(b_c) * gpu.load(q[c])).astype(jnp.bfloat16)
         k[c][...] = by_row(d.leave, channel.leave(b_c) * gpu.load(k[c])).astype(jnp.bfloat16)
         buffer["keep"].at[channels][...] = d.keep * keep[c]

@@ -29,9 +29,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
-from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import VALID, clean, present
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
+from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, store_state
 
 STAGES = 2
 
@@ -100,7 +100,7 @@ def _program(index, given, made, buffer, chunks, stages, reverse) -> None:
         y, v = [buffer[f"y{c}"].at[slot] for c in halves], buffer["v"].at[slot]
         if "codes" in buffer:
             clean(lax.bitwise_and(gpu.load_rows(buffer["codes"].at[slot]), VALID) != 0, v)
-        keep = [gpu.load_rows(buffer["keep"].at[slot, channel.key_rows(c)]) for c in halves]
+        keep = [gpu.load_rows(buffer["keep"].at[slot, key_rows(c)]) for c in halves]
         o = None
         if reads:
             x = [buffer[f"x{c}"].at[slot] for c in halves]
@@ -109,7 +109,7 @@ def _program(index, given, made, buffer, chunks, stages, reverse) -> None:
                 tile = buffer["state"] if c == 0 else x[0]
                 gpu.put(tile, state[c])
                 if saves:
-                    gpu.copy_out((tile, made["states"].at[b, h, n, channel.key_rows(c), block]))
+                    gpu.copy_out((tile, made["states"].at[b, h, n, key_rows(c), block]))
                 o = dot(x[c], tile, o)
             gpu.wait_out(saves)  # all of the chunk before
         refill()
@@ -130,8 +130,8 @@ def _program(index, given, made, buffer, chunks, stages, reverse) -> None:
     )
     sources = [(part[name], buffer[name]) for name in part if name in buffer]
     for name, c in itertools.product("xy" if reads else "y", halves):
-        sources.append((functools.partial(half, given[name], channel.key_rows(c)), buffer[f"{name}{c}"]))
-    state = channel.start(given, "start", index, key_dim)
+        sources.append((functools.partial(half, given[name], key_rows(c)), buffer[f"{name}{c}"]))
+    state = load_state(given, "start", index, key_dim)
     state = gpu.stream(sources, buffer["barrier"], chunk, state, chunks=chunks, stages=stages, reverse=reverse)
-    channel.finish(made["s"], state, index)
+    store_state(made["s"], state, index)
     gpu.wait_out(0, read=False)

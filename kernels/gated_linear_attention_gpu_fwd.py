@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_linear_attention import NORMALIZER_EPS
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, columns, dot, rows
+from jaxlin.kernels.tile_gpu_keys import key_rows
 
 STAGES = {64: 3, 128: 2}
 """Chunks in flight, by key dimension."""
@@ -271,8 +272,7 @@ def sources(given: dict, buffer: dict, index: tuple[Array, Array, Array], extra:
     else:
 
         def half(x: str, c: int) -> tuple:
-            keys = pl.ds(c * CHUNK, CHUNK)
-            return lambda n: given[x].at[b, gpu.chunk_rows(n), key_head, keys], buffer[f"{x}{c}"]
+            return lambda n: given[x].at[b, gpu.chunk_rows(n), key_head, key_rows(c)], buffer[f"{x}{c}"]
 
         found = [half(x, c) for x in ("q", "k") for c in range(given[x].shape[3] // CHUNK)]
     found.append((lambda n: given["v"].at[b, gpu.chunk_rows(n), h, gpu.block(w)], buffer["v"]))

@@ -285,11 +285,10 @@ def stream(
     stages = min(stages, chunks)
 
     def fetch(step, slot):
-        fetch_chunk(sources, barrier, chunks - 1 - step if reverse else step, slot)
+        _fetch_chunk(sources, barrier, chunks - 1 - step if reverse else step, slot)
 
     if not started:
-        for step in range(stages):
-            fetch(jnp.int32(step), jnp.int32(step))
+        start_stream(sources, barrier, chunks=chunks, stages=stages, reverse=reverse)
 
     def turn(step, carry):
         slot = lax.rem(step, jnp.int32(stages))
@@ -313,18 +312,23 @@ def stream(
     return lax.fori_loop(jnp.int32(0), jnp.int32(chunks), turn, carry)
 
 
-def fetch_chunk(sources: Sequence[tuple[Callable[[Array], Ref], Ref]], barrier: Ref, n: Array, slot: Array) -> None:
-    """Start the copies of chunk n of a `stream`."""
-    for part, buffer in sources:
-        plgpu.copy_gmem_to_smem(part(n), buffer.at[slot], barrier.at[slot])
-
-
 def start_stream(
-    sources: Sequence[tuple[Callable[[Array], Ref], Ref]], barrier: Ref, *, chunks: int, stages: int
+    sources: Sequence[tuple[Callable[[Array], Ref], Ref]],
+    barrier: Ref,
+    *,
+    chunks: int,
+    stages: int,
+    reverse: bool = False,
 ) -> None:
     """Start the first copies of a `stream`, ahead of it."""
     for step in range(min(stages, chunks)):
-        fetch_chunk(sources, barrier, jnp.int32(step), jnp.int32(step))
+        n = jnp.int32(chunks - 1 - step if reverse else step)
+        _fetch_chunk(sources, barrier, n, jnp.int32(step))
+
+
+def _fetch_chunk(sources: Sequence[tuple[Callable[[Array], Ref], Ref]], barrier: Ref, n: Array, slot: Array) -> None:
+    for part, buffer in sources:
+        plgpu.copy_gmem_to_smem(part(n), buffer.at[slot], barrier.at[slot])
 
 
 def barrier(sources: int, stages: int) -> Any:

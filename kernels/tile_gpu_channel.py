@@ -21,15 +21,15 @@ rounding, so that the pairs on one side of t cancel in dg_t = sum_{i >= t} R_i b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, columns, dot, rows
+from jaxlin.kernels.mosaic_gpu import CHUNK, columns, dot, rows
+from jaxlin.kernels.tile_gpu_keys import key_rows
 
 LEVELS = 6
 """log2(CHUNK): s = 1, 2, 4 ... 32."""
@@ -181,34 +181,6 @@ def diagonal(product: Array) -> Array:
 
 
 # ---- programs ----
-
-
-def key_rows(c: int) -> Any:
-    """The rows of half c of the keys, of a state."""
-    return pl.ds(c * CHUNK, CHUNK)
-
-
-def over(halves: range, product: Callable[[int, Array | None], Array]) -> Array:
-    """The sum over halves of the keys of products, each given those before to add to."""
-    total = None
-    for c in halves:
-        total = product(c, total)
-    return total
-
-
-def start(given: dict, name: str, index: tuple[Array, Array, Array], key_dim: int) -> tuple[Array, ...]:
-    """A program's share of a state [B, HV, K, V], 64 keys a tile, or zeros where none is given."""
-    b, h, w = index
-    if name not in given:
-        return tuple(gpu.zeros(CHUNK, BLOCK) for _ in range(key_dim // CHUNK))
-    return tuple(gpu.load(given[name].at[b, h, key_rows(c), gpu.block(w)]) for c in range(key_dim // CHUNK))
-
-
-def finish(target: gpu.Ref, state: tuple[Array, ...], index: tuple[Array, Array, Array]) -> None:
-    """Write what `start` reads."""
-    b, h, w = index
-    for c, tile in enumerate(state):
-        target.at[b, h, key_rows(c), gpu.block(w)][...] = tile
 
 
 def keys_and_gates(count: int) -> dict:
