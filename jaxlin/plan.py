@@ -140,7 +140,7 @@ def compile_step(run: RunConfig, stage: StageConfig, mesh: jax.sharding.Mesh, go
         return Step(nan, flops, nan, {}, {}, time.perf_counter() - started, str(error).splitlines()[0])
     seconds = time.perf_counter() - started
     text = compiled.as_text() or ""
-    memory = _bytes(compiled.memory_analysis()) / 2**30
+    memory = program_bytes(compiled.memory_analysis()) / 2**30
     kernels, problem = Counter(hlo.kernel_names(text)), ""
     traffic: dict[str, float] = {}
     if goal.devices[0].platform == "tpu":
@@ -249,7 +249,7 @@ def held_bytes(run: RunConfig, mesh: jax.sharding.Mesh) -> float:
     return size(placement.parameters(teacher, teacher.dtype, mesh)) + size(params) + size(moments)
 
 
-def _bytes(memory: Any) -> int:
+def program_bytes(memory: Any) -> int:
     """Of a compiled program: what is given back in place of an argument counts once."""
     return (
         memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
