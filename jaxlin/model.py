@@ -15,10 +15,12 @@ from jaxlin.mixers.common import Dense, RMSNorm, partitioned, positions_in_segme
 from jaxlin.sharding import by_rows
 
 # What a period of blocks keeps of its forward pass for the backward one, by `RunConfig.remat`; its input always.
+_STATES = jax.checkpoint_policies.save_only_these_names("chunk_states", "recurrence_outputs")
+_PROJECTIONS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 KEPT = {
     "block": None,
-    "states": jax.checkpoint_policies.save_only_these_names("chunk_states", "recurrence_outputs"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "states": _STATES,
+    "dots": jax.checkpoint_policies.save_from_both_policies(_STATES, _PROJECTIONS),
 }
 
 

@@ -48,12 +48,14 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype = self.dtype or self.config.dtype
+        # With bfloat16 inputs a float32 product need not be exact: TF32 and three passes of bfloat16 keep more digits.
+        rounded = self.config.dtype == "bfloat16" and dtype != "bfloat16"
         dense = nn.DenseGeneral(
             self.features,
             axis=tuple(range(-self.inputs, 0)),
             use_bias=self.use_bias,
             dtype=dtype,
-            precision=precision(dtype),
+            precision=lax.Precision.HIGH if rounded else precision(dtype),
             kernel_init=partitioned(self.kernel_init, self.axes),
             bias_init=partitioned(self.bias_init, self.axes[self.inputs :]),
         )
@@ -302,12 +304,15 @@ class TokenMixer(nn.Module):
             q, k = (rotate(a, positions, rope_frequencies(c, size, "own")) for a in (q, k))
         return q, k, v, tails
 
-    def gate_projection(self, x, features: tuple[int, ...], name: str, *, rank: int = 0, random: bool = False, **kw):
-        """A float32 projection of x to gate pre-activations; low-rank where `rank` > 0, zero unless `random`."""
+    def gate_projection(
+        self, x, features: tuple[int, ...], name: str, *, rank: int = 0, random: bool = False,
+        dtype: str | None = None, **kw,
+    ):  # fmt: skip
+        """x to gate pre-activations, in float32 unless `dtype`; low-rank where `rank` > 0, zero unless `random`."""
         last = nn.initializers.lecun_normal() if random else nn.initializers.zeros
         axes = ("heads", "head_dim")[: len(features)]
         inner = "embed"
-        dtype = gate_dtype(self.config)
+        dtype = dtype or gate_dtype(self.config)
         if rank:
             x = Dense(self.config, (rank,), ("embed", None), dtype=dtype, name=f"{name}_down")(x)
             inner = None
@@ -346,9 +351,12 @@ class TokenMixer(nn.Module):
         bias = SILU_NEUTRAL_BIAS if neutral and o.gate_activation == "silu" else 0.0
         use_bias = neutral or self.GATE_BIAS
         init = nn.initializers.constant(bias)
-        return self.gate_projection(
-            x, shape, "g_proj", rank=self.rank(o.gate_rank), random=not neutral, use_bias=use_bias, bias_init=init
-        )
+        # As wide as o_proj, and no part of the recurrence: a matrix product like the others.
+        gate = self.gate_projection(
+            x, shape, "g_proj", rank=self.rank(o.gate_rank), random=not neutral, dtype=self.config.dtype,
+            use_bias=use_bias, bias_init=init,
+        )  # fmt: skip
+        return gate.astype(gate_dtype(self.config))
 
     GATE_BIAS: ClassVar[bool] = False
 
