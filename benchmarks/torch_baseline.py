@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jaxlin.command_line import load_config_file, parse, preset, run_main
 from jaxlin.config import ModelConfig, UserError
+from jaxlin.kernels.bench_torch import compile_side_by_side
 
 if TYPE_CHECKING:
     import torch
@@ -163,6 +164,8 @@ def measure(settings: Settings) -> dict[str, Any]:
     cuda = settings.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
+    if cuda:
+        compile_side_by_side()
     step = make_step(settings, shape)
     size, taken, loss = (settings.batch_size, settings.seq_len), [], float("nan")
     for _ in range(settings.warmup + settings.steps):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -94,10 +95,11 @@ class Job:
 
 
 def child(arguments: list[str], job: Job | None, timeout: float) -> tuple[bool, str]:
-    """Run bench_row; a peer's process has its arrays from JAX on the CPU."""
+    """Run bench_row; a peer's process has its arrays from JAX on the CPU, and tunes for its shape alone."""
     environment = dict(XLA_PYTHON_CLIENT_PREALLOCATE="false", TF_CPP_MIN_LOG_LEVEL="2")
     if job is not None and job.implementation in bench_report.PEERS:
-        environment["JAX_PLATFORMS"] = "cpu"
+        cache = os.environ.get("TRITON_CACHE_DIR") or Path(tempfile.gettempdir()) / "jaxlin_triton"
+        environment |= dict(JAX_PLATFORMS="cpu", TRITON_CACHE_DIR=str(Path(cache) / job.shape))
     command = [sys.executable, "-m", "jaxlin.kernels.bench_row", *arguments]
     return in_process(command, min(timeout, BACKSTOP), **environment)
 
@@ -219,9 +221,16 @@ def read(files: Sequence[Path]) -> dict[str, Any]:
     return dict(about=about, rows=[row for _, row in last.values()])
 
 
+def in_order(row: dict[str, Any]) -> tuple[int, ...]:
+    """Where a row belongs on a page: rows come as they end. What is not listed above comes last."""
+    lists = ((row["shape"], SHAPES), (row["op"], OPS), (row["implementation"], IMPLEMENTATIONS))
+    return tuple(names.index(name) if name in names else len(names) for name, names in lists)
+
+
 def main(settings: Bench) -> dict[str, Any]:
     """Time or read, then show."""
     results = read(settings.from_) if settings.from_ else measure(settings)
+    results["rows"].sort(key=in_order)
     if settings.markdown is not None:
         settings.markdown.write_text(bench_report.markdown(results))
     if settings.plot is not None:

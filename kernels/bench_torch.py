@@ -5,8 +5,11 @@ Arrays come from JAX on the CPU (`bench` starts these processes so): two CUDA ru
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,12 +47,39 @@ HEADS_FIRST = {"mlstm_kernels"}
 """Timed in their own layout; nothing is transposed while the clock runs."""
 
 
+def compile_side_by_side() -> None:
+    """Have Triton compile all candidates of a kernel in threads before it times the first: some peers have hundreds.
+
+    What it tunes, and how, stays its own business; so do candidates that do not compile.
+    """
+    tuner = importlib.import_module("triton.runtime.autotuner").Autotuner
+    mode = importlib.import_module("triton.runtime._async_compile").AsyncCompileMode
+    time_one = tuner._bench
+
+    def compile_then_time(self: Any, *args: Any, config: Any, **meta: Any) -> Any:
+        candidates = self.prune_configs(meta)
+        if config is candidates[0]:
+            options = {name: value for name, value in meta.items() if name != "warmup"}
+            with (
+                contextlib.suppress(Exception),
+                ThreadPoolExecutor(os.cpu_count()) as pool,
+                mode(pool, ignore_errors=True),
+            ):
+                for candidate in candidates:
+                    self.fn.warmup(*args, **options, **candidate.all_kwargs())
+        return time_one(self, *args, config=config, **meta)
+
+    tuner._bench = compile_then_time
+
+
 class TorchCalls:
     """The passes of a peer over given arguments, each tried by itself."""
 
     def __init__(self, op: str, implementation: str, args: dict[str, Array], cotangent: Array):
         self.torch = importlib.import_module("torch")
         self.device = "cuda" if self.torch.cuda.is_available() else "cpu"
+        if self.device == "cuda":
+            compile_side_by_side()
         self.heads_first = implementation in HEADS_FIRST
         self.function, self.names = PEERS[implementation](op)
         self.args = [self.tensor(args[name]).requires_grad_() for name in self.names]
