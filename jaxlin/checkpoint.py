@@ -311,7 +311,7 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
 
 
 def _extra(manifest: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(manifest["extra"][0], object_hook=_decode) if manifest else {}
+    return json.loads(manifest["extra"][0], object_hook=_decode) if "extra" in manifest else {}
 
 
 def _files(folder: epath.Path) -> list[epath.Path]:

@@ -78,21 +78,23 @@ class Trainer:
         if not self._in_step(list(saved.values())):
             at = ", ".join(f"{mixer} {max(own.steps(), default='none')}" for mixer, own in saved.items())
             raise UserError(
-                f"--mixer {self.run.mixer}: there is no step that all have a checkpoint of (newest: {at}); "
+                f"--mixer {self.run.mixer}: they have no checkpoint of one place in common (newest steps: {at}); "
                 "leave out those that are ahead, or train those that are behind by themselves"
             )
 
     def _in_step(self, saved: list[Checkpoints]) -> bool:
         """Whether runs with these checkpoints have a place to go on from together: a common step, or the start."""
         steps = [set(own.steps()) for own in saved]
-        if common := set.intersection(*steps):
-            places = [own.extra(max(common)).get("progress") for own in saved]
+        common = set.intersection(*steps)
+        looked_at = [{max(common)}] * len(saved) if common else steps
+        extras = [own.extra(step) for own, some in zip(saved, looked_at, strict=True) for step in some]
+        places = [extra["progress"] for extra in extras if extra]
+        if common:
             return all(place == places[0] for place in places)
         # A kill between the students' first saves leaves a step that not all have: they start anew.
-        places = [own.extra(step).get("progress") for own, found in zip(saved, steps, strict=True) for step in found]
         n = min(self.stages)
         first = min(self.run.save_every, self._steps(self.stages[n]))
-        return all(p and p["stage"] == n and p["step"] == p["stage_step"] <= first for p in places)
+        return all(p["stage"] == n and p["step"] == p["stage_step"] <= first for p in places)
 
     def train(self) -> None:
         """All stages; a finished run trains nothing."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +110,7 @@ def test_a_kill_between_two_saves_leaves_a_common_step(tmp_path, monkeypatch):
     assert [run.steps() for run in runs] == [[2], [2]]
 
 
+FIRST = ("--stage", "1", "--tokens", "2048")  # 16 steps, saved at 8 and 16
 TWO = ("--mixer", "gated_deltanet+softmax,retnet")
 SHORT = ("--tokens", "6144", "--data.seq-len", "32", "--data.eval-tokens", "256", "--save-every", "8")
 
@@ -122,7 +125,7 @@ def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("several")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *a: jax.local_devices()[:1])
-        Trainer(run(folder, *TWO)).train()
+        Trainer(run(folder, *TWO, *FIRST)).train()
     return folder
 
 
@@ -131,7 +134,7 @@ def test_folders_are_those_of_single_runs(both, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "devices", lambda *a: jax.local_devices()[:1])
     assert sorted(path.name for path in both.iterdir()) == ["gated_deltanet+softmax", "retnet"]
     alone, found = tmp_path / "alone", both / "retnet"
-    Trainer(run(alone, "--mixer", "retnet")).train()
+    Trainer(run(alone, "--mixer", "retnet", *FIRST)).train()
     assert sorted(path.name for path in found.iterdir()) == sorted(path.name for path in alone.iterdir())
     assert open_run(found).config == replace(open_run(alone).config, run_dir=str(found))
     assert open_run(found).student == open_run(alone).student
@@ -140,9 +143,9 @@ def test_folders_are_those_of_single_runs(both, tmp_path, monkeypatch, capsys):
         for name, value in other.items():
             np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
     capsys.readouterr()
-    Trainer(run(found, "--mixer", "retnet")).train()
-    Trainer(run(both, *TWO)).train()
-    assert capsys.readouterr().out.count("finished already, at step") == 2
+    Trainer(run(found, "--mixer", "retnet", *FIRST)).train()
+    Trainer(run(both, *TWO, *FIRST)).train()
+    assert capsys.readouterr().out.count("finished already, at step 16") == 2
 
 
 def test_mistakes(both, tmp_path, monkeypatch):
@@ -151,7 +154,7 @@ def test_mistakes(both, tmp_path, monkeypatch):
     def mistake(folder, *args):
         before = sorted(tmp_path.rglob("*")), sorted(both.iterdir())
         with pytest.raises(UserError) as error:
-            Trainer(run(folder, *args))
+            Trainer(run(folder, *FIRST, *args))
         assert (sorted(tmp_path.rglob("*")), sorted(both.iterdir())) == before
         return str(error.value)
 
@@ -164,8 +167,23 @@ def test_mistakes(both, tmp_path, monkeypatch):
         f"--run-dir {both / 'retnet'}: holds a run; for several students give the folder that their run folders go into"
     )
     found = mistake(both, "--mixer", "retnet,gla")
-    assert "no step that all have a checkpoint of (newest: retnet " in found and ", gla none); leave out" in found
+    assert "no checkpoint of one place in common (newest steps: retnet 16, gla none); leave out" in found
     assert "holds a run with another stage3.lr" in mistake(both, *TWO, "--stage3.lr", "1")
+
+
+def test_a_kill_between_the_first_saves(both, tmp_path, monkeypatch):
+    """One student has the first checkpoint, the other none: they may start anew; with a second one they may not."""
+    monkeypatch.setattr(jax, "devices", lambda *a: jax.local_devices()[:1])
+    folder = Path(shutil.copytree(both, tmp_path / "copy"))
+    shutil.rmtree(folder / "gated_deltanet+softmax" / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoint of one place in common"):
+        Trainer(run(folder, *TWO, *FIRST))
+    shutil.rmtree(folder / "retnet" / "checkpoints" / "16")
+    assert Trainer(run(folder, *TWO, *FIRST)).progress.step == 0
+    with pytest.raises(
+        UserError, match="no checkpoint of one place in common"
+    ):  # where one student has a stage behind it
+        Trainer(run(folder, *TWO, "--stage", "2"))
 
 
 @pytest.mark.slow
