@@ -182,7 +182,7 @@ def test_a_kill_between_the_first_saves(both, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match="no checkpoint of one place in common"
     ):  # where one student has a stage behind it
-        Trainer(run(folder, *TWO, "--stage", "2"))
+        Trainer(run(folder, *TWO, *FIRST, "--stage", "2"))
 
 
 def test_resumes_from_the_common_step_bit_for_bit(both, tmp_path, monkeypatch, capsys):
