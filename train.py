@@ -21,7 +21,8 @@ def main() -> None:
     from jaxlin.trainer import Trainer
 
     Trainer(run).train()
-    report_run(run.folder, run.mesh)
+    for student in run.students():
+        report_run(student.folder, run.mesh)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Tokens/s, MFU and memory of training steps: `python -m benchmarks.training_step --config smollm2_1_7b --stage 3`.
 
-Takes train.py's settings. The steps are the trainer's own, on random weights and full sequences of random tokens; what
-is measured beside them (data, metrics, saving) is not here. benchmarks/torch_baseline.py is the same step in PyTorch.
-Stages run one after the other in one process: give one at a time for a peak of memory that is its own. A --profile
-traces COUNT steps more, and prints which kernels the device's time went to.
+Takes train.py's settings, several students included. The steps are the trainer's own, on random weights and full sequences
+of random tokens; what it does beside them (data, metrics, saving) is not here. benchmarks/torch_baseline.py is the same step
+in PyTorch. Stages run one after the other in one process: give one at a time for a peak of memory that is its own. A
+--profile traces COUNT steps more, and prints which kernels the device's time went to.
 """
 
 from __future__ import annotations
@@ -39,18 +39,26 @@ WARMUP, STEPS, REPEATS = 3, 5, 5
 
 def measure(run: RunConfig, n: int, stage: StageConfig, teacher: Teacher, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """A stage's figures."""
-    student = student_config(run, teacher.config)
-    placed = placement.parameters(student, run.param_dtype, mesh)
-    optimizer = make_optimizer(stage, 1000, student.num_hidden_layers, student.period)
-    moments = placement.optimizer_state(optimizer, trained_part(placed, stage), mesh)
+    students = [student_config(own, teacher.config) for own in run.students()]
+    placed = tuple(placement.parameters(student, run.param_dtype, mesh) for student in students)
+    optimizers = [make_optimizer(stage, 1000, student.num_hidden_layers, student.period) for student in students]
+    moments = tuple(
+        placement.optimizer_state(optimizer, trained_part(own, stage), mesh)
+        for optimizer, own in zip(optimizers, placed, strict=True)
+    )
 
     def init(teacher_params: Any, key: jax.Array) -> Any:
-        return jax.tree.map(lambda a: a.astype(run.param_dtype), init_student(teacher_params, student, key))
+        made = tuple(init_student(teacher_params, student, key) for student in students)
+        return jax.tree.map(lambda a: a.astype(run.param_dtype), made)
+
+    def init_moments(params: Any) -> Any:
+        each = zip(optimizers, params, strict=True)
+        return tuple(optimizer.init(trained_part(own, stage)) for optimizer, own in each)
 
     params = jax.jit(init, out_shardings=placement.homes(placed))(teacher.params, jax.random.key(run.seed))
-    state = jax.jit(optimizer.init, out_shardings=placement.homes(moments))(trained_part(params, stage))
+    state = jax.jit(init_moments, out_shardings=placement.homes(moments))(params)
     batch = random_batch(stage, run.data.seq_len, teacher.config.vocab_size, mesh)
-    step = make_step(stage, optimizer, student, teacher.config, run.remat, placed=(placed, moments))
+    step = make_step(stage, optimizers, students, teacher.config, run.remat, placed=(placed, moments))
     began = time.perf_counter()
     compiled = step.lower(params, state, teacher.params, batch).compile()
     compiling = time.perf_counter() - began
@@ -67,7 +75,11 @@ def measure(run: RunConfig, n: int, stage: StageConfig, teacher: Teacher, mesh: 
     steps(WARMUP)
     seconds = statistics.median(steps(STEPS) for _ in range(REPEATS))
     tokens = stage.batch_size * run.data.seq_len
-    flops = model_flops(stage, student, teacher.config, placed, teacher.params, run.data.seq_len, mesh)
+    counted = [
+        model_flops(stage, student, teacher.config, own, teacher.params, run.data.seq_len, mesh)
+        for student, own in zip(students, placed, strict=True)
+    ]
+    flops = counted[0].teacher + sum(own.student for own in counted)
     device = jax.devices()[0]
     chip = topology.chip_of(device)
     print_kernels(run.profile, steps)
@@ -82,11 +94,11 @@ def measure(run: RunConfig, n: int, stage: StageConfig, teacher: Teacher, mesh: 
         "device": f"{mesh.size} x {device.device_kind}",
         "milliseconds": seconds * 1e3,
         "tokens_per_second": tokens / seconds,
-        "mfu": sum(flops) * tokens / seconds / (chip.bf16_tflops * 1e12 * mesh.size) if chip else None,
-        "gflop_per_token": sum(flops) / 1e9,
+        "mfu": flops * tokens / seconds / (chip.bf16_tflops * 1e12 * mesh.size) if chip else None,
+        "gflop_per_token": flops / 1e9,
         "planned_gib": program_bytes(compiled.memory_analysis()) / 2**30,
         "peak_gib": (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
-        "loss": float(found["loss"]),
+        "loss": [float(own["loss"]) for own in found],
         "compiled_in_seconds": compiling,
         "jax": metadata.version("jax"),
     }
@@ -134,7 +146,7 @@ def main() -> None:
         raise UserError(f"--config {run.config}: gives no teacher_config")
     run = replace(run, teacher="random")
     stages = run.stages()
-    models = (run.teacher_config, student_config(run, run.teacher_config))
+    models = (run.teacher_config, *(student_config(own, run.teacher_config) for own in run.students()))
     mesh = placement.make_mesh(run.mesh, models, stages)
     with jax.set_mesh(mesh):
         teacher = load_teacher(run, mesh)

@@ -17,7 +17,7 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in record.getMessage())
 
 PyTree = Any
-AbstractState = dict[str, PyTree] | Callable[[dict[str, Any]], dict[str, PyTree]]
+State = dict[str, PyTree]
+AbstractState = State | Callable[[dict[str, Any]], State]
 
 
 class Checkpoints:
@@ -52,15 +53,22 @@ class Checkpoints:
             raise UserError(f"--keep {keep}: at least 1 checkpoint must be kept")
         self._folder, self._keep = epath.Path(folder).absolute(), keep
         self._damaged: set[str] = set()
+        self._newest = ""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, step: int, state: dict[str, PyTree], extra: dict[str, Any], *, milestone: bool = False) -> None:
+    def save(self, step: int, state: State, extra: dict[str, Any], *, milestone: bool = False) -> None:
         """Save `state`, a dict of pytrees of arrays, and `extra`, JSON (bytes allowed) that is the same everywhere.
 
         On an accelerator this returns once the arrays have left it; `wait` or the next save reports what went wrong
         since. A milestone is never deleted. Raises UserError when the disk is full; what was saved before stays.
         """
+        self._save(step, state, extra, milestone, (self,))
+
+    def _save(
+        self, step: int, state: State, extra: dict[str, Any], milestone: bool, complete: Sequence[Checkpoints]
+    ) -> None:
+        """Save; with that all of `complete` have this step, and delete older ones."""
         self.wait()
         leaves = {key: _flatten(tree) for key, tree in state.items()}
         manifest = {
@@ -76,10 +84,12 @@ class Checkpoints:
                 self._sweep()
             attempt = processes.from_first(lambda: self._attempts(step))
             path = self._folder / (f"{step}.{attempt}" if attempt else f"{step}")
+            self._newest = path.name
             response = ocp.save_checkpointables_async(path, {key: tree for key, tree in leaves.items() if tree})
         except Exception as error:
             self._fail(step, error)
-        self._thread = threading.Thread(target=self._finish, args=(path, response, manifest), name="checkpoint")
+        arguments = (path, response, manifest, complete)
+        self._thread = threading.Thread(target=self._finish, args=arguments, name="checkpoint")
         self._thread.start()
         if jax.default_backend() == "cpu":  # there the arrays never left: the caller may donate them
             self.wait()
@@ -102,20 +112,19 @@ class Checkpoints:
         self.wait()
         return sorted(_complete(self._folder))
 
-    def latest(self, abstract_state: AbstractState) -> tuple[int, dict[str, PyTree], dict[str, Any]] | None:
+    def latest(self, abstract_state: AbstractState) -> tuple[int, State, dict[str, Any]] | None:
         """(step, state, extra) of the newest checkpoint that is whole; each damaged one is reported in one line.
 
         `abstract_state` may be a function of `extra`, for states whose shape depends on when they were saved.
         """
-        self.wait()
+        found = latest_of_all((self,), (abstract_state,))
+        return None if found is None else (found[0], *found[1][0])
 
-        def newest() -> int | None:
-            return next((step for step in reversed(self.steps()) if not self._is_damaged(step)), None)
+    def extra(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state of `step`; {} where that is damaged."""
+        return _extra(_read_manifest(_complete(self._folder)[step]))
 
-        step = processes.from_first(newest)
-        return None if step is None else (step, *self._load(step, abstract_state))
-
-    def load(self, step: int, abstract_state: AbstractState) -> tuple[dict[str, PyTree], dict[str, Any]]:
+    def load(self, step: int, abstract_state: AbstractState) -> tuple[State, dict[str, Any]]:
         """(state, extra) of `step`, on the shardings of `abstract_state`'s ShapeDtypeStructs.
 
         Raises UserError when there is no such checkpoint, when it is damaged, or when it does not fit.
@@ -124,10 +133,10 @@ class Checkpoints:
         _require_whole(self._folder, step)
         return self._load(step, abstract_state)
 
-    def _load(self, step: int, abstract_state: AbstractState) -> tuple[dict[str, PyTree], dict[str, Any]]:
+    def _load(self, step: int, abstract_state: AbstractState) -> tuple[State, dict[str, Any]]:
         path = _complete(self._folder)[step]
         manifest = _read_manifest(path)
-        extra = json.loads(manifest["extra"][0], object_hook=_decode)
+        extra = _extra(manifest)
         if callable(abstract_state):
             abstract_state = abstract_state(extra)
         wanted = {key: _flatten(tree) for key, tree in abstract_state.items()}
@@ -155,8 +164,10 @@ class Checkpoints:
         found = [NAME.fullmatch(path.name) for path in self._folder.iterdir()] if self._folder.is_dir() else []
         return max((int(match[2] or 0) + 1 for match in found if match and int(match[1]) == step), default=0)
 
-    def _finish(self, path: epath.Path, response: Any, manifest: dict[str, Any]) -> None:
-        """In the background: wait for Orbax, then make the checkpoint count, then delete the older ones."""
+    def _finish(
+        self, path: epath.Path, response: Any, manifest: dict[str, Any], complete: Sequence[Checkpoints]
+    ) -> None:
+        """In the background: wait for Orbax, make the checkpoint count, then delete older ones of `complete`."""
         try:
             try:
                 response.result()
@@ -165,7 +176,8 @@ class Checkpoints:
                     part = path / f"{MANIFEST}.part"
                     part.write_text(json.dumps(manifest))
                     part.rename(path / MANIFEST)
-                    self._rotate(path)
+                    for run in complete:
+                        run._rotate()
             except Exception as error:
                 self._fail(manifest["step"], error)
         except BaseException as error:
@@ -185,7 +197,7 @@ class Checkpoints:
             f"{self._folder}: the disk is full, step {step} was not saved ({left}); free some space"
         ) from error
 
-    def _rotate(self, newest: epath.Path) -> None:
+    def _rotate(self) -> None:
         """Delete all but the newest `keep` checkpoints, the milestones and the one just saved."""
         for name in self._damaged:
             _delete(self._folder / name)
@@ -194,7 +206,7 @@ class Checkpoints:
         passing = [step for step in sorted(complete) if not _read_manifest(complete[step]).get("milestone")]
         kept = {complete[step].name for step in complete} - {complete[step].name for step in passing[: -self._keep]}
         for path in self._folder.iterdir():
-            if NAME.fullmatch(path.name) and path.name not in kept | {newest.name}:
+            if NAME.fullmatch(path.name) and path.name not in kept | {self._newest}:
                 _delete(path)
 
     def _sweep(self) -> bool:
@@ -207,6 +219,39 @@ class Checkpoints:
                 with contextlib.suppress(OSError):  # another thread is still writing there
                     path.rmtree()
         return found
+
+
+def save_all(
+    runs: Sequence[Checkpoints], step: int, states: Sequence[State], extra: dict[str, Any], *, milestone: bool = False
+) -> None:
+    """Save the states of runs in lockstep; see `Checkpoints.save`.
+
+    No older checkpoint is deleted before the last run has its new one: a kill at any instant leaves all of them a
+    step in common. They are written one after another, since Orbax's barriers between processes do not tell two
+    saves at once apart.
+    """
+    for run in runs:
+        run.wait()
+    for run, state in zip(runs[:-1], states[:-1], strict=True):
+        run._save(step, state, extra, milestone, ())
+        run.wait()
+    runs[-1]._save(step, states[-1], extra, milestone, runs)
+
+
+def latest_of_all(
+    runs: Sequence[Checkpoints], abstract_states: Sequence[AbstractState]
+) -> tuple[int, list[tuple[State, dict[str, Any]]]] | None:
+    """The newest step that all runs have whole, and each run's (state, extra); see `Checkpoints.latest`."""
+
+    def newest() -> int | None:
+        common = set.intersection(*(set(run.steps()) for run in runs))
+        whole = (step for step in sorted(common, reverse=True) if not any(run._is_damaged(step) for run in runs))
+        return next(whole, None)
+
+    step = processes.from_first(newest)
+    if step is None:
+        return None
+    return step, [run._load(step, state) for run, state in zip(runs, abstract_states, strict=True)]
 
 
 def load_params(folder: Path | str, step: int | None = None) -> dict[str, Any]:
@@ -263,6 +308,10 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
         return json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError):
         return {}
+
+
+def _extra(manifest: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(manifest["extra"][0], object_hook=_decode) if "extra" in manifest else {}
 
 
 def _files(folder: epath.Path) -> list[epath.Path]:

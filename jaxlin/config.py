@@ -284,7 +284,8 @@ class RunConfig:
     """One linearization run."""
 
     mixer: str = "gated_deltanet"
-    """Token mixer of the student; names joined by + repeat over the layers (gated_deltanet+softmax)."""
+    """Token mixer of the student; names joined by + repeat over the layers (gated_deltanet+softmax). Commas separate
+    students that are trained at once, on the teacher's forward passes that they share (gla,mlstm)."""
     preset: Literal["recommended", "paper", "paper_code"] = "recommended"
     """Recipe: recommended, paper (equations 1 to 6 as printed) or paper_code (what the authors' code does)."""
     config: str = "demo"
@@ -298,7 +299,7 @@ class RunConfig:
     tokens: int | None = None
     """Total token positions, split between the stages in the config's proportions."""
     run_dir: str = ""
-    """Run folder; empty means runs/CONFIG-PRESET-MIXER."""
+    """Run folder; empty means runs/CONFIG-PRESET-MIXER. Of several students the folder that theirs are in, by mixer."""
     model: MixerOptions = field(default_factory=MixerOptions)
     """The student's mixer."""
     stage1: Stage1Config = field(default_factory=Stage1Config)
@@ -348,6 +349,18 @@ class RunConfig:
     def period(self) -> tuple[str, ...]:
         """Mixer ids of one period of layers."""
         return tuple(self.mixer.split("+"))
+
+    def students(self) -> tuple[RunConfig, ...]:
+        """The run of each student: this one, or one for each mixer between commas, as if it were trained alone."""
+        names = [name.strip() for name in self.mixer.split(",")]
+        if len(names) == 1:
+            return (self,)
+        if "" in names:
+            raise UserError(f"--mixer {self.mixer}: a name is missing beside a comma")
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise UserError(f"--mixer {self.mixer}: {twice[0]} is there twice; name every student once")
+        home = Path(self.run_dir)
+        return tuple(replace(self, mixer=name, run_dir=str(home / name) if self.run_dir else "") for name in names)
 
     def stages(self) -> dict[int, StageConfig]:
         """The stages to run, with `tokens` shared out between them. Raises UserError for values out of range."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,8 @@ from jaxlin.model import apply, forward, head_kernel
 Metrics = dict[str, jax.Array]
 # (trained parameters, all student parameters, teacher parameters, batch, step-wide counts) -> (gradients, metrics)
 GradientFunction = Callable[[Any, Any, Any, Batch, Any], tuple[Any, Metrics]]
+# The same for several students: a tuple with one entry for each, wherever a student's own is meant.
+JointGradientFunction = Callable[[Any, Any, Any, Batch, Any], tuple[tuple[Any, ...], tuple[Metrics, ...]]]
 
 
 def trained_part(params: Any, stage: StageConfig) -> Any:
@@ -57,19 +59,35 @@ def layer_weights(stage: StageConfig, layers: int) -> jax.Array:
 
 
 def gradient_function(stage: StageConfig, student: ModelConfig, teacher: ModelConfig, remat: str) -> GradientFunction:
-    """The stage's gradients and metrics, for one micro-batch."""
+    """The stage's gradients and metrics of one student, for one micro-batch."""
+    together = joint_gradient_function(stage, (student,), teacher, remat)
+
+    def gradients(trained, params, teacher_params, batch, count):
+        (found,), (metrics,) = together((trained,), (params,), teacher_params, batch, count)
+        return found, metrics
+
+    return gradients
+
+
+def joint_gradient_function(
+    stage: StageConfig, students: Sequence[ModelConfig], teacher: ModelConfig, remat: str
+) -> JointGradientFunction:
+    """The stage's gradients and metrics of every student, for one micro-batch that the teacher sees once."""
     if isinstance(stage, Stage3Config):
-        return _end_to_end(stage, student, teacher, remat)
+        return _end_to_end(stage, students, teacher, remat)
     assert isinstance(stage, Stage1Config | Stage2Config)
-    return _layer_local(stage, student, teacher)
+    return _layer_local(stage, students, teacher)
 
 
-def _layer_local(stage: Stage1Config | Stage2Config, student: ModelConfig, teacher: ModelConfig) -> GradientFunction:
+def _layer_local(
+    stage: Stage1Config | Stage2Config, students: Sequence[ModelConfig], teacher: ModelConfig
+) -> JointGradientFunction:
     """Stages 1 and 2: every student layer sees the teacher's residual stream, so gradients stay inside the layer."""
-    layers, period = student.num_hidden_layers, student.period
+    layers = teacher.num_hidden_layers
 
     def gradients(trained, params, teacher_params, batch, count):
         valid = batch["segment_ids"] != 0
+        weights = layer_weights(stage, layers)
 
         def visit(student_layer, teacher_layer, xs):
             part, rest, weight, last = xs
@@ -89,17 +107,28 @@ def _layer_local(stage: Stage1Config | Stage2Config, student: ModelConfig, teach
 
             return jax.grad(loss, has_aux=True)(part)
 
-        weights = layer_weights(stage, layers)
-        per_layer = (trained["layers"], params["layers"], *(
-            by_block(a, period) for a in (weights, jnp.arange(layers) == layers - 1)
-        ))  # fmt: skip
-        xs = {block: tuple(a[block] for a in per_layer) for block in params["layers"]}
-        found = walk(teacher, student, teacher_params, batch, xs, visit)
-        losses, error, power = by_layer({block: seen for block, (_, seen) in found.items()})
-        metrics = {"loss": jnp.sum(weights * losses), "layer_loss": losses, "error": error, "power": power}
-        return {"layers": {block: gradient for block, (gradient, _) in found.items()}}, metrics
+        def layer_inputs(student, trained, params):
+            per_layer = (trained["layers"], params["layers"], *(
+                by_block(a, student.period) for a in (weights, jnp.arange(layers) == layers - 1)
+            ))  # fmt: skip
+            return {block: tuple(a[block] for a in per_layer) for block in params["layers"]}
+
+        def results(found):
+            losses, error, power = by_layer({block: seen for block, (_, seen) in found.items()})
+            metrics = {"loss": jnp.sum(weights * losses), "layer_loss": losses, "error": error, "power": power}
+            return {"layers": {block: gradient for block, (gradient, _) in found.items()}}, metrics
+
+        xs = [layer_inputs(*own) for own in zip(students, trained, params, strict=True)]
+        found = walk(teacher, students, teacher_params, batch, xs, visit)
+        return _of_every_student(results(own) for own in found)
 
     return gradients
+
+
+def _of_every_student(pairs: Iterable[tuple[Any, Metrics]]) -> tuple[tuple[Any, ...], tuple[Metrics, ...]]:
+    """(gradients, metrics) of each student -> gradients of all, metrics of all."""
+    found, metrics = zip(*pairs, strict=True)
+    return found, metrics
 
 
 def squares(student, teacher, valid) -> tuple[jax.Array, jax.Array]:
@@ -108,37 +137,42 @@ def squares(student, teacher, valid) -> tuple[jax.Array, jax.Array]:
     return jnp.sum((student - teacher) ** 2), jnp.sum(teacher**2)
 
 
-def _end_to_end(stage: Stage3Config, student: ModelConfig, teacher: ModelConfig, remat: str) -> GradientFunction:
+def _end_to_end(
+    stage: Stage3Config, students: Sequence[ModelConfig], teacher: ModelConfig, remat: str
+) -> JointGradientFunction:
     """Stage 3: KL to the teacher's next-token distribution, and cross-entropy, through the whole student."""
 
     def gradients(trained, params, teacher_params, batch, count):
+        del params  # all of them are trained
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
         at = targets(tokens, segment_ids)
         target = forward(teacher, teacher_params, tokens, segment_ids=segment_ids, logits=False).hidden
-
         weights = loss_weights(count["tokens"], count["next_tokens"], count["sequences"], stage)
 
-        def loss(trained):
-            out = forward(student, trained, tokens, segment_ids=segment_ids, logits=False, remat=remat)
-            return distillation_loss(
-                out.hidden,
-                target,
-                head_kernel(trained),
-                head_kernel(teacher_params),
-                at,
-                weights,
-                student,
-                temperature=stage.temperature,
-                chunk_tokens=stage.chunk_tokens,
-            )
+        def learn(student, trained):
+            def loss(trained):
+                out = forward(student, trained, tokens, segment_ids=segment_ids, logits=False, remat=remat)
+                return distillation_loss(
+                    out.hidden,
+                    target,
+                    head_kernel(trained),
+                    head_kernel(teacher_params),
+                    at,
+                    weights,
+                    student,
+                    temperature=stage.temperature,
+                    chunk_tokens=stage.chunk_tokens,
+                )
 
-        (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
-        metrics = {
-            "loss": value,
-            "kl": sums.kl / count["tokens"],
-            "ce": sums.ce / jnp.maximum(count["next_tokens"], 1),
-            "agreement": sums.agree / count["tokens"],
-        }
-        return gradient, metrics
+            (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
+            metrics = {
+                "loss": value,
+                "kl": sums.kl / count["tokens"],
+                "ce": sums.ce / jnp.maximum(count["next_tokens"], 1),
+                "agreement": sums.agree / count["tokens"],
+            }
+            return gradient, metrics
+
+        return _of_every_student(learn(*own) for own in zip(students, trained, strict=True))
 
     return gradients

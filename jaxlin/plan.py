@@ -1,5 +1,7 @@
 """What a run takes on devices that need not be here: every stage's step, compiled, measured and timed on paper.
 
+Several students are planned as they are trained, with one step for all of them.
+
     python train.py --config smollm2_1_7b --plan v5e:4x4 --mesh.fsdp 16
     python train.py --config smollm2_1_7b --plan gpu
 
@@ -75,11 +77,14 @@ def plan(run: RunConfig) -> bool:
     if run.teacher_config is None:
         raise UserError(f"--plan: --config {run.config} gives no teacher_config to plan with")
     goal, stages = _target(run.plan), run.stages()
-    mesh = placement.make_mesh(
-        run.mesh, (run.teacher_config, student_config(run, run.teacher_config)), stages, goal.devices
-    )
+    students = _students(run, run.teacher_config)
+    mesh = placement.make_mesh(run.mesh, (run.teacher_config, *students), stages, goal.devices)
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    print(f"{run.config}, {run.mixer}, {run.preset}: {goal.described}, mesh {axes}\n")
+    print(f"{run.config}, {run.mixer}, {run.preset}: {goal.described}, mesh {axes}")
+    if len(students) > 1:
+        held = held_bytes(run, mesh) / 2**30
+        print(f"{len(students)} students at once: with the teacher and their moments {held:.1f} GiB on each device")
+    print()
     _row("stage", "tokens a step", "GiB a device", "of", "GFLOP a token", "HBM MB a token", "Pallas calls", "compiled")
     _row(*["---"] * 8)
     steps = {}
@@ -121,9 +126,9 @@ def _target(name: str) -> Target:
 
 def compile_step(run: RunConfig, stage: StageConfig, mesh: jax.sharding.Mesh, goal: Target) -> Step:
     """The step of a stage as the trainer runs it, for a mesh of devices that need not exist."""
-    teacher, student, placed = _placed(run, stage, mesh)
-    params, optimizer, moments = placed
-    step = make_step(stage, optimizer, student, teacher, run.remat, placed=(params, moments))
+    teacher, students, placed = _placed(run, stage, mesh)
+    params, optimizers, moments = placed
+    step = make_step(stage, optimizers, students, teacher, run.remat, placed=(params, moments))
     teacher_params = placement.parameters(teacher, teacher.dtype, mesh)
     batch = placement.batch(stage, run.data.seq_len, mesh)
     started = time.perf_counter()
@@ -145,7 +150,7 @@ def compile_step(run: RunConfig, stage: StageConfig, mesh: jax.sharding.Mesh, go
     traffic: dict[str, float] = {}
     if goal.devices[0].platform == "tpu":
         traffic = {hlo.call_name(call): hlo.block_bytes(call) for call in hlo.pallas_calls(traced.jaxpr.jaxpr)}
-        if not kernels and _has_kernels(student):
+        if not kernels and any(map(_has_kernels, students)):
             problem = "no Pallas call is in the compiled program"
     if memory > goal.hbm_gib:
         problem = f"needs {memory:.1f} GiB on each device, which has {goal.hbm_gib:.1f}"
@@ -154,15 +159,24 @@ def compile_step(run: RunConfig, stage: StageConfig, mesh: jax.sharding.Mesh, go
     return Step(memory, flops, hbm, program.collectives(), dict(kernels), seconds, problem)
 
 
-def _placed(run: RunConfig, stage: StageConfig, mesh: jax.sharding.Mesh) -> tuple[ModelConfig, ModelConfig, Any]:
-    """Teacher, student, and (parameters, optimizer, its state) in their places."""
+def _placed(
+    run: RunConfig, stage: StageConfig, mesh: jax.sharding.Mesh
+) -> tuple[ModelConfig, tuple[ModelConfig, ...], Any]:
+    """Teacher, students, and their (parameters, optimizers, states of those) in their places."""
     assert run.teacher_config is not None
     teacher = replace(run.teacher_config, dtype=run.dtype)
-    student = student_config(run, teacher)
-    params = placement.parameters(student, run.param_dtype, mesh)
-    optimizer = make_optimizer(stage, 1, student.num_hidden_layers, student.period)
-    moments = placement.optimizer_state(optimizer, trained_part(params, stage), mesh)
-    return teacher, student, (params, optimizer, moments)
+    students = _students(run, teacher)
+    params = tuple(placement.parameters(student, run.param_dtype, mesh) for student in students)
+    optimizers = tuple(make_optimizer(stage, 1, student.num_hidden_layers, student.period) for student in students)
+    moments = tuple(
+        placement.optimizer_state(optimizer, trained_part(own, stage), mesh)
+        for optimizer, own in zip(optimizers, params, strict=True)
+    )
+    return teacher, students, (params, optimizers, moments)
+
+
+def _students(run: RunConfig, teacher: ModelConfig) -> tuple[ModelConfig, ...]:
+    return tuple(student_config(own, teacher) for own in run.students())
 
 
 # ---- time ----
@@ -238,7 +252,7 @@ def leanest_mesh(run: RunConfig, devices: Sequence[Any], but: jax.sharding.Mesh)
 
 
 def held_bytes(run: RunConfig, mesh: jax.sharding.Mesh) -> float:
-    """Bytes on each device of both models' parameters and of the last stage's moments, which are the most."""
+    """Bytes on each device of all models' parameters and of the last stage's moments, which are the most."""
 
     def size(tree: Any) -> float:
         shards = ((a.sharding.shard_shape(a.shape), a.dtype) for a in jax.tree.leaves(tree))

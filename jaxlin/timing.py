@@ -1,7 +1,8 @@
-"""Where a run's time goes: a stopwatch for the loop, and a window of steps for JAX's profiler."""
+"""Where a run's time goes: a stopwatch for the loop, its pace, and a window of steps for JAX's profiler."""
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -46,6 +47,26 @@ class Stopwatch:
         """The parts of the whole stage, for people: "data 1 %, step 96 %, saving 3 %"."""
         total = sum(self.stage.values()) or 1.0
         return ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in self.stage.items())
+
+
+class Pace:
+    """Tokens a second since the last time it was asked, and of known chips the share of their rate (MFU).
+
+    `least_seconds` is what a token would take at the chips' published rate; NaN where that is not known.
+    """
+
+    def __init__(self, clock: Stopwatch, step: int, tokens_per_step: int, least_seconds: float) -> None:
+        self._clock, self._step = clock, step
+        self._tokens_per_step, self._least_seconds = tokens_per_step, least_seconds
+
+    def take(self, step: int) -> dict[str, float]:
+        """Speed up to `step`, whose results are there, and the seconds of each part, as metrics."""
+        self._clock.lap("step")
+        seconds = self._clock.take()
+        speed = (step - self._step) * self._tokens_per_step / sum(seconds.values())
+        self._step = step
+        found = {"tokens_per_second": speed, **seconds}
+        return found if math.isnan(self._least_seconds) else {**found, "mfu": self._least_seconds * speed}
 
 
 class ProfilerWindow:

@@ -91,9 +91,9 @@ def test_exactly_the_stages_parameters_change(name):
     params, teacher_params = random_params(STUDENT, 7), random_params(TINY)
     before = jax.tree.map(np.asarray, params)
     optimizer = make_optimizer(stage, 10, 2, 1)
-    step = make_step(stage, optimizer, STUDENT, TINY, "none")
+    step = make_step(stage, (optimizer,), (STUDENT,), TINY, "none")
     opt_state = optimizer.init(distill.trained_part(params, stage))
-    after, _, _ = step(params, opt_state, teacher_params, jax.tree.map(lambda a: a[None], BATCH))
+    (after,), _, _ = step((params,), (opt_state,), teacher_params, jax.tree.map(lambda a: a[None], BATCH))
     after = flatten_dict(after)
     for path, old in flatten_dict(before).items():
         changed = np.asarray(after[path]) != old
@@ -152,8 +152,8 @@ def test_accumulation_changes_nothing(stage):
         optimizer = make_optimizer(s, 10, 2, 1)
         batch = jax.tree.map(lambda a, n=pieces: a.reshape(n, 2 // n, 12), BATCH)
         start = jax.tree.map(jnp.copy, params)
-        after, _, metrics = make_step(s, optimizer, STUDENT, TINY, "block")(
-            start, optimizer.init(distill.trained_part(params, s)), teacher_params, batch
+        (after,), _, (metrics,) = make_step(s, (optimizer,), (STUDENT,), TINY, "block")(
+            (start,), (optimizer.init(distill.trained_part(params, s)),), teacher_params, batch
         )
         results.append((after, metrics["loss"]))
     (a, loss_a), (b, loss_b) = results

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"train", "eval"},
     {"trainer", "plan"},
+    {"learner"},
     {"evaluation", "generate"},
     {"runs", "train_step", "model_flops"},
     {"optimizer", "placement"},

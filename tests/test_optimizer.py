@@ -70,14 +70,14 @@ def test_loss_falls_and_resumes_bit_for_bit(tmp_path):
     tokens = jax.random.randint(jax.random.key(0), (1, 2, 24), 0, TEACHER.vocab_size)
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
     optimizer = make_optimizer(stage, 10, 2, 1)
-    step = make_step(stage, optimizer, STUDENT, TEACHER, "none")
+    step = make_step(stage, (optimizer,), (STUDENT,), TEACHER, "none")
     params = placement.parameters(STUDENT, jnp.float32, mesh)
     placed = {"params": params, "opt_state": placement.optimizer_state(optimizer, params, mesh)}
 
     def run(state, steps):
         losses = []
         for _ in range(steps):
-            params, opt_state, metrics = step(state["params"], state["opt_state"], teacher, batch)
+            (params,), (opt_state,), (metrics,) = step((state["params"],), (state["opt_state"],), teacher, batch)
             state = {"params": params, "opt_state": opt_state}
             losses.append(float(metrics["loss"]))
         return state, losses
@@ -162,12 +162,12 @@ def test_a_step_with_nan_is_counted_in_its_metrics():
     params, teacher = random_params(STUDENT, 7), random_params(TEACHER)
     tokens = jnp.ones((1, 1, 8), jnp.int32)
     optimizer = make_optimizer(stage, 10, 2, 1)
-    step = make_step(stage, optimizer, STUDENT, TEACHER, "none")
+    step = make_step(stage, (optimizer,), (STUDENT,), TEACHER, "none")
     state, before = optimizer.init(trained_part(params, stage)), jax.tree.map(np.asarray, params)
     params = jax.tree.map(jnp.copy, params)  # the step takes the place of its arguments
     for broken, skipped, in_a_row in ((True, 1, 1), (True, 2, 2), (False, 2, 0)):
         given = jax.tree.map(lambda a: a * jnp.nan, teacher) if broken else teacher
-        params, state, metrics = step(params, state, given, {"tokens": tokens, "segment_ids": tokens})
+        (params,), (state,), (metrics,) = step((params,), (state,), given, {"tokens": tokens, "segment_ids": tokens})
         assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (skipped, in_a_row)
         assert bool(jnp.isfinite(metrics["loss"])) is not broken
         changed = jax.tree.map(lambda a, b: bool((a != b).any()), params, before)

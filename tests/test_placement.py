@@ -30,8 +30,8 @@ def prepared(stage, mesh):
     """The step, its abstract parameters and optimizer state, and the optimizer."""
     params = placement.parameters(STUDENT, jnp.float32, mesh)
     optimizer = make_optimizer(stage, 10, STUDENT.num_hidden_layers, STUDENT.period)
-    placed = params, placement.optimizer_state(optimizer, trained_part(params, stage), mesh)
-    return make_step(stage, optimizer, STUDENT, TINY, "block", placed=placed), placed, optimizer
+    placed = (params,), (placement.optimizer_state(optimizer, trained_part(params, stage), mesh),)
+    return make_step(stage, (optimizer,), (STUDENT,), TINY, "block", placed=placed), placed, optimizer
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=("stage1", "stage3"))
@@ -45,20 +45,20 @@ def test_a_step_on_a_mesh(stage):
     rng = np.random.default_rng(0)
     ids = np.sort(rng.integers(0, 3, (1, BATCH, TIME)), axis=-1)[..., ::-1].copy()
     batch = dict(tokens=rng.integers(0, TINY.vocab_size, ids.shape), segment_ids=ids)
-    alone = make_step(stage, optimizer, STUDENT, TINY, "block")
+    alone = make_step(stage, (optimizer,), (STUDENT,), TINY, "block")
     state = jax.tree.map(np.asarray, optimizer.init(trained_part(params, stage)))
-    expected, _, metrics = alone(params, state, teacher, batch)
+    (expected,), _, (metrics,) = alone((params,), (state,), teacher, batch)
 
     with jax.set_mesh(mesh):
-        arguments = jax.device_put((params, state), placement.homes(placed))
+        arguments = jax.device_put(((params,), (state,)), placement.homes(placed))
         teacher = jax.device_put(teacher, placement.homes(placement.parameters(TINY, jnp.float32, mesh)))
         batch = jax.device_put(batch, placement.homes(placement.batch(stage, TIME, mesh)))
         compiled = step.lower(*arguments, teacher, batch).compile()
-        found, state, found_metrics = compiled(*arguments, teacher, batch)
+        found, state, (found_metrics,) = compiled(*arguments, teacher, batch)
     assert placement.homes((found, state)) == placement.homes(placed)
     for name, value in metrics.items():
         np.testing.assert_allclose(found_metrics[name], value, rtol=1e-4, err_msg=name)
-    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a - c, b - c, atol=2e-4), found, expected, params)
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a - c, b - c, atol=2e-4), found[0], expected, params)
 
     # Parameters come to the rows: of the whole batch, nothing but the looked-up embedding crosses the network.
     pattern = r" \w+\[([\d,]+)\]\S* (?:all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import jax
 import pytest
 
-from jaxlin import sharding
+from jaxlin import placement, sharding
 from jaxlin.command_line import parse_run
 from jaxlin.config import MeshConfig, UserError
 from jaxlin.kernels import topology
 from jaxlin.plan import held_bytes, leanest_mesh, plan
+
+TINY_TEACHER = parse_run(["--config", "tiny"]).teacher_config
 
 
 def run(*flags: str):
@@ -48,6 +50,14 @@ def test_the_leanest_mesh():
     assert leanest_mesh(tiny, devices, sharding.make_mesh(split, devices)) is None
     fours = parse_run(["--config", "tiny"])  # of 4 rows in stages 1 and 2
     assert leanest_mesh(fours, devices, sharding.make_mesh(whole, devices)) == mixed
+
+
+def test_several_students_hold_one_teacher():
+    """Memory of two students at once is that of two runs, but for a teacher."""
+    mesh = sharding.make_mesh(MeshConfig(8), jax.devices())
+    teacher = placement.parameters(TINY_TEACHER, TINY_TEACHER.dtype, mesh)
+    held = [held_bytes(parse_run(["--config", "tiny", "--mixer", m]), mesh) for m in ("gla", "kda", "gla,kda")]
+    assert held[2] == held[0] + held[1] - sum(4 * a.size for a in jax.tree.leaves(teacher))
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def _layer_sums(teacher: ModelConfig, student: ModelConfig, teacher_params, stud
         cosine = jnp.sum(jnp.where(valid, _cosine(mixed, teacher_layer.mixed), 0))
         return *squares(mixed, teacher_layer.mixed, valid), cosine
 
-    found = walk(teacher, student, teacher_params, batch, student_params["layers"], visit)
+    (found,) = walk(teacher, (student,), teacher_params, batch, (student_params["layers"],), visit)
     return on_every_device((*by_layer(found), jnp.sum(valid, dtype=jnp.float32)))
 
 
