@@ -10,7 +10,8 @@ Gated linear attention, g_t its log decay, over a piece of T tokens:
 
     S' = e^{g_1 + ... + g_T} S + N,   N = sum_j e^{c_j} k_j v_j^T,   c_j = g_{j+1} + ... + g_T;   z likewise, v_j = 1.
 
-The mLSTM's state (C, n, m) stands for e^m C and e^m n, whose log decay is log f_t and whose writes are e^{i_t} k_t v_t^T:
+The mLSTM's state (C, n, m) stands for e^m C and e^m n, whose log decay g_t is log f_t and which e^{i_t} k_t v_t^T is
+added to:
 
     m' = max(g_1 + ... + g_T + m, a),   a = max_j (c_j + i_j),   C' = e^{g_1 + ... + g_T + m - m'} C + e^{a - m'} N,
 
@@ -61,8 +62,8 @@ def hand_over(
 ) -> tuple[Any, Any]:
     """The state before this device's piece, and the one after the last piece, of anything that has a state.
 
-    `summary` says what this piece does to a state: after(summary, state) is the state after it. `segment_ids` [B, T] are
-    this piece's; a token whose id differs from the last one that is not 0 starts from the zero state.
+    `summary` says what this piece does to a state: after(summary, state) is the state after it. `segment_ids` [B, T]
+    are this piece's; a token whose id differs from the last one that is not 0 starts from the zero state.
     """
     ends = None if segment_ids is None else _ends(segment_ids)
     last = None if segment_ids is None else jnp.zeros_like(segment_ids[:, 0])

@@ -67,7 +67,7 @@ class Trainer:
         processes.require_same("the settings", to_json(replace(run, run_dir="", distributed=DistributedConfig())))
         config = teacher_config(run)
         self._check_layers(config)
-        self.mesh = placement.make_mesh(run.mesh, (config, student_config(run, config)), self.stages)
+        self.mesh = placement.make_mesh(run.mesh, (config, student_config(run, config)), self.stages, run.data.seq_len)
         with jax.set_mesh(self.mesh):
             self.teacher: Teacher = load_teacher(run, self.mesh)
             self.unit = math.gcd(*(s.batch_size for s in (run.stage1, run.stage2, run.stage3)))
