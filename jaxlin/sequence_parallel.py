@@ -108,7 +108,7 @@ class _Sums(NamedTuple):
     decay: Array  # g_1 + ... + g_T, [B, HV, 1|K]
     n: Array  # N [B, HV, K, V]
     z: Array  # [B, HV, K]
-    a: Array | None  # [B, HV], for the mLSTM
+    a: Any  # [B, HV], None but for the mLSTM
 
 
 def _attention_summary(run: Run, arrays: dict[str, Array], segment_ids: Array | None) -> _Sums:
@@ -142,8 +142,8 @@ def _sums(arrays: dict[str, Array], g: Array | None, i: Array | None, segment_id
     """Of log decays g None | [HV] | [B, T, HV] | [B, T, HV, K] and log input gates i None | [B, T, HV]."""
     k, v = arrays["k"], arrays["v"]
     wide = jnp.promote_types(jnp.result_type(k, v), jnp.float32)
-    g = jnp.zeros((*v.shape[:3], 1), wide) if g is None else jnp.broadcast_to(g, v.shape[:3]) if g.ndim == 1 else g
-    g = (g if g.ndim == 4 else g[..., None]).astype(wide)
+    g = jnp.zeros((), wide) if g is None else g.astype(wide)
+    g = g if g.ndim == 4 else jnp.broadcast_to(g, v.shape[:3])[..., None]
     if segment_ids is not None:
         mask = last_segment(segment_ids)[:, :, None, None]
         g, k, v = (jnp.where(mask, x, jnp.zeros_like(x)) for x in (g, k, v))

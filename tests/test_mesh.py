@@ -192,7 +192,7 @@ def test_every_mesh(mesh, whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", [name for name in STUDENT_MIXERS if name != "gated_deltanet"] + ["retnet+softmax"])
+@pytest.mark.parametrize("mixer", [name for name in STUDENT_MIXERS if name != "gated_deltanet"])
 def test_sequences_of_every_mixer_in_pieces(mixer, tmp_path):
     """All stages and the evaluation, on two devices along `sequence`, and on those with parameters and heads split."""
     alone = train(tmp_path / "alone", "--mixer", mixer, devices=1, evaluate=True)

@@ -70,7 +70,8 @@ def _append(inputs: _Inputs, tail: Array) -> Array:
 def _outputs(kernel: Array, x: Array, segment_ids: Array | None, tail: Array) -> Array:
     size, padded = kernel.shape[0], jnp.concatenate([tail, x], axis=1)
     if segment_ids is None:
-        return sum(kernel[size - 1 - lag] * padded[:, size - 1 - lag : padded.shape[1] - lag] for lag in range(size))
+        lagged = (kernel[size - 1 - lag] * padded[:, size - 1 - lag : padded.shape[1] - lag] for lag in range(1, size))
+        return sum(lagged, kernel[-1] * x)
     ids = _with_tail(segment_ids, size - 1)
     before = previous_valid(ids)
     index = jnp.where(ids != 0, jnp.arange(ids.shape[1], dtype=jnp.int32), -1)
