@@ -360,6 +360,6 @@ def _sharded(op: str, function: Callable, arrays: dict, state: Any, options: dic
     if "segment_ids" in arrays:
         specs["segment_ids"] = layout.by_token()
     state_specs = jax.tree.map(lambda _: P(layout.batch, layout.heads), state)
-    return jax.shard_map(local, in_specs=(specs, state_specs), out_specs=(specs["q"], state_specs), check_vma=False)(
-        arrays, state
-    )
+    out_specs = specs["q"], state_specs
+    mapped = jax.shard_map(local, in_specs=(specs, state_specs), out_specs=out_specs, check_vma=False)
+    return mapped(arrays, state)
