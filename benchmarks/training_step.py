@@ -1,9 +1,10 @@
 """Tokens/s, MFU and memory of training steps: `python -m benchmarks.training_step --config smollm2_1_7b --stage 3`.
 
-Takes train.py's settings, several students included. The steps are the trainer's own, on random weights and full sequences
-of random tokens; what it does beside them (data, metrics, saving) is not here. benchmarks/torch_baseline.py is the same step
-in PyTorch. Stages run one after the other in one process: give one at a time for a peak of memory that is its own. A
---profile traces COUNT steps more, and prints which kernels the device's time went to.
+Takes train.py's settings, several students included. The steps are the trainer's own, on random weights and
+sequences of random tokens; what it does beside them (data, metrics, saving) is not here.
+benchmarks/torch_baseline.py is the same step in PyTorch. Stages run one after the other in one process: give one at
+a time for a peak of memory that is its own. A --profile traces COUNT steps more, and prints which kernels the
+device's time went to.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def main() -> None:
     run = replace(run, teacher="random")
     stages = run.stages()
     models = (run.teacher_config, *(student_config(own, run.teacher_config) for own in run.students()))
-    mesh = placement.make_mesh(run.mesh, models, stages)
+    mesh = placement.make_mesh(run.mesh, models, stages, run.data.seq_len)
     with jax.set_mesh(mesh):
         teacher = load_teacher(run, mesh)
         for n, stage in stages.items():

@@ -265,6 +265,8 @@ class MeshConfig:
     """Shards of parameters and optimizer state, each with its share of the batch."""
     tensor: int = 1
     """Shards of heads, MLP width and vocabulary."""
+    sequence: int = 1
+    """Pieces of each sequence, one a device: states, not tokens, pass between them (softmax: keys and values)."""
 
 
 @dataclass(frozen=True)

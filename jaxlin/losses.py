@@ -170,7 +170,7 @@ def _compare(how: _How, rows, kernels, weights: LossWeights | None = None):
     """(sums, gradient of the student's hidden states, of its head), each in a tuple; gradients only with `weights`."""
     # Rounded to the dtype of the products before they are gathered, which halves what crosses the network.
     kernels = tuple(kernel.astype(how.config.dtype) for kernel in kernels)
-    return sharding.over_rows(functools.partial(_compare_rows, how), rows, (kernels, weights))
+    return sharding.over_tokens(functools.partial(_compare_rows, how), rows, (kernels, weights))
 
 
 def _compare_rows(how: _How, rows, whole):

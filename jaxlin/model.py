@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxlin.config import MixerOptions, ModelConfig
 from jaxlin.mixers import MIXERS
 from jaxlin.mixers.common import Dense, RMSNorm, partitioned, positions_in_segments, precision
-from jaxlin.sharding import by_rows
+from jaxlin.sharding import by_tokens
 
 # What a period of blocks keeps of its forward pass for the backward one, by `RunConfig.remat`; its input always.
 _STATES = jax.checkpoint_policies.save_only_these_names("chunk_states", "recurrence_outputs")
@@ -63,15 +63,15 @@ class Block(nn.Module):
     def __call__(self, x, *, positions, segment_ids=None, state=None):
         """x [B, T, D] -> (block output, mixer output before the residual, state)."""
         c = self.config
-        x = by_rows(x)
+        x = by_tokens(x)
         mixer = MIXERS[self.mixer](c, self.options, name="mixer")
         mixed, state = mixer(
             RMSNorm(c, name="input_layernorm")(x), positions=positions, segment_ids=segment_ids, state=state
         )
-        mixed = by_rows(mixed)
+        mixed = by_tokens(mixed)
         h = x + mixed
         h = h + MLP(c, name="mlp")(RMSNorm(c, name="post_attention_layernorm")(h))
-        return by_rows(h), mixed, state
+        return by_tokens(h), mixed, state
 
 
 def blocks(config: ModelConfig) -> list[Block]:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlin import placement
-from jaxlin.config import ModelConfig, StageConfig
+from jaxlin import placement, sharding
+from jaxlin.config import MeshConfig, ModelConfig, StageConfig
 from jaxlin.distill import counts, gradient_function, trained_part
 from jaxlin.kernels.hlo_tpu_traffic import program_flops
 from jaxlin.model import forward
@@ -37,7 +37,8 @@ def model_flops(
 ) -> ModelFlops:  # fmt: skip
     """Count them in the traced programs, for parameters that may be abstract; blocks are not recomputed in it.
 
-    Recurrences count as this device computes them: in chunks, whose products the definition does not have.
+    Recurrences count as one device computes them: in chunks, whose products the definition does not have. What a mesh
+    adds (maps of states, where sequences are cut) is no part of the model.
     """
     batch = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in placement.batch(stage, seq_len, mesh).items()}
     gradients = gradient_function(stage, student, teacher, "none")
@@ -49,7 +50,7 @@ def model_flops(
         return forward(teacher, params, batch["tokens"], segment_ids=batch["segment_ids"], logits=False).hidden
 
     tokens = batch["tokens"].size
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), list(mesh.devices.flat)[:1])):
         taught = program_flops(jax.make_jaxpr(teach)(teacher_params, batch)) / tokens
         learnt = program_flops(jax.make_jaxpr(learn)(params, teacher_params, batch)) / tokens
     return ModelFlops(taught, learnt - taught)

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from jaxlin import recurrence, sharding
+from jaxlin import recurrence, sequence_parallel, sharding
 from jaxlin.kernels import gated_delta_rule as _delta_rule_kernel
 from jaxlin.kernels import gated_linear_attention as _linear_attention_kernel
 from jaxlin.kernels import mlstm as _mlstm_kernel
@@ -253,11 +253,12 @@ def _run(
     """The op by the named implementation or the best one; `fresh` says that the state is zeros nobody gave."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
+    fresh &= sharding.time_axis(arrays["q"].shape[1]) is None  # all pieces but the first start from a state
     if implementation is not None:
-        return _sharded(_find(op, implementation, fresh), arrays, state, options, chunk_size)
+        return _sharded(op, _find(op, implementation, fresh), arrays, state, options, chunk_size)
     for name in _preference(arrays):
         try:
-            return _sharded(_find(op, name, fresh), arrays, state, options, chunk_size)
+            return _sharded(op, _find(op, name, fresh), arrays, state, options, chunk_size)
         except NotImplementedError as error:
             _log_once(f"{op}: no {name} implementation here ({error})")
     raise AssertionError("the scan always runs")
@@ -329,33 +330,36 @@ def _log_once(message: str) -> None:
 # ---- sharding ----
 
 
-def _sharded(function: Callable, arrays: dict, state: Any, options: dict, chunk_size: int | None):
-    """Run `function` on each device's own batch rows and heads: nothing is communicated."""
-    mesh = sharding.kernel_mesh()
+def _sharded(op: str, function: Callable, arrays: dict, state: Any, options: dict, chunk_size: int | None):
+    """Run `function` on each device's own rows, heads and piece of the sequence.
+
+    Nothing is communicated but what pieces do to states (`sequence_parallel`), where sequences are cut at all.
+    """
+    batch, length, heads, _ = arrays["q"].shape
+    layout = sharding.layout(batch, length, heads)
     absent = {name: x for name, x in arrays.items() if x is None}
     arrays = {name: x for name, x in arrays.items() if x is not None}
 
-    def local(arrays, state):
-        o, state = function(arrays | absent, state, options, chunk_size)
-        # With it, who keeps "chunk_states" for the backward pass need not run the op again to go on from its output.
-        return checkpoint_name(o, "recurrence_outputs"), state
+    def run(arrays, state):
+        return function(arrays | absent, state, options, chunk_size)
 
-    if mesh is None:
+    def local(arrays, state):
+        if layout is None or layout.time is None:
+            o, final = run(arrays, state)
+        else:
+            state, final = sequence_parallel.states(op, run, arrays, state, layout.time)
+            o, _ = run(arrays, state)
+        # With it, who keeps "chunk_states" for the backward pass need not run the op again to go on from its output.
+        return checkpoint_name(o, "recurrence_outputs"), final
+
+    if layout is None:
         return local(arrays, state)
-    # A batch or a head count that does not divide stays whole on every device.
-    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
-    batch_size, _, num_heads, _ = arrays["q"].shape
-    batch, shards = (), 1
-    for axis in sharding.BATCH_AXES:
-        if axis in sizes and batch_size % (shards * sizes[axis]) == 0:
-            batch, shards = (*batch, axis), shards * sizes[axis]
-    heads = sharding.HEAD_AXIS if num_heads % sizes.get(sharding.HEAD_AXIS, num_heads + 1) == 0 else None
-    specs = {name: P(batch, None, heads) for name in arrays}
+    specs = dict.fromkeys(arrays, layout.by_token(layout.heads))
     if "g" in arrays and arrays["g"].ndim == 1:
-        specs["g"] = P(heads)
+        specs["g"] = P(layout.heads)
     if "segment_ids" in arrays:
-        specs["segment_ids"] = P(batch, None)
-    state_specs = jax.tree.map(lambda _: P(batch, heads), state)
-    return jax.shard_map(
-        local, in_specs=(specs, state_specs), out_specs=(P(batch, None, heads), state_specs), check_vma=False
-    )(arrays, state)
+        specs["segment_ids"] = layout.by_token()
+    state_specs = jax.tree.map(lambda _: P(layout.batch, layout.heads), state)
+    out_specs = specs["q"], state_specs
+    mapped = jax.shard_map(local, in_specs=(specs, state_specs), out_specs=out_specs, check_vma=False)
+    return mapped(arrays, state)

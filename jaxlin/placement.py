@@ -48,7 +48,10 @@ def optimizer_state(optimizer: optax.GradientTransformation, trained: Any, mesh:
 
 
 def batch(stage: StageConfig, seq_len: int, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Tokens and segment ids of one optimizer step, [A, B, T]: A micro-batches, B split over devices."""
+    """Tokens and segment ids of one optimizer step, [A, B, T]: A micro-batches, B split over devices.
+
+    Sequences are whole: positions and next tokens need their neighbours, and only activations take room.
+    """
     shape = (stage.accumulation, stage.batch_size // stage.accumulation, seq_len)
     array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, 1))
     return {"tokens": array, "segment_ids": array}
@@ -58,14 +61,16 @@ def make_mesh(
     config: MeshConfig,
     models: Sequence[ModelConfig],
     stages: dict[int, StageConfig],
+    seq_len: int,
     devices: Sequence[Any] | None = None,
 ) -> jax.sharding.Mesh:
     """The mesh over `devices` (default: all), for these models and stages. No parameter need exist.
 
-    Raises UserError for heads, widths, vocabularies and batches that the mesh does not divide.
+    Raises UserError for heads, widths, vocabularies, sequences and batches that the mesh does not divide.
     """
     devices = jax.devices() if devices is None else devices
     sharding.require_divides((abstract_params(model) for model in models), config, len(devices))
+    sharding.require_divides_time(seq_len, config, len(devices))
     mesh = sharding.make_mesh(config, devices)
     check_batches(stages, mesh)
     return mesh

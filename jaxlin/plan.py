@@ -78,7 +78,8 @@ def plan(run: RunConfig) -> bool:
         raise UserError(f"--plan: --config {run.config} gives no teacher_config to plan with")
     goal, stages = _target(run.plan), run.stages()
     students = _students(run, run.teacher_config)
-    mesh = placement.make_mesh(run.mesh, (run.teacher_config, *students), stages, goal.devices)
+    models = (run.teacher_config, *students)
+    mesh = placement.make_mesh(run.mesh, models, stages, run.data.seq_len, goal.devices)
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(f"{run.config}, {run.mixer}, {run.preset}: {goal.described}, mesh {axes}")
     if len(students) > 1:
@@ -217,6 +218,7 @@ def _print_nearest(run: RunConfig, goal: Target, mesh: jax.sharding.Mesh, large:
         print(f"\nNo other mesh of these {mesh.size} devices holds less on each; {hint}.")
         return
     flags = f"--mesh.data {found.data} --mesh.fsdp {found.fsdp} --mesh.tensor {found.tensor}"
+    flags += f" --mesh.sequence {found.sequence}" if found.sequence > 1 else ""
     print(f"\nThe mesh of these {mesh.size} devices that holds least on each is {flags}:", flush=True)
     other = sharding.make_mesh(found, goal.devices)
     fits = True
@@ -231,13 +233,14 @@ def _print_nearest(run: RunConfig, goal: Target, mesh: jax.sharding.Mesh, large:
 def leanest_mesh(run: RunConfig, devices: Sequence[Any], but: jax.sharding.Mesh) -> MeshConfig | None:
     """The factorisation of `devices` with the least parameters and moments on each; None where `but` has that.
 
-    Among equals the one that splits the batch most, and so the activations.
+    Among equals the one that splits the batch most, and so the activations. Pieces of sequences stay as they are: they
+    hold whole parameters.
     """
-    stages = run.stages()
+    stages, count = run.stages(), len(devices) // run.mesh.sequence
     sizes: dict[MeshConfig, tuple[float, int]] = {}
-    for data in sharding.divisors(len(devices)):
-        for fsdp in sharding.divisors(len(devices) // data):
-            config = MeshConfig(data, fsdp, len(devices) // data // fsdp)
+    for data in sharding.divisors(count):
+        for fsdp in sharding.divisors(count // data):
+            config = MeshConfig(data, fsdp, count // data // fsdp, run.mesh.sequence)
             try:
                 mesh = sharding.make_mesh(config, devices)
                 placement.check_batches(stages, mesh)

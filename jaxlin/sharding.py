@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
@@ -15,8 +15,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxlin.config import MeshConfig, UserError
 
 BATCH_AXES = ("data", "fsdp")
+TIME_AXIS = "sequence"
 HEAD_AXIS = "tensor"
-AXES = (*BATCH_AXES, HEAD_AXIS)
+AXES = (*BATCH_AXES, TIME_AXIS, HEAD_AXIS)
 
 # Logical axes of parameters (model.py, mixers/) -> mesh axes.
 RULES = (
@@ -32,21 +33,19 @@ WORDS = {"heads": "heads", "embed": "width", "mlp": "MLP width", "vocab": "vocab
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh (data, fsdp, tensor) over `devices` (default: all of this run's)."""
+    """The mesh (data, fsdp, sequence, tensor) over `devices` (default: all of this run's)."""
     devices = jax.devices() if devices is None else devices
     _require_positive(config)
-    count, fixed = len(devices), config.fsdp * config.tensor
+    sizes = {axis: getattr(config, axis) for axis in AXES if axis != "data"}
+    count, fixed = len(devices), math.prod(sizes.values())
     if count % fixed:
-        flags = [f"--mesh.{axis} {size}" for axis in ("fsdp", "tensor") if (size := getattr(config, axis)) > 1]
+        flags = [f"--mesh.{axis} {size}" for axis, size in sizes.items() if size > 1]
         product = f" (together {fixed})" if len(flags) > 1 else ""
         raise UserError(f"{' '.join(flags)}{product}: must divide the {count} devices: use {_choices(count)}")
     data = count // fixed if config.data == -1 else config.data
     if data * fixed != count:
-        raise UserError(
-            f"--mesh.data {data}: {count} devices with fsdp {config.fsdp} x tensor {config.tensor} "
-            f"need {count // fixed}, or -1"
-        )
-    shape, types = (data, config.fsdp, config.tensor), (AxisType.Auto,) * 3
+        raise UserError(f"--mesh.data {data}: {count} devices with {_by_axis(sizes)} need {count // fixed}, or -1")
+    shape, types = (data, *sizes.values()), (AxisType.Auto,) * len(AXES)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     except NotImplementedError:  # an axis is no product of a torus' own axes: 32 x 2 of 4x4x4
@@ -55,9 +54,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> jax.s
 
 
 def describe(mesh: jax.sharding.Mesh) -> str:
-    """The mesh in words: 8 devices (data 1 x fsdp 8 x tensor 1)."""
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    return f"{mesh.size} devices ({axes})" if mesh.size > 1 else "1 device"
+    """The mesh in words: 8 devices (data 1 x fsdp 8 x sequence 1 x tensor 1)."""
+    return f"{mesh.size} devices ({_by_axis(mesh.shape)})" if mesh.size > 1 else "1 device"
 
 
 def require_divides(models: Iterable[Any], config: MeshConfig, devices: int) -> None:
@@ -71,6 +69,17 @@ def require_divides(models: Iterable[Any], config: MeshConfig, devices: int) -> 
                      for word, size in sizes if size % shards]:  # fmt: skip
             use = _choices(math.gcd(devices, *(size for _, size in sizes)))
             raise UserError(f"--mesh.{axis} {shards}: must divide the {_listed(wrong, 'and')}: use {use}")
+
+
+def require_divides_time(seq_len: int, config: MeshConfig, devices: int) -> None:
+    """Refuse a mesh whose `sequence` axis does not divide the length of sequences, and name the sizes that do."""
+    _require_positive(config)
+    shards = getattr(config, TIME_AXIS)
+    if seq_len % shards:
+        use = _choices(math.gcd(devices, seq_len))
+        raise UserError(
+            f"--mesh.{TIME_AXIS} {shards}: must divide the sequence length {seq_len} (--data.seq-len): use {use}"
+        )
 
 
 def _sizes(model: Any, chosen: Callable[[str], bool]) -> list[tuple[str, int]]:
@@ -104,6 +113,10 @@ def _choices(number: int) -> str:
     return _listed([str(n) for n in divisors(number)], "or")
 
 
+def _by_axis(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+
+
 def _listed(items: Sequence[str], word: str) -> str:
     return f" {word} ".join((", ".join(items[:-1]), items[-1])) if len(items) > 1 else items[0]
 
@@ -114,16 +127,58 @@ def kernel_mesh() -> jax.sharding.AbstractMesh | None:
     return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
 
 
-def by_rows(x: jax.Array) -> jax.Array:
-    """Keep x [B, ...] and its gradient split over the batch axes, where the mesh has several and they divide B.
+class Layout(NamedTuple):
+    """The mesh axes that arrays [B, T, H, ...] are split over. A size that they do not divide stays whole."""
+
+    batch: tuple[str, ...]
+    time: str | None
+    heads: str | None
+
+    def by_token(self, *axes: str | None) -> PartitionSpec:
+        """Of arrays [B, T, ...] whose third axis is split over `axes`, if any."""
+        return PartitionSpec(self.batch, self.time, *axes)
+
+
+def layout(batch: int, length: int, heads: int) -> Layout | None:
+    """How a device's share of [batch, length, heads, ...] is cut out, or None where there is nothing to cut."""
+    mesh = kernel_mesh()
+    if mesh is None:
+        return None
+    rows, shards = (), 1
+    for axis in BATCH_AXES:
+        if batch % (shards * mesh.shape[axis]) == 0:
+            rows, shards = (*rows, axis), shards * mesh.shape[axis]
+    return Layout(rows, time_axis(length), None if heads % mesh.shape[HEAD_AXIS] else HEAD_AXIS)
+
+
+def time_axis(length: int) -> str | None:
+    """The mesh axis over which `length` tokens are split: none where it has one device or does not divide them."""
+    mesh = kernel_mesh()
+    size = 1 if mesh is None else mesh.shape[TIME_AXIS]
+    return None if size == 1 or length % size else TIME_AXIS
+
+
+def by_tokens(x: jax.Array) -> jax.Array:
+    """Keep x [B, T, ...] and its gradient split over the batch axes and `sequence`, where they divide it.
 
     Left to itself, the compiler may split activations as parameters are, along the width: then every device works on
     the whole batch, and sums of whole activations cross the network instead of parameters.
     """
-    mesh = kernel_mesh()
-    if mesh is None or x.shape[0] % batch_shards(mesh):
+    mesh, time = kernel_mesh(), time_axis(x.shape[1])
+    if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+    rows = PartitionSpec.UNCONSTRAINED if x.shape[0] % batch_shards(mesh) else BATCH_AXES
+    if rows is PartitionSpec.UNCONSTRAINED and time is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, time))
+
+
+def whole_sequences(x: jax.Array) -> jax.Array:
+    """x [B, T, ...] with all of T on every device along `sequence`; its other axes stay as they are."""
+    if time_axis(x.shape[1]) is None:
+        return x
+    free = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(free, None, *(free,) * (x.ndim - 2)))
 
 
 def on_every_device(tree: Any) -> Any:
@@ -133,29 +188,35 @@ def on_every_device(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, PartitionSpec()), tree)
 
 
-def over_rows(function: Callable[[Any, Any], tuple[Any, Any, Any]], rows: Any, whole: Any) -> tuple[Any, Any, Any]:
-    """function(rows, whole) -> (sums over rows, outputs by row [B, ...], gradients [D, ...] of what is in `whole`).
+def over_tokens(function: Callable[[Any, Any], tuple[Any, Any, Any]], tokens: Any, whole: Any) -> tuple[Any, Any, Any]:
+    """function(tokens, whole) -> (sums over tokens, outputs by token [B, T, ...], gradients [D, ...] of `whole`).
 
-    Each device calls it with its own rows and adds up sums and gradients with the others once: so `whole` is gathered
-    once too, however often `function` reads it. Gradients stay split along their first axis, over fsdp.
+    Each device calls it with its own rows, and its own piece of them along `sequence`, and adds up sums and gradients
+    with the others once: so `whole` is gathered once too, however often `function` reads it. Gradients stay split along
+    their first axis, over fsdp.
     """
     mesh = kernel_mesh()
-    shards = 1 if mesh is None else batch_shards(mesh)
+    batch, length = jax.tree.leaves(tokens)[0].shape[:2]
+    time = time_axis(length)
+    rows = () if mesh is None or batch % batch_shards(mesh) else BATCH_AXES
+    axes = (*rows, time) if time else rows
     # XLA cannot compile the sum over axes of one device each beside an axis of several.
-    if shards == 1 or any(x.shape[0] % shards for x in jax.tree.leaves(rows)):
-        return function(rows, whole)
+    if mesh is None or math.prod(mesh.shape[axis] for axis in axes) == 1:
+        return function(tokens, whole)
 
-    def local(rows, whole):
-        sums, by_row, gradients = function(rows, whole)
-        sums, gradients = jax.lax.psum((sums, gradients), BATCH_AXES)
-        return sums, by_row, gradients
+    def local(tokens, whole):
+        sums, by_token, gradients = function(tokens, whole)
+        sums, gradients = jax.lax.psum((sums, gradients), axes)
+        return sums, by_token, gradients
 
-    specs = (PartitionSpec(BATCH_AXES), PartitionSpec())
-    out_specs = (PartitionSpec(), PartitionSpec(BATCH_AXES), PartitionSpec())
-    mapped = jax.shard_map(local, in_specs=specs, out_specs=out_specs, axis_names=set(BATCH_AXES), check_vma=False)
-    sums, by_row, gradients = mapped(rows, whole)
+    by_token, everywhere = PartitionSpec(rows, time), PartitionSpec()
+    mapped = jax.shard_map(
+        local, in_specs=(by_token, everywhere), out_specs=(everywhere, by_token, everywhere),
+        axis_names=set(axes), check_vma=False,
+    )  # fmt: skip
+    sums, outputs, gradients = mapped(tokens, whole)
     split = PartitionSpec("fsdp", PartitionSpec.UNCONSTRAINED)
-    return sums, by_row, jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, split), gradients)
+    return sums, outputs, jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, split), gradients)
 
 
 def param_shardings(abstract: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -45,7 +45,7 @@ class Trainer:
         config = teacher_config(run)
         self._check_layers(config)
         models = (config, *(student_config(own, config) for own in runs))
-        self.mesh = placement.make_mesh(run.mesh, models, self.stages)
+        self.mesh = placement.make_mesh(run.mesh, models, self.stages, run.data.seq_len)
         with jax.set_mesh(self.mesh):
             self.teacher: Teacher = load_teacher(run, self.mesh)
             self.unit = math.gcd(*(s.batch_size for s in (run.stage1, run.stage2, run.stage3)))

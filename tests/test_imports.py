@@ -25,6 +25,7 @@ LEVELS = [
     {"model"},
     {"mixers"},
     {"ops"},
+    {"sequence_parallel"},
     {"recurrence", "kernels"},
 ]  # fmt: skip
 LEAVES = {"config", "command_line", "sharding", "processes"}

@@ -11,7 +11,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
-from jaxlin import ops
+from jaxlin import ops, sharding
+from jaxlin.config import MeshConfig
 from tests import grid
 from tests.grid import Case
 
@@ -65,13 +66,13 @@ def test_one_token(op):
     run(op, case, jnp.float32, normalize=op == "gated_linear_attention")
 
 
-def test_sharded_is_single():
-    """On (data, fsdp, tensor): each device runs the kernel on its rows and heads."""
-    args = grid.inputs("gated_linear_attention", Case(B=4, T=24, H=2, HV=2, segments="gaps", strength="mild"))
-    expected = grid.outputs_and_gradients(ops.gated_linear_attention, args, jnp.float32, implementation="scan")
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    with jax.set_mesh(mesh):
-        found = grid.outputs_and_gradients(ops.gated_linear_attention, args, jnp.float32, implementation="pallas")
+@pytest.mark.parametrize("op", ("gated_linear_attention", pytest.param("gated_delta_rule", marks=pytest.mark.slow)))
+def test_sharded_is_single(op):
+    """Each device runs the kernel on its rows, heads and piece of the sequence."""
+    args = grid.inputs(op, Case(B=4, T=24, H=2, HV=2, segments="gaps", strength="mild"))
+    expected = grid.outputs_and_gradients(getattr(ops, op), args, jnp.float32, implementation="scan")
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(fsdp=2, sequence=2, tensor=2))):
+        found = grid.outputs_and_gradients(getattr(ops, op), args, jnp.float32, implementation="pallas")
     for name in expected:
         assert grid.error(found[name], expected[name]) < grid.FLOAT32, name
 

@@ -22,15 +22,17 @@ from jaxlin.command_line import parse_run
 from jaxlin.config import UserError
 from jaxlin.evaluation.report import report_run
 from jaxlin.trainer import Trainer
+from tests.models import STUDENT_MIXERS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ("--config", str(ROOT / "tests" / "eight_heads.py"), "--keep", "99")
 CHEAP = ("--mixer", "retnet")  # compiles fastest
-MESHES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) == 8]
+MESHES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8]
 
 
 def flags(mesh):
-    return [part for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)
+    """Of (data, fsdp, tensor) or (data, fsdp, tensor, sequence)."""
+    return [part for axis, size in zip(("data", "fsdp", "tensor", "sequence"), mesh, strict=False)
             for part in (f"--mesh.{axis}", str(size))]  # fmt: skip
 
 
@@ -131,7 +133,7 @@ def test_two_processes_and_then_one(compiled, tmp_path, capsys):
     folder = cut(tmp_path / "two", 2, tmp_path / "cut")
     capsys.readouterr()
     train(folder, *stage, devices=1)
-    before = "2 devices (data 1 x fsdp 2 x tensor 1) of 2 processes"
+    before = "2 devices (data 1 x fsdp 2 x sequence 1 x tensor 1) of 2 processes"
     line = f"resumed at step 2 (stage 2, step 2) of {folder}, saved on {before}, now on 1 device\n"
     assert line in capsys.readouterr().out
     assert_same_numbers(folder, alone)
@@ -152,7 +154,9 @@ MISTAKES = {
     "--mesh.fsdp 3": "--mesh.fsdp 3: must divide the width 32: use 1, 2, 4 or 8",
     "--mesh.fsdp 4 --mesh.tensor 4": "--mesh.fsdp 4 --mesh.tensor 4 (together 16): must divide the 8 devices: "
     "use 1, 2, 4 or 8",
-    "--mesh.data 3": "--mesh.data 3: 8 devices with fsdp 1 x tensor 1 need 8, or -1",
+    "--mesh.data 3": "--mesh.data 3: 8 devices with fsdp 1 x sequence 1 x tensor 1 need 8, or -1",
+    "--mesh.sequence 3": "--mesh.sequence 3: must divide the sequence length 32 (--data.seq-len): use 1, 2, 4 or 8",
+    "--mesh.sequence 16": "--mesh.sequence 16: must divide the 8 devices: use 1, 2, 4 or 8",
     "--mesh.fsdp 0": "--mesh.fsdp 0: must be at least 1",
     "--stage3.batch-size 12": "--stage3.batch-size 12: must be a multiple of accumulation x data x fsdp "
     "= 8: use 8 or 16",
@@ -188,9 +192,20 @@ def test_every_mesh(mesh, whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(2, 4, 1), (1, 2, 4), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("mixer", [name for name in STUDENT_MIXERS if name != "gated_deltanet"])
+def test_sequences_of_every_mixer_in_pieces(mixer, tmp_path):
+    """All stages and the evaluation, on two devices along `sequence`, and on those with parameters and heads split."""
+    alone = train(tmp_path / "alone", "--mixer", mixer, devices=1, evaluate=True)
+    for mesh, devices in (((1, 1, 1, 2), 2), ((1, 2, 2, 2), 8)):
+        folder = train(tmp_path / str(devices), "--mixer", mixer, *flags(mesh), devices=devices, evaluate=True)
+        assert_same_numbers(folder, alone)
+        assert_same_evaluation(folder, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (1, 2, 4), (1, 1, 8), (1, 1, 2, 4)], ids=str)
 def test_two_processes(mesh, whole, compiled, tmp_path):
-    """Batches, parameters or heads are split between them, or all of it."""
+    """Batches, parameters, heads or sequences are split between them, or all of it."""
     _, second = train_apart(tmp_path / "run", compiled, *flags(mesh))
     assert second == ""
     assert_same_numbers(tmp_path / "run", whole)

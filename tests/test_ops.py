@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxlin import ops
+from jaxlin import ops, sharding
+from jaxlin.config import MeshConfig
 from tests import grid
 from tests.grid import Case
 
@@ -165,13 +166,13 @@ def close(found, expected):
 def test_sharded_is_single(op):
     args = arguments(op)
     expected = value_and_gradients(op, args)
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh):
         close(value_and_gradients(op, args), expected)
 
 
 def test_sharded_constant_gate_and_sizes_that_do_not_divide():
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
     for case in (replace(CASE, gate="constant"), replace(CASE, B=2, H=3, HV=3)):
         args = arguments("gated_linear_attention", case)
         expected = value_and_gradients("gated_linear_attention", args)
@@ -181,7 +182,7 @@ def test_sharded_constant_gate_and_sizes_that_do_not_divide():
 
 def test_nothing_is_communicated():
     args = arguments("gated_linear_attention")
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    mesh = sharding.make_mesh(MeshConfig(data=4, tensor=2))
     spec = jax.sharding.PartitionSpec
     specs = dict(segment_ids=spec("data"), initial_state=spec("data", "tensor"))
     with jax.set_mesh(mesh):

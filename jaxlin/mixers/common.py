@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxlin.config import MixerOptions, ModelConfig, UserError
+from jaxlin.mixers.short_conv import previous_valid, short_conv
 
 State = dict[str, Any]
 ResolvedOptions = Any  # MixerOptions, with no None left in what the mixer reads; its types still allow None
@@ -116,13 +117,6 @@ def positions_in_segments(
     return positions, jnp.where(jnp.any(valid, axis=1), after, start)
 
 
-def previous_valid(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Index of the last non-padding token before each one; -1 where there is none."""
-    index = jnp.where(segment_ids != 0, jnp.arange(segment_ids.shape[1], dtype=jnp.int32), -1)
-    latest = lax.cummax(index, axis=1)
-    return jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-
-
 def first_of_segment(segment_ids: Int[Array, "B T"]) -> Array:
     """True at each segment's first token; a row's first non-padding token is one."""
     before = previous_valid(segment_ids)
@@ -157,25 +151,8 @@ def repeat_heads(x: Float[Array, "B T KV d"], heads: int) -> Float[Array, "B T H
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
-@jax.custom_vjp
-def _take_rows(x: Array, index: Array, inverse: Array) -> Array:
-    """Rows index[b, t] of x[b]; 0 where the index is -1. No row is taken twice, so the transpose is a take too."""
-    taken = jnp.take_along_axis(x, jnp.maximum(index, 0)[:, :, None, None], axis=1)
-    return jnp.where((index >= 0)[:, :, None, None], taken, 0)
-
-
-_take_rows.defvjp(
-    lambda x, index, inverse: (_take_rows(x, index, inverse), (index, inverse)),
-    lambda saved, dy: (_take_rows(dy, saved[1], saved[0]), None, None),
-)
-
-
 class ShortConv(nn.Module):
-    """Causal depthwise convolution over the last `conv_size` tokens of the segment; padding is stepped over.
-
-    The last tap weighs the current token. The tail holds the latest conv_size - 1 inputs, [B, W - 1, H, d];
-    a new one is returned, beside the output, where one came in.
-    """
+    """`short_conv` with a learned kernel; a new tail is returned, beside the output, where one came in."""
 
     config: ModelConfig
     options: ResolvedOptions
@@ -194,52 +171,10 @@ class ShortConv(nn.Module):
         init = partitioned(init, (None, "heads", "head_dim"))
         kernel = self.param("kernel", init, (size, *x.shape[2:])).astype(x.dtype)
         past = jnp.zeros((x.shape[0], size - 1, *x.shape[2:]), x.dtype) if tail is None else tail.astype(x.dtype)
-        padded = jnp.concatenate([past, x], axis=1)
-        if segment_ids is None:
-            y = sum(kernel[size - 1 - lag] * padded[:, size - 1 - lag : padded.shape[1] - lag] for lag in range(size))
-            new_tail = padded[:, padded.shape[1] - size + 1 :]
-        else:
-            y, new_tail = self._over_segments(kernel, padded, segment_ids)
+        y, new_tail = short_conv(kernel, x, segment_ids, past)
         if o.conv_activation == "silu":
             y = nn.silu(y)
         return y, None if tail is None else new_tail
-
-    def _over_segments(self, kernel, padded, segment_ids):
-        size = kernel.shape[0]
-        valid = segment_ids != 0
-        first = jnp.argmax(valid, axis=1)
-        first_id = jnp.take_along_axis(segment_ids, first[:, None], axis=1)
-        # The tail belongs to the first segment; with no token in the row, any id keeps it.
-        ids = jnp.concatenate([jnp.broadcast_to(jnp.maximum(first_id, 1), (len(first), size - 1)), segment_ids], axis=1)
-        before = previous_valid(ids)
-        index = jnp.where(ids != 0, jnp.arange(ids.shape[1], dtype=jnp.int32), -1)
-        y = kernel[-1] * padded
-        for lag in range(1, size):
-            index = jnp.where(index >= 0, jnp.take_along_axis(before, jnp.maximum(index, 0), axis=1), -1)
-            same = (index >= 0) & (jnp.take_along_axis(ids, jnp.maximum(index, 0), axis=1) == ids)
-            inverse = _invert(jnp.where(same, index, -1))
-            y = y + kernel[size - 1 - lag] * _take_rows(padded, jnp.where(same, index, -1), inverse)
-        y = jnp.where(valid[:, :, None, None], y[:, size - 1 :], 0)
-
-        # The last size - 1 tokens that are not padding and belong to the row's last segment; zeros stand for the rest.
-        last = jnp.max(jnp.where(ids != 0, jnp.arange(ids.shape[1]), -1), axis=1)[:, None]
-        rows = [last]
-        for _ in range(size - 2):
-            rows.append(jnp.take_along_axis(before, jnp.maximum(rows[-1], 0), axis=1))
-        rows = jnp.concatenate(rows[::-1], axis=1)
-        same = jnp.take_along_axis(ids, jnp.maximum(rows, 0), axis=1) == jnp.take_along_axis(ids, last, axis=1)
-        rows = jnp.where((rows >= 0) & same, rows, -1)
-        taken = jnp.take_along_axis(padded, jnp.maximum(rows, 0)[:, :, None, None], axis=1)
-        return y, jnp.where((rows >= 0)[:, :, None, None], taken, 0)
-
-
-def _invert(index: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The inverse of a partial one-to-one map of positions; -1 where nothing maps."""
-    batch, length = index.shape
-    rows = jnp.arange(batch)[:, None]
-    target = jnp.where(index >= 0, index, length)
-    empty = jnp.full((batch, length + 1), -1, jnp.int32)
-    return empty.at[rows, target].set(jnp.arange(length, dtype=jnp.int32)[None])[:, :length]
 
 
 class TokenMixer(nn.Module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from jaxlin import ops
+from jaxlin import ops, sharding
 from jaxlin.config import MixerOptions, ModelConfig
 from jaxlin.mixers.common import Dense, State, first_of_segment, precision, repeat_heads, rope_frequencies, rotate
 
@@ -33,6 +33,7 @@ class SoftmaxAttention(nn.Module):
         )
         frequencies = rope_frequencies(c, c.head_dim, "teacher")
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        k, v = sharding.whole_sequences(k), sharding.whole_sequences(v)  # queries stay on the devices of their tokens
         if state is None:
             y = attend(q, k, v, _causal(x.shape[1], segment_ids), c.dtype)
         else:
@@ -81,7 +82,8 @@ def _causal(length: int, segment_ids):
 def _has_flash_attention(q, k, dtype: str) -> bool:
     """Whether cuDNN's flash attention (Dao et al. 2022, arXiv 2205.14135) takes these, as GPUs since Ampere have it.
 
-    Its backward pass wants even lengths where there is a mask; for a token or few it is no faster.
+    Its backward pass wants even lengths where there is a mask; for a token or few it is no faster. It refuses sequences
+    that are cut over devices.
     """
     length, major = q.shape[1], ops.compute_capability().split(".")[0]
     return (
@@ -92,6 +94,7 @@ def _has_flash_attention(q, k, dtype: str) -> bool:
         and q.shape[-1] <= 128
         and length >= FLASH_TOKENS
         and length % 2 == k.shape[1] % 2 == 0
+        and sharding.time_axis(length) is None
     )
 
 
