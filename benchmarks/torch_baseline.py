@@ -180,6 +180,8 @@ def measure(settings: Settings) -> dict[str, Any]:
     return {
         "config": settings.config,
         "mixer": settings.mixer,
+        "batch_size": settings.batch_size,
+        "recompute": settings.recompute,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "tokens_per_second": settings.batch_size * settings.seq_len / median,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,

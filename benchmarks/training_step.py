@@ -28,8 +28,7 @@ from jaxlin.config import RunConfig, StageConfig, UserError
 from jaxlin.distill import trained_part
 from jaxlin.kernels import topology
 from jaxlin.model_flops import model_flops
-from jaxlin.optimizer import make_optimizer
-from jaxlin.plan import program_bytes
+from jaxlin.plan import placed_models, program_bytes
 from jaxlin.runs import Teacher, load_teacher
 from jaxlin.student import init_student, student_config
 from jaxlin.timing import parse_window
@@ -40,13 +39,7 @@ WARMUP, STEPS, REPEATS = 3, 5, 5
 
 def measure(run: RunConfig, n: int, stage: StageConfig, teacher: Teacher, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """A stage's figures."""
-    students = [student_config(own, teacher.config) for own in run.students()]
-    placed = tuple(placement.parameters(student, run.param_dtype, mesh) for student in students)
-    optimizers = [make_optimizer(stage, 1000, student.num_hidden_layers, student.period) for student in students]
-    moments = tuple(
-        placement.optimizer_state(optimizer, trained_part(own, stage), mesh)
-        for optimizer, own in zip(optimizers, placed, strict=True)
-    )
+    _, students, (placed, optimizers, moments) = placed_models(run, stage, mesh)
 
     def init(teacher_params: Any, key: jax.Array) -> Any:
         made = tuple(init_student(teacher_params, student, key) for student in students)

@@ -120,6 +120,10 @@ class Checkpoints:
         found = latest_of_all((self,), (abstract_state,))
         return None if found is None else (found[0], *found[1][0])
 
+    def newest(self) -> int | None:
+        """The newest step whose checkpoint is whole."""
+        return next((step for step in reversed(self.steps()) if not self._is_damaged(step)), None)
+
     def extra(self, step: int) -> dict[str, Any]:
         """What was saved beside the state of `step`; {} where that is damaged."""
         return _extra(_read_manifest(_complete(self._folder)[step]))

@@ -127,7 +127,7 @@ def _target(name: str) -> Target:
 
 def compile_step(run: RunConfig, stage: StageConfig, mesh: jax.sharding.Mesh, goal: Target) -> Step:
     """The step of a stage as the trainer runs it, for a mesh of devices that need not exist."""
-    teacher, students, placed = _placed(run, stage, mesh)
+    teacher, students, placed = placed_models(run, stage, mesh)
     params, optimizers, moments = placed
     step = make_step(stage, optimizers, students, teacher, run.remat, placed=(params, moments))
     teacher_params = placement.parameters(teacher, teacher.dtype, mesh)
@@ -160,7 +160,7 @@ def compile_step(run: RunConfig, stage: StageConfig, mesh: jax.sharding.Mesh, go
     return Step(memory, flops, hbm, program.collectives(), dict(kernels), seconds, problem)
 
 
-def _placed(
+def placed_models(
     run: RunConfig, stage: StageConfig, mesh: jax.sharding.Mesh
 ) -> tuple[ModelConfig, tuple[ModelConfig, ...], Any]:
     """Teacher, students, and their (parameters, optimizers, states of those) in their places."""
@@ -262,7 +262,7 @@ def held_bytes(run: RunConfig, mesh: jax.sharding.Mesh) -> float:
         return sum(float(np.prod(shape, dtype=float)) * dtype.itemsize for shape, dtype in shards)
 
     stages = run.stages()
-    teacher, _, (params, _, moments) = _placed(run, stages[max(stages)], mesh)
+    teacher, _, (params, _, moments) = placed_models(run, stages[max(stages)], mesh)
     return size(placement.parameters(teacher, teacher.dtype, mesh)) + size(params) + size(moments)
 
 

@@ -129,6 +129,7 @@ class Trainer:
     def _start(self) -> None:
         found = latest_of_all(*zip(*((own.checkpoints, own.abstract_state) for own in self.learners), strict=True))
         if found is None:
+            processes.from_first(self._check_start)
             for learner in self.learners:
                 learner.begin()
             return
@@ -143,6 +144,20 @@ class Trainer:
             before, now = extra.get("topology"), topology_of(self.mesh)
             moved = f", saved on {before}, now on {now}" if before not in (None, now) else ""
             self._say(f"resumed at step {step} ({where}) of {self._folders()}{moved}")
+
+    def _check_start(self) -> None:
+        """Refuse to start anew beside a student that has got further than a first save."""
+        first = min(self.run.save_every, self._steps(self.stages[min(self.stages)]))
+        for learner in self.learners:
+            if (step := learner.checkpoints.newest()) is None:
+                continue
+            folder = learner.run.folder
+            if step > first:
+                raise UserError(
+                    f"--mixer {self.run.mixer}: no step is whole in the checkpoints of all, and {folder} is at step "
+                    f"{step}; leave that student out, or remove its folder to start it anew"
+                )
+            self._say(f"{folder}: starts anew, since not all students have its step {step}")
 
     def _run_stage(self, n: int, stage: StageConfig) -> None:
         steps, at = self._steps(stage), self.progress

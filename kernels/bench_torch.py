@@ -6,6 +6,7 @@ Arrays come from JAX on the CPU (`bench` starts these processes so): two CUDA ru
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -47,6 +48,7 @@ HEADS_FIRST = {"mlstm_kernels"}
 """Timed in their own layout; nothing is transposed while the clock runs."""
 
 
+@functools.cache  # once in a process
 def compile_side_by_side() -> None:
     """Have Triton compile all candidates of a kernel in threads before it times the first: some peers have hundreds.
 

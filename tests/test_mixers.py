@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from jaxlin.mixers import MIXERS
+from jaxlin.mixers.common import SILU_NEUTRAL_BIAS, Dense
 from jaxlin.model import LanguageModel, init_state
 from tests import grid
 from tests.models import STUDENT_MIXERS, TEACHER, logits, random_params, student_of
@@ -91,6 +93,17 @@ def test_bfloat16_decodes_as_exactly_as_it_computes(mixer):
     rounding = grid.error(np.asarray(whole), expected)
     assert rounding < 0.04
     assert grid.error(by_steps, expected) < 1.5 * rounding
+
+
+def test_a_neutral_gate_starts_as_one_in_bfloat16():
+    """Its bias is no bfloat16 number."""
+    config = student_of("gated_deltanet")
+    gate = Dense(
+        replace(config, dtype="bfloat16"), (3,), ("embed", "heads"), True, wide=True,
+        kernel_init=nn.initializers.zeros, bias_init=nn.initializers.constant(SILU_NEUTRAL_BIAS),
+    )  # fmt: skip
+    y, _ = gate.init_with_output(jax.random.key(0), jnp.ones((2, 4), jnp.bfloat16))
+    np.testing.assert_allclose(nn.silu(y), 1, rtol=1e-6)
 
 
 def test_mixers_differ():

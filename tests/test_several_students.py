@@ -195,6 +195,20 @@ def test_resumes_from_the_common_step_bit_for_bit(both, tmp_path, monkeypatch, c
     assert_same_students(folder, both)
 
 
+def test_starts_nobody_anew_beside_a_damaged_one(both, tmp_path, monkeypatch):
+    """The only step in common is damaged, and one student is further."""
+    monkeypatch.setattr(jax, "devices", lambda *a: jax.local_devices()[:1])
+    folder = Path(shutil.copytree(both, tmp_path / "copy"))
+    damaged = folder / "gated_deltanet+softmax" / "checkpoints"
+    shutil.rmtree(damaged / "16")
+    files = [file for file in (damaged / "8").rglob("*") if file.is_file()]
+    max(files, key=lambda file: file.stat().st_size).write_bytes(b"")
+    before = load_params(folder / "retnet" / "checkpoints")
+    with pytest.raises(UserError, match="no step is whole in the checkpoints of all"):
+        Trainer(run(folder, *TWO, *FIRST)).train()
+    assert_same(load_params(folder / "retnet" / "checkpoints"), before)
+
+
 def assert_same_students(found, expected):
     for name in ("gated_deltanet+softmax", "retnet"):
         assert_same(load_params(found / name / "checkpoints"), load_params(expected / name / "checkpoints"))

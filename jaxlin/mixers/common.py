@@ -45,23 +45,32 @@ class Dense(nn.Module):
     dtype: str | None = None
     kernel_init: Any = nn.initializers.lecun_normal()
     bias_init: Any = nn.initializers.zeros
+    wide: bool = False
+    """Give float32 at least, to which the bias is added unrounded, whatever the product's dtype."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype = self.dtype or self.config.dtype
-        # With bfloat16 inputs a float32 product need not be exact: TF32 and three passes of bfloat16 keep more digits.
-        rounded = self.config.dtype == "bfloat16" and dtype != "bfloat16"
+        # An input that was rounded to bfloat16 needs no exact product: TF32 and three passes of bfloat16 lose less.
+        rounded = x.dtype == jnp.bfloat16 and dtype != "bfloat16"
         dense = nn.DenseGeneral(
             self.features,
             axis=tuple(range(-self.inputs, 0)),
-            use_bias=self.use_bias,
+            use_bias=self.use_bias and not self.wide,
             dtype=dtype,
             precision=lax.Precision.HIGH if rounded else precision(dtype),
             kernel_init=partitioned(self.kernel_init, self.axes),
             bias_init=partitioned(self.bias_init, self.axes[self.inputs :]),
         )
         nn.share_scope(self, dense)  # its parameters are this module's, as in HF's names
-        return dense(x)
+        y = dense(x)
+        if not self.wide:
+            return y
+        y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+        if self.use_bias:
+            init = partitioned(self.bias_init, self.axes[self.inputs :])
+            y += self.param("bias", init, self.features, jnp.float32)
+        return y
 
 
 class RMSNorm(nn.Module):
@@ -243,7 +252,10 @@ class TokenMixer(nn.Module):
         self, x, features: tuple[int, ...], name: str, *, rank: int = 0, random: bool = False,
         dtype: str | None = None, **kw,
     ):  # fmt: skip
-        """x to gate pre-activations, in float32 unless `dtype`; low-rank where `rank` > 0, zero unless `random`."""
+        """x to gate pre-activations, in float32; low-rank where `rank` > 0, zero unless `random`.
+
+        `dtype` is that of the product, float32 too by default.
+        """
         last = nn.initializers.lecun_normal() if random else nn.initializers.zeros
         axes = ("heads", "head_dim")[: len(features)]
         inner = "embed"
@@ -251,7 +263,8 @@ class TokenMixer(nn.Module):
         if rank:
             x = Dense(self.config, (rank,), ("embed", None), dtype=dtype, name=f"{name}_down")(x)
             inner = None
-        return Dense(self.config, features, (inner, *axes), dtype=dtype, kernel_init=last, name=name, **kw)(x)
+        axes = (inner, *axes)
+        return Dense(self.config, features, axes, dtype=dtype, wide=True, kernel_init=last, name=name, **kw)(x)
 
     def output(self, heads_out: Float[Array, "B T H d"], x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Per-head norm, output gate and o_proj of the recurrence's output; `x` is the mixer's input."""
@@ -287,11 +300,10 @@ class TokenMixer(nn.Module):
         use_bias = neutral or self.GATE_BIAS
         init = nn.initializers.constant(bias)
         # As wide as o_proj, and no part of the recurrence: a matrix product like the others.
-        gate = self.gate_projection(
+        return self.gate_projection(
             x, shape, "g_proj", rank=self.rank(o.gate_rank), random=not neutral, dtype=self.config.dtype,
             use_bias=use_bias, bias_init=init,
         )  # fmt: skip
-        return gate.astype(gate_dtype(self.config))
 
     GATE_BIAS: ClassVar[bool] = False
 
