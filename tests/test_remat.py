@@ -21,7 +21,7 @@ def gradient(config, remat):
 
 
 def test_policies():
-    """Same losses and gradients; fewer products the more is kept."""
+    """Same losses and gradients; fewer products the more is kept, and none twice where all that they put out is."""
     config = student_of("retnet")
     tokens = jax.random.randint(jax.random.key(0), (1, 80), 0, config.vocab_size)
     args = random_params(config), tokens, jnp.sort(jax.random.randint(jax.random.key(1), (1, 80), 1, 3))
@@ -31,4 +31,4 @@ def test_policies():
         jax.tree.map(lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-6), found, expected)
 
     flops = {remat: program_flops(gradient(config, remat).trace(*args).jaxpr) for remat in POLICIES}
-    assert flops["none"] < min(flops["dots"], flops["states"]) and max(flops["dots"], flops["states"]) < flops["block"]
+    assert flops["none"] == flops["dots"] < flops["states"] < flops["block"]

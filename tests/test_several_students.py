@@ -63,7 +63,7 @@ def trained(stage, students, steps=3):
     return params, seen
 
 
-@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize("stage", [STAGES["1"], *(pytest.param(STAGES[n], marks=pytest.mark.slow) for n in "23")])
 def test_together_as_alone(stage):
     """A student of period 2 beside one of period 1: each has the numbers that it has alone."""
     together, metrics = trained(stage, STUDENTS)
@@ -76,7 +76,9 @@ def test_together_as_alone(stage):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), together[i], alone)
 
 
-@pytest.mark.parametrize("stage", [Stage1Config(batch_size=2), Stage3Config(batch_size=2)], ids=("1", "3"))
+@pytest.mark.parametrize(
+    "stage", [Stage1Config(batch_size=2), pytest.param(Stage3Config(batch_size=2), marks=pytest.mark.slow)]
+)
 def test_the_teacher_runs_once(stage):
     """The compiled step of two students has the work of two steps, but for one forward pass of the teacher."""
     # Both of one period: XLA counts the body of a loop once, here always one layer.
