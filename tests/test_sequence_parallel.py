@@ -111,9 +111,10 @@ def numbers(config, dtype):
     ids = grid.segment_ids("packed", 2, 48, np.random.default_rng(0))
     ids[0, :7] = 0
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, ids.shape)
+    drawn = random_params(config)  # in float32 whatever the dtype: with x64 other numbers would be drawn
     with jax.enable_x64(dtype == jnp.float64):
         config = replace(config, dtype=dtype.dtype.name)
-        params = jax.tree.map(lambda a: np.asarray(a, dtype), random_params(config))
+        params = jax.tree.map(lambda a: np.asarray(a, dtype), drawn)
 
         def loss(params):
             out = forward(config, params, jnp.asarray(tokens), segment_ids=jnp.asarray(ids, jnp.int32), logits=False)
@@ -125,13 +126,13 @@ def numbers(config, dtype):
 
 @pytest.mark.parametrize("mixer", some_fast([*STUDENT_MIXERS, "retnet+softmax"], ("retnet+softmax",)))
 def test_mixers(mixer):
-    """Short convolutions and rotary positions too: what one device computes, with two pieces beside two shares."""
+    """Short convolutions and rotary positions too: four pieces and two shares are as near to float64 as one device."""
     config = student_of(mixer)
-    alone = numbers(config, jnp.float32)
+    exact, alone = numbers(config, jnp.float64), numbers(config, jnp.float32)
     with jax.set_mesh(eight(tensor=2, sequence=4)):
         found = numbers(config, jnp.float32)
-    errors = {n: grid.error(found[n], alone[n]) for n in alone}
-    assert {n: e for n, e in errors.items() if not e <= CLOSE[jnp.float32]} == {}
+    errors = {n: (grid.error(found[n], exact[n]), grid.error(alone[n], exact[n])) for n in exact}
+    assert {n: e for n, e in errors.items() if not e[0] <= 3 * e[1] + CLOSE[jnp.float32]} == {}
 
 
 @pytest.mark.slow
