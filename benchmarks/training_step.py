@@ -10,6 +10,7 @@ device's time went to.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -27,7 +28,7 @@ from jaxlin.command_line import parse_run, run_main
 from jaxlin.config import RunConfig, StageConfig, UserError
 from jaxlin.distill import trained_part
 from jaxlin.kernels import topology
-from jaxlin.model_flops import model_flops
+from jaxlin.model_flops import model_flops, together
 from jaxlin.plan import placed_models, program_bytes
 from jaxlin.runs import Teacher, load_teacher
 from jaxlin.student import init_student, student_config
@@ -69,13 +70,12 @@ def measure(run: RunConfig, n: int, stage: StageConfig, teacher: Teacher, mesh: 
     steps(WARMUP)
     seconds = statistics.median(steps(STEPS) for _ in range(REPEATS))
     tokens = stage.batch_size * run.data.seq_len
-    counted = [
+    flops = together(
         model_flops(stage, student, teacher.config, own, teacher.params, run.data.seq_len, mesh)
         for student, own in zip(students, placed, strict=True)
-    ]
-    flops = counted[0].teacher + sum(own.student for own in counted)
+    )
+    mfu = flops * tokens / seconds / topology.published_flops(mesh.devices.flat)
     device = jax.devices()[0]
-    chip = topology.chip_of(device)
     print_kernels(run.profile, steps)
     return {
         "config": run.config,
@@ -88,7 +88,7 @@ def measure(run: RunConfig, n: int, stage: StageConfig, teacher: Teacher, mesh: 
         "device": f"{mesh.size} x {device.device_kind}",
         "milliseconds": seconds * 1e3,
         "tokens_per_second": tokens / seconds,
-        "mfu": flops * tokens / seconds / (chip.bf16_tflops * 1e12 * mesh.size) if chip else None,
+        "mfu": None if math.isnan(mfu) else mfu,
         "gflop_per_token": flops / 1e9,
         "planned_gib": program_bytes(compiled.memory_analysis()) / 2**30,
         "peak_gib": (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,

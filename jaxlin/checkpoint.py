@@ -122,7 +122,7 @@ class Checkpoints:
 
     def newest(self) -> int | None:
         """The newest step whose checkpoint is whole."""
-        return next((step for step in reversed(self.steps()) if not self._is_damaged(step)), None)
+        return newest_of_all((self,))
 
     def extra(self, step: int) -> dict[str, Any]:
         """What was saved beside the state of `step`; {} where that is damaged."""
@@ -157,6 +157,8 @@ class Checkpoints:
 
     def _is_damaged(self, step: int) -> bool:
         path = _complete(self._folder)[step]
+        if path.name in self._damaged:  # read and reported already
+            return True
         damage = _damage(path)
         if damage:
             self._damaged.add(path.name)  # the next save clears it away
@@ -242,17 +244,19 @@ def save_all(
     runs[-1]._save(step, states[-1], extra, milestone, runs)
 
 
+def newest_of_all(runs: Sequence[Checkpoints]) -> int | None:
+    """The newest step whose checkpoints are whole in all runs."""
+    common = set.intersection(*(set(run.steps()) for run in runs))
+    whole = (step for step in sorted(common, reverse=True) if not any(run._is_damaged(step) for run in runs))
+    return next(whole, None)
+
+
 def latest_of_all(
     runs: Sequence[Checkpoints], abstract_states: Sequence[AbstractState]
 ) -> tuple[int, list[tuple[State, dict[str, Any]]]] | None:
     """The newest step that all runs have whole, and each run's (state, extra); see `Checkpoints.latest`."""
 
-    def newest() -> int | None:
-        common = set.intersection(*(set(run.steps()) for run in runs))
-        whole = (step for step in sorted(common, reverse=True) if not any(run._is_damaged(step) for run in runs))
-        return next(whole, None)
-
-    step = processes.from_first(newest)
+    step = processes.from_first(lambda: newest_of_all(runs))
     if step is None:
         return None
     return step, [run._load(step, state) for run, state in zip(runs, abstract_states, strict=True)]

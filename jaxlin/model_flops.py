@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,12 @@ class ModelFlops(NamedTuple):
     def metrics(self) -> dict[str, float]:
         """As metrics."""
         return {"teacher_flops_per_token": self.teacher, "student_flops_per_token": self.student}
+
+
+def together(students: Iterable[ModelFlops]) -> float:
+    """Of the teacher's one forward pass and all students' work, a token."""
+    students = list(students)
+    return students[0].teacher + sum(student.student for student in students)
 
 
 def model_flops(

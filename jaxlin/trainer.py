@@ -20,6 +20,7 @@ from jaxlin.data import heldout_batches, train_batches
 from jaxlin.kernels import topology
 from jaxlin.learner import Learner, Progress, say, topology_of
 from jaxlin.metrics import MetricsLog, progress_bar
+from jaxlin.model_flops import together
 from jaxlin.runs import Teacher, check_folder, load_teacher, teacher_config, to_json
 from jaxlin.student import student_config
 from jaxlin.timing import Pace, ProfilerWindow, Stopwatch, parse_window
@@ -93,8 +94,11 @@ class Trainer:
             return all(place == places[0] for place in places)
         # A kill between the students' first saves leaves a step that not all have: they start anew.
         n = min(self.stages)
-        first = min(self.run.save_every, self._steps(self.stages[n]))
-        return all(p["stage"] == n and p["step"] == p["stage_step"] <= first for p in places)
+        return all(p["stage"] == n and p["step"] == p["stage_step"] <= self._first_save() for p in places)
+
+    def _first_save(self) -> int:
+        """The step at which a run saves for the first time, milestones aside."""
+        return min(self.run.save_every, self._steps(self.stages[min(self.stages)]))
 
     def train(self) -> None:
         """All stages; a finished run trains nothing."""
@@ -147,12 +151,11 @@ class Trainer:
 
     def _check_start(self) -> None:
         """Refuse to start anew beside a student that has got further than a first save."""
-        first = min(self.run.save_every, self._steps(self.stages[min(self.stages)]))
         for learner in self.learners:
             if (step := learner.checkpoints.newest()) is None:
                 continue
             folder = learner.run.folder
-            if step > first:
+            if step > self._first_save():
                 raise UserError(
                     f"--mixer {self.run.mixer}: no step is whole in the checkpoints of all, and {folder} is at step "
                     f"{step}; leave that student out, or remove its folder to start it anew"
@@ -164,7 +167,7 @@ class Trainer:
         step = self._enter(n, stage)
         window = ProfilerWindow(self.run.profile, self.learners[0].run.folder / "profile" / f"stage{n}")
         clock, metrics = Stopwatch(), ()
-        pace = Pace(clock, at.stage_step, self._tokens_per_step(stage), self._flops_per_token() / _peak(self.mesh))
+        pace = Pace(clock, at.stage_step, self._tokens_per_step(stage), self._least_seconds())
         with progress_bar(self.console) as bar, closing(window):
             task = bar.add_task(f"stage {n}", total=steps, completed=at.stage_step, numbers="")
             while at.stage_step < steps:
@@ -226,9 +229,9 @@ class Trainer:
         place = sharding.batch_sharding(self.mesh, axis=1)
         return {k: jax.make_array_from_callback(v.shape, place, v.__getitem__) for k, v in split.items()}
 
-    def _flops_per_token(self) -> float:
-        """Of the teacher's one forward pass and every student's work."""
-        return self.learners[0].flops.teacher + sum(learner.flops.student for learner in self.learners)
+    def _least_seconds(self) -> float:
+        """What a token takes at the chips' published rate; NaN where that is not known."""
+        return together(learner.flops for learner in self.learners) / topology.published_flops(self.mesh.devices.flat)
 
     def _log(self, metrics: Metrics, pace: Pace) -> str:
         """Write every student's numbers; those that the progress bar shows."""
@@ -266,9 +269,3 @@ class Trainer:
 def _is_ready(metrics: Metrics) -> bool:
     """Whether the devices have computed all that they were given."""
     return all(a.is_ready() for a in jax.tree.leaves(metrics))
-
-
-def _peak(mesh: jax.sharding.Mesh) -> float:
-    """Published flop/s of the mesh's chips; NaN where they are not known."""
-    chip = topology.chip_of(jax.devices()[0])
-    return chip.bf16_tflops * 1e12 * mesh.size if chip else math.nan

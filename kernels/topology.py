@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +49,13 @@ def chip_of(device: Any) -> Chip | None:
     """The figures of a device that is here; None where they are not known, as for CPUs."""
     known = [chip for chip in (*CHIPS.values(), *GPUS.values()) if device.device_kind.startswith(chip.kind)]
     return max(known, key=lambda chip: len(chip.kind), default=None)
+
+
+def published_flops(devices: Iterable[Any]) -> float:
+    """bfloat16 flop/s of devices of one kind together, at the published rate; NaN where that is not known."""
+    devices = list(devices)
+    chip = chip_of(devices[0])
+    return chip.bf16_tflops * 1e12 * len(devices) if chip else math.nan
 
 
 def devices(topology: str) -> Any:

@@ -56,20 +56,18 @@ class Dense(nn.Module):
         dense = nn.DenseGeneral(
             self.features,
             axis=tuple(range(-self.inputs, 0)),
-            use_bias=self.use_bias and not self.wide,
+            use_bias=False,
             dtype=dtype,
             precision=lax.Precision.HIGH if rounded else precision(dtype),
             kernel_init=partitioned(self.kernel_init, self.axes),
-            bias_init=partitioned(self.bias_init, self.axes[self.inputs :]),
         )
         nn.share_scope(self, dense)  # its parameters are this module's, as in HF's names
         y = dense(x)
-        if not self.wide:
-            return y
-        y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+        if self.wide:
+            y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
         if self.use_bias:
             init = partitioned(self.bias_init, self.axes[self.inputs :])
-            y += self.param("bias", init, self.features, jnp.float32)
+            y += self.param("bias", init, self.features, jnp.float32).astype(y.dtype)
         return y
 
 
