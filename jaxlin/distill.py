@@ -146,12 +146,12 @@ def _end_to_end(
         del params  # all of them are trained
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
         at = targets(tokens, segment_ids)
-        target = forward(teacher, teacher_params, tokens, segment_ids=segment_ids, logits=False).hidden
+        target = forward(teacher, teacher_params, tokens, segment_ids=segment_ids, logits=False, packed=True).hidden
         weights = loss_weights(count["tokens"], count["next_tokens"], count["sequences"], stage)
 
         def learn(student, trained):
             def loss(trained):
-                out = forward(student, trained, tokens, segment_ids=segment_ids, logits=False, remat=remat)
+                out = forward(student, trained, tokens, segment_ids=segment_ids, logits=False, remat=remat, packed=True)
                 return distillation_loss(
                     out.hidden,
                     target,

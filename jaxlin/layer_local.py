@@ -45,9 +45,10 @@ def walk(
     """Call `visit` for every layer of every student; what it returns comes back stacked, {block: [L / period, ...]}.
 
     `xs` is, for each student, {block: tree of [L / period, ...]}: parameters, or whatever else a layer needs.
+    The batch is packed, see `forward`.
     """
-    (teacher_block,) = blocks(teacher)
-    student_blocks = [blocks(student) for student in students]
+    (teacher_block,) = blocks(teacher, packed=True)
+    student_blocks = [blocks(student, packed=True) for student in students]
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     positions, _ = positions_in_segments(tokens.shape, segment_ids, None)
     # The period of all together divides the layers, since each student's own does.

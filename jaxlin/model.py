@@ -58,13 +58,14 @@ class Block(nn.Module):
     config: ModelConfig
     mixer: str
     options: MixerOptions
+    packed: bool = False
 
     @nn.compact
     def __call__(self, x, *, positions, segment_ids=None, state=None):
         """x [B, T, D] -> (block output, mixer output before the residual, state)."""
         c = self.config
         x = by_tokens(x)
-        mixer = MIXERS[self.mixer](c, self.options, name="mixer")
+        mixer = MIXERS[self.mixer](c, self.options, self.packed, name="mixer")
         mixed, state = mixer(
             RMSNorm(c, name="input_layernorm")(x), positions=positions, segment_ids=segment_ids, state=state
         )
@@ -74,10 +75,10 @@ class Block(nn.Module):
         return by_tokens(h), mixed, state
 
 
-def blocks(config: ModelConfig) -> list[Block]:
-    """The blocks of one period of layers, for use inside a module or with `.apply`."""
+def blocks(config: ModelConfig, packed: bool) -> list[Block]:
+    """The blocks of one period of layers, for use inside a module or with `.apply`; `packed` as in `forward`."""
     pairs = zip(config.mixer, config.options, strict=True)
-    return [Block(config, mixer, options, name=f"block_{i}") for i, (mixer, options) in enumerate(pairs)]
+    return [Block(config, mixer, options, packed, name=f"block_{i}") for i, (mixer, options) in enumerate(pairs)]
 
 
 class Period(nn.Module):
@@ -85,13 +86,14 @@ class Period(nn.Module):
 
     config: ModelConfig
     collect: tuple[str, ...] = ()
+    packed: bool = False
 
     @nn.compact
     def __call__(self, x, positions, segment_ids, states):
         seen = []
         states = states or {}
         new_states = {}
-        for block in blocks(self.config):
+        for block in blocks(self.config, self.packed):
             before = x
             x, mixed, state = block(x, positions=positions, segment_ids=segment_ids, state=states.get(block.name))
             if state is not None:
@@ -110,6 +112,7 @@ class LanguageModel(nn.Module):
 
     config: ModelConfig
     remat: str = "none"
+    packed: bool = False
 
     @nn.compact
     def __call__(
@@ -145,7 +148,7 @@ class LanguageModel(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]  # flax leaves it untyped
             length=c.num_hidden_layers // c.period,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, collect, name="layers")
+        )(c, collect, self.packed, name="layers")
         x, (collected, states) = layers(
             embed(tokens), positions, segment_ids, None if state is None else state["layers"]
         )
@@ -179,10 +182,14 @@ def forward(
     collect: tuple[str, ...] = (),
     logits: bool = True,
     remat: str = "none",
+    packed: bool = False,
 ) -> Output:
-    """The language model with `params`, on tokens [B, T]; see `LanguageModel`."""
+    """The language model with `params`, on tokens [B, T]; see `LanguageModel`.
+
+    `packed` promises what batches of the data pipeline keep, padding at the ends of rows only; see `short_conv`.
+    """
     return apply(
-        LanguageModel(config, remat),
+        LanguageModel(config, remat, packed),
         params,
         tokens,
         segment_ids=segment_ids,

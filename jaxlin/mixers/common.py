@@ -163,6 +163,7 @@ class ShortConv(nn.Module):
 
     config: ModelConfig
     options: ResolvedOptions
+    packed: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T H d"], segment_ids, tail):
@@ -178,7 +179,7 @@ class ShortConv(nn.Module):
         init = partitioned(init, (None, "heads", "head_dim"))
         kernel = self.param("kernel", init, (size, *x.shape[2:])).astype(x.dtype)
         past = jnp.zeros((x.shape[0], size - 1, *x.shape[2:]), x.dtype) if tail is None else tail.astype(x.dtype)
-        y, new_tail = short_conv(kernel, x, segment_ids, past)
+        y, new_tail = short_conv(kernel, x, segment_ids, past, packed=self.packed)
         if o.conv_activation == "silu":
             y = nn.silu(y)
         return y, None if tail is None else new_tail
@@ -193,6 +194,8 @@ class TokenMixer(nn.Module):
 
     config: ModelConfig
     options: ResolvedOptions
+    packed: bool = False
+    """What `short_conv` may count on."""
 
     PRESETS: ClassVar[dict[str, MixerOptions]] = {}
     FLA_HEADS: ClassVar[int | None] = None
@@ -234,7 +237,7 @@ class TokenMixer(nn.Module):
             if o.conv_size:
                 key = f"{name}_conv1d"
                 tail = None if state is None else state[key]
-                part, tails[key] = ShortConv(c, o, name=key)(part, segment_ids, tail)
+                part, tails[key] = ShortConv(c, o, self.packed, name=key)(part, segment_ids, tail)
             parts.append(part)
         q, k, v = parts
         heads, size = self.head_layout(c, o)

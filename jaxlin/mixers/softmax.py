@@ -20,6 +20,8 @@ class SoftmaxAttention(nn.Module):
 
     config: ModelConfig
     options: MixerOptions
+    packed: bool = False
+    """Of no use here."""
 
     PRESETS = dict.fromkeys(("recommended", "paper", "paper_code"), MixerOptions())
 

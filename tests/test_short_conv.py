@@ -1,0 +1,34 @@
+"""The two ways of the short convolution agree where rows are packed."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlin.mixers.short_conv import short_conv
+
+ROWS = {
+    "segments": [1, 1, 1, 1, 1, 2, 2, 3, 4, 4],
+    "padded": [1, 1, 2, 2, 2, 2, 2, 0, 0, 0],
+    "one": [1] * 10,
+    "nothing": [0] * 10,
+}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_packed_rows_are_shifted(size):
+    keys = jax.random.split(jax.random.key(0), 4)
+    ids = jnp.array(list(ROWS.values()), jnp.int32)
+    x = jax.random.normal(keys[0], (*ids.shape, 2, 3))
+    kernel = jax.random.normal(keys[1], (size, 2, 3))
+    tail = jax.random.normal(keys[2], (len(ids), size - 1, 2, 3))
+    dy = jax.random.normal(keys[3], x.shape)
+
+    def results(packed):
+        y, vjp, after = jax.vjp(lambda k, x, t: short_conv(k, x, ids, t, packed=packed), kernel, x, tail, has_aux=True)
+        return y, after, vjp(dy)
+
+    for a, b in zip(jax.tree.leaves(results(True)), jax.tree.leaves(results(False)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
