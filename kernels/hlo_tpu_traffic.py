@@ -41,8 +41,14 @@ def call_name(call: Any) -> str:
 
 
 def block_bytes(call: Any) -> int:
-    """HBM bytes of all blocks fetched or written over the grid: those whose index differs from the step before."""
+    """HBM bytes of all blocks fetched or written over the grid: those whose index differs from the step before.
+
+    Where the indices are data (prefetched numbers choose the blocks, as in splash attention), every step counts.
+    """
     mapping = call.params["grid_mapping"]
+    if mapping.num_index_operands:
+        blocks = (math.prod(_sizes(b)) * b.array_aval.dtype.itemsize for b in mapping.block_mappings)
+        return math.prod(mapping.grid) * sum(blocks)
     steps = np.array(list(itertools.product(*(range(n) for n in mapping.grid))), np.int32)
     return sum(_visits(block, steps) for block in mapping.block_mappings)
 
@@ -76,11 +82,17 @@ def _visits(block: Any, steps: np.ndarray) -> int:
     index = np.stack([np.broadcast_to(x, len(steps)) for x in index_map(*steps.T)], axis=1)
     changed = np.concatenate([[True], (index[1:] != index[:-1]).any(1)])
     shape = block.array_aval.shape
-    sizes = [int(getattr(size, "block_size", size)) for size in block.block_shape]
+    sizes = _sizes(block)
     inside = np.minimum(sizes, np.array(shape) - index * np.array(sizes))  # blocks past the end are cut
     tile = (8 * 4 // block.array_aval.dtype.itemsize, 128)
     inside[:, -2:] = -(-inside[:, -2:] // tile) * tile  # HBM holds whole tiles
     return int(inside.prod(1)[changed].sum()) * block.array_aval.dtype.itemsize
+
+
+def _sizes(block: Any) -> list[int]:
+    """A block's size along each axis: 1 where the kernel does not see the axis."""
+    sizes = (getattr(size, "block_size", size) for size in block.block_shape)
+    return [size if isinstance(size, int) else 1 for size in sizes]
 
 
 def _flops(jaxpr: Any, count_passes: bool) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlin import ops
-from jaxlin.mixers import softmax
+from jaxlin.mixers import attention
 
 LENGTHS = {"even": (128, 0), "odd": (129, 0), "after a cache": (64, 66), "a token": (1, 65)}
 
@@ -18,7 +18,7 @@ def arguments(length, cached, dtype):
     k, v = (jax.random.normal(key, (2, cached + length, 2, 64), dtype) for key in keys[2:])
     ids = jnp.broadcast_to(1 + jnp.arange(length) * 3 // max(length, 3), (2, length))
     old = jnp.broadcast_to((ids == 1)[:, None, :, None], (2, 1, length, cached))
-    return q, k, v, jnp.concatenate([old, softmax._causal(length, ids)], axis=-1), d_y
+    return q, k, v, jnp.concatenate([old, attention.causal_mask(length, ids)], axis=-1), d_y
 
 
 @pytest.mark.gpu
@@ -26,11 +26,11 @@ def arguments(length, cached, dtype):
 def test_attention(name):
     length, cached = LENGTHS[name]
     q, k, v, mask, d_y = arguments(length, cached, jnp.bfloat16)
-    assert softmax._has_flash_attention(q, k, "bfloat16") == (name in ("even", "after a cache"))
+    assert attention._has_cudnn_attention(q, k, "bfloat16") == (name in ("even", "after a cache"))
 
     def both(dtype):
         exact = [x.astype(dtype) for x in (q, k, v)]
-        y, pullback = jax.vjp(lambda *a: softmax.attend(*a, mask, dtype), *exact)
+        y, pullback = jax.vjp(lambda *a: attention.attend(*a, mask, dtype), *exact)
         return y, *pullback(d_y.astype(dtype))
 
     for found, expected in zip(jax.jit(both, static_argnums=0)("bfloat16"), both("float32"), strict=True):
@@ -54,4 +54,4 @@ def test_choice(monkeypatch, capability, length, dtype, flash):
     monkeypatch.setattr(ops, "platform", lambda: "gpu")
     monkeypatch.setattr(ops, "compute_capability", lambda: capability)
     q, k, *_ = arguments(length, 0, dtype)
-    assert softmax._has_flash_attention(q, k, dtype) == flash
+    assert attention._has_cudnn_attention(q, k, dtype) == flash
