@@ -1,7 +1,7 @@
 """A conversation in the terminal, or through a pipe, a line a turn.
 
-Command: `python -m jaxlin.chat --run DIR`. Answers come on standard output, everything else on standard error. The model
-reads each turn once, into its state: a turn costs what is new in it, however long the conversation.
+Command: `python -m jaxlin.chat --run DIR`. Answers come on standard output, everything else on standard error. The
+model reads each turn once, into its state: a turn costs what is new in it, however long the conversation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -56,7 +56,7 @@ class Chat:
         """Whether the conversation is longer than what the model was made for."""
         return self.session.length > self._model.config.max_position_embeddings
 
-    def answer(self, text: str, stop: threading.Event) -> Iterator[str]:
+    def answer(self, text: str, stop: threading.Event) -> Generator[str, None, bool]:
         """The answer to the user's `text`, in pieces; `stop` ends it after the next token.
 
         Returns, as the generator's value, whether it was cut: by `stop` or by max_new_tokens.
@@ -78,7 +78,7 @@ class Chat:
         """Append the conversation to `file`, as a line of JSON that training reads."""
         if not file:
             raise UserError("/save: give a file, /save FILE")
-        if self.conversation.messages[-1:] == [] or self.conversation.messages[-1]["role"] != "assistant":
+        if not any(message["role"] == "assistant" for message in self.conversation.messages):
             raise UserError(f"/save {file}: nothing was said yet")
         line = json.dumps({"messages": self.conversation.messages}, ensure_ascii=False) + "\n"
         try:

@@ -1,8 +1,8 @@
 """A conversation as tokens, turn by turn, by the tokenizer's chat template.
 
 A state that goes through a conversation reads each turn once. What it has read is what the template makes of the whole
-conversation: an answer stays open until the next turn, whose tokens begin with the template's own end of it, whether the
-model had ended it or was stopped.
+conversation: an answer stays open until the next turn, whose tokens begin with the template's own end of it, whether
+the model had ended it or was stopped.
 """
 
 from __future__ import annotations
