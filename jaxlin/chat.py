@@ -182,7 +182,9 @@ def main() -> None:
     """Entry point of `python -m jaxlin.chat`."""
     settings = parse(Settings)
     settings.check()
-    talk(Chat(settings.load(), settings), sys.stdin, sys.stdout, sys.stderr)
+    chat = Chat(settings.load(), settings)
+    with contextlib.suppress(KeyboardInterrupt):  # there is nothing to resume
+        talk(chat, sys.stdin, sys.stdout, sys.stderr)
 
 
 if __name__ == "__main__":

@@ -101,4 +101,5 @@ def _check_turns(tokenizer: Any, messages: list[Message]) -> None:
     """Refuse a template that would change earlier turns, at once rather than in the second turn."""
     probe = [*messages, {"role": "user", "content": _ANSWER}]
     more = [*probe, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _ANSWER}]
-    _after(_after(render(tokenizer, more), render(tokenizer, probe)), _ANSWER)
+    before = render(tokenizer, probe)
+    _after(_after(render(tokenizer, more), before), _ANSWER)

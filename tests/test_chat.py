@@ -17,9 +17,9 @@ from jaxlin.config import UserError
 from jaxlin.session import Session
 from jaxlin.turns import Conversation, answer_ends, encode, render
 from tests import models
-from tests.tiny_chat import CHATML, LETTERS, chat_model, chat_tokenizer
+from tests.tiny_chat import CHATML, LETTERS, TEMPERATURE, chat_model, chat_tokenizer
 
-NEW = 6
+NEW = 4
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,10 @@ def teacher():
 def test_turns_are_one_pass(mixer, options):
     """Answers that ended, that max_new_tokens cut, and that were stopped; softmax's cache has to grow on the way."""
     model = chat_model(mixer, **options)
-    conversation = Chat(model, Settings(teacher="x", max_new_tokens=NEW, temperature=1.0, seed=2))
+    conversation = Chat(model, Settings(teacher="x", max_new_tokens=NEW, temperature=TEMPERATURE, seed=2))
     conversation.session = Session(model.config, model.params, seed=2, room=64)
     kinds = set()
-    for turn in range(6):
+    for turn in range(12):
         stop = threading.Event()
         pieces = conversation.answer(f"t{turn}", stop)
         text = ""
@@ -46,22 +46,19 @@ def test_turns_are_one_pass(mixer, options):
             except StopIteration as end:
                 cut = end.value
                 break
-            if turn == 1:
+            if turn % 2:
                 stop.set()
         assert cut == (stop.is_set() or len(text) == NEW)
         kinds.add("stopped" if stop.is_set() else "cut" if cut else "ended")
+        if len(kinds) == 3:
+            break
     assert kinds == {"stopped", "cut", "ended"}
     conversation.session.read(conversation.conversation.ask("last"))
 
     whole = encode(model.tokenizer, render(model.tokenizer, conversation.conversation.messages))
     assert conversation.session.length == len(whole) > 64
-    one_pass = Session(model.config, model.params, room=len(whole))
-    one_pass.read(whole)
     expected = models.logits(model.config, model.params, np.array([whole]))[:, -1]
     np.testing.assert_allclose(conversation.session.logits, expected, rtol=2e-4, atol=2e-4)
-    np.testing.assert_allclose(one_pass.logits, expected, rtol=2e-4, atol=2e-4)
-    following = [list(s.stream(Settings().sampling, 2)) for s in (conversation.session, one_pass)]
-    assert following[0] == following[1]
 
 
 def test_reading_goes_wrong_before_it_begins(teacher):
@@ -79,7 +76,7 @@ def test_reading_goes_wrong_before_it_begins(teacher):
 def say(model, *lines, out=None, **settings):
     """(answers, notices) of a scripted conversation."""
     out, notices = out or io.StringIO(), io.StringIO()
-    settings = Settings(teacher="x", **dict(max_new_tokens=NEW, temperature=1.0, seed=2) | settings)
+    settings = Settings(teacher="x", **dict(max_new_tokens=NEW, temperature=TEMPERATURE, seed=2) | settings)
     talk(Chat(model, settings), io.StringIO("".join(f"{line}\n" for line in lines)), out, notices)
     return out.getvalue(), notices.getvalue()
 

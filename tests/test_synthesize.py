@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from jaxlin import synthesize
 from jaxlin.config import UserError
 from jaxlin.filters import NearDuplicates, ends_in_loop, repetition
 from jaxlin.synthesize import Settings, conversations, jobs, judge
-from tests.tiny_chat import LETTERS, chat_model, chat_tokenizer
+from tests.tiny_chat import LETTERS, TEMPERATURE, chat_model, chat_tokenizer
 
 NEW = 8
 
@@ -128,13 +129,13 @@ def test_why_an_answer_is_rejected(tokens, text, unfinished, reason):
 def settings(tmp_path):
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"{i} " * (1 + i % 3)} for i in range(7)])
     return Settings(
-        prompts=(prompts,), out=str(tmp_path / "out/chats.jsonl"), max_new_tokens=NEW, temperature=1.0, batch_size=4,
-        samples=2, near_duplicates=1.0, max_identical=2,
+        prompts=(prompts,), out=str(tmp_path / "out/chats.jsonl"), max_new_tokens=NEW, temperature=TEMPERATURE,
+        batch_size=4, samples=2, near_duplicates=1.0, max_identical=2,
     )  # fmt: skip
 
 
 def files(settings):
-    return [open(settings.out + end, "rb").read() for end in ("", ".rejected.jsonl", ".report.json")]
+    return [Path(settings.out + end).read_bytes() for end in ("", ".rejected.jsonl", ".report.json")]
 
 
 def records(settings):
@@ -158,8 +159,7 @@ def test_a_stopped_run_ends_as_an_unbroken_one(teacher, settings):
     assert synthesize.synthesize(teacher, settings) == counts and files(settings) == whole  # nothing is left to do
     for cut_kept, cut_rejected in ((len(kept) // 2, len(rejected) // 3), (0, 0)):
         for end, data, cut in (("", kept, cut_kept), (".rejected.jsonl", rejected, cut_rejected)):
-            with open(settings.out + end, "wb") as file:
-                file.write(data[:cut])
+            Path(settings.out + end).write_bytes(data[:cut])
         assert synthesize.synthesize(teacher, settings) == counts
         assert files(settings) == whole
 
@@ -174,7 +174,7 @@ def test_the_batch_does_not_matter(teacher, settings, tmp_path):
 def test_files_of_another_run_are_refused(settings, tmp_path):
     synthesize.Output(settings)
     synthesize.Output(replace(settings, batch_size=2))
-    with pytest.raises(UserError, match=r"another --temperature \(1.0, now 2.0\); choose another file"):
+    with pytest.raises(UserError, match=r"another --temperature \(0.03, now 2.0\); choose another file"):
         synthesize.Output(replace(settings, temperature=2.0))
     (tmp_path / "mine.jsonl").write_text("mine")
     with pytest.raises(UserError, match=r"mine.jsonl: exists, and mine.jsonl.report.json does not"):

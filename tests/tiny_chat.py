@@ -11,6 +11,7 @@ from jaxlin.runs import Teacher
 from tests.models import TEACHER, random_params, student_of
 
 LETTERS = "abc"
+TEMPERATURE = 0.03
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -26,12 +27,15 @@ def chat_tokenizer(template: str | None = CHATML):
 
 
 def chat_model(mixer: str = "softmax", **options) -> Teacher:
-    """Its output projection knows a few tokens only, so that answers are text that byte tokens represent exactly."""
+    """Of all scores but those of four tokens, opposite in pairs, it makes 0: one of the four is always likeliest.
+
+    Its answers are then text of which bytes are the exact tokens; TEMPERATURE leaves the other tokens no chance.
+    """
     tokenizer = chat_tokenizer()
     config = student_of(mixer, teacher=replace(TEACHER, vocab_size=264, tie_word_embeddings=False), **options)
     params = random_params(config)
     known = jnp.array([*tokenizer(LETTERS)["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")])
     head = params["lm_head"]["kernel"]
-    return Teacher(
-        config, params | {"lm_head": {"kernel": jnp.zeros_like(head).at[:, known].set(head[:, known])}}, tokenizer
-    )
+    one, two = head[:, 0], head[:, 1]
+    head = jnp.zeros_like(head).at[:, known].set(jnp.stack([one, -one, two, -two], axis=1))
+    return Teacher(config, params | {"lm_head": {"kernel": head}}, tokenizer)
