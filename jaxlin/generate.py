@@ -15,35 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlin import convert, runs
 from jaxlin.command_line import parse, run_main
 from jaxlin.config import ModelConfig, RunConfig, UserError
-from jaxlin.model import forward, head_kernel, init_state, project
+from jaxlin.model import forward, init_state
+from jaxlin.session import PAD_TO, PREFILL_CHUNK, Sampling, Session, choose, left_pad, prefill, row_keys, serving_params
 from jaxlin.sharding import on_every_device
-from jaxlin.student import is_new
 
-PAD_TO = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
-PREFILL_CHUNK = 2048  # tokens of a prompt read in one call
 BLOCK = 16  # tokens decoded between two looks at what came out
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 takes the likeliest, whatever top_k and top_p are."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UserError(f"--temperature {self.temperature}: must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise UserError(f"--top-k {self.top_k}: must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1 (all tokens)")
 
 
 def generate(
@@ -60,12 +40,13 @@ def generate(
     finished: Callable[[list[int]], bool] | None = None,
     pad_to: int = PAD_TO,
     prefill_chunk: int = PREFILL_CHUNK,
+    streams: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt (token ids) by up to `max_new_tokens` tokens; a token in `stop_ids` ends it and is left out.
 
     `finished` is asked now and then whether a continuation, so far, may end too; what it has by then is kept.
-    Prompts of different lengths go through together, padded on the left. A prompt's continuation depends on its place
-    in the batch only through the random numbers of sampling, and not on the prompts beside it.
+    Prompts of different lengths go through together, padded on the left. A prompt's continuation does not depend on
+    the prompts beside it; sampling draws from stream `streams[row]` of the seed's random numbers, by default `row`.
     Raises UserError for an empty prompt or an impossible setting, ValueError for ids outside the vocabulary.
     """
     answers: list[list[int]] = [[] for _ in prompts]
@@ -73,7 +54,7 @@ def generate(
     if not prompts:
         return answers
     sampling, padding = Sampling(temperature, top_k, top_p), (pad_to, prefill_chunk)
-    for block in _blocks(config, params, prompts, max_new_tokens, sampling, seed, padding):
+    for block in _blocks(config, params, prompts, max_new_tokens, sampling, seed, padding, streams):
         for row in sorted(live):
             for token in block[row].tolist():
                 if token in stop_ids:
@@ -102,10 +83,12 @@ def stream(
 ) -> Iterator[str]:
     """The continuation of one prompt, as pieces of text that come as soon as their characters are complete."""
     sampling, text = Sampling(temperature, top_k, top_p), Detokenizer(tokenizer)
-    for block in _blocks(config, params, [prompt], max_new_tokens, sampling, seed, size=1):
-        token = int(block[0, 0])
-        if token in stop_ids:
-            break
+    check_budget(max_new_tokens)
+    session = Session(config, serving_params(params, config), seed=seed, room=len(prompt) + max_new_tokens)
+    if not prompt:
+        raise UserError("--prompt: it is empty; give at least one token")
+    session.read(prompt)
+    for token in session.stream(sampling, max_new_tokens, stop_ids):
         if piece := text.push(token):
             yield piece
     if piece := text.flush():
@@ -141,14 +124,6 @@ class Detokenizer:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def serving_params(params: Any, config: ModelConfig) -> Any:
-    """The parameters with every matrix that is only ever used in the compute dtype stored in it: the same results."""
-    matrices = ("kernel", "bias", "embedding")
-    cast = {p: jnp.asarray(a, config.dtype if p[-1] in matrices and not is_new(p) else None)
-            for p, a in flatten_dict(params).items()}  # fmt: skip
-    return unflatten_dict(cast)
-
-
 def _blocks(
     config: ModelConfig,
     params,
@@ -157,63 +132,34 @@ def _blocks(
     sampling: Sampling,
     seed: int,
     padding: tuple[int, int] = (PAD_TO, PREFILL_CHUNK),
-    size: int = BLOCK,
+    streams: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """New tokens [B, n]: one after the prompts, then `size` at a time, `max_new_tokens` in all.
+    """New tokens [B, n]: one after the prompts, then BLOCK at a time, `max_new_tokens` in all.
 
     `padding`: prompts are padded to a multiple of the first, and longer ones than the second read in such chunks.
     The next block is already being computed when one is given out, so the device never waits for the caller.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
+    check_budget(max_new_tokens)
     pad_to, chunk = padding
     if chunk < 1 or pad_to < 1:
         raise ValueError(f"pad_to={pad_to}, prefill_chunk={chunk}: must be at least 1")
-    tokens, segment_ids = _left_pad(prompts, config.vocab_size, pad_to, chunk)
+    tokens, segment_ids = left_pad(prompts, config.vocab_size, pad_to, chunk)
     params = serving_params(params, config)
-    rounds = -(-(max_new_tokens - 1) // size)
-    state = init_state(config, len(prompts), tokens.shape[1] + rounds * size)
-    logits = None
-    for start in range(0, tokens.shape[1], chunk):
-        part = slice(start, start + chunk)  # all are of one size
-        logits, state = _prefill(config, params, state, tokens[:, part], segment_ids[:, part])
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(prompts), dtype=np.uint32))
-    token = _choose(sampling, keys, jnp.uint32(0), logits)
+    rounds = -(-(max_new_tokens - 1) // BLOCK)
+    state = init_state(config, len(prompts), tokens.shape[1] + rounds * BLOCK)
+    logits, state = prefill(config, params, state, tokens, segment_ids, chunk)
+    keys = row_keys(seed, range(len(prompts)) if streams is None else streams)
+    token = choose(sampling, keys, jnp.uint32(0), logits)
     ready, left = token[:, None], max_new_tokens
     carry = (token, jnp.uint32(1), state)
     for done in range(rounds + 1):
         following = None
         if done < rounds:
-            following, carry = _decode(config, sampling, size, params, keys, carry)
+            following, carry = _decode(config, sampling, BLOCK, params, keys, carry)
         block = np.asarray(ready)[:, :left]
         left -= block.shape[1]
         yield block
         ready = following
-
-
-def _left_pad(
-    prompts: Sequence[Sequence[int]], vocab_size: int, pad_to: int, chunk: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segment ids [B, T]; 0 before each prompt, so that all of them end together."""
-    if short := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
-        raise UserError(f"--prompt: prompt {short[0]} is empty; give at least one token")
-    longest = max(map(len, prompts))
-    unit = min(pad_to, chunk) if longest <= chunk else chunk
-    length = -(-longest // unit) * unit
-    tokens, segment_ids = np.zeros((2, len(prompts), length), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        segment_ids[row, length - len(prompt) :] = 1
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise ValueError(f"prompts: ids {tokens.min()} to {tokens.max()} are not in a vocabulary of {vocab_size}")
-    return tokens, segment_ids
-
-
-@jax.jit(static_argnums=0, donate_argnums=2)
-def _prefill(config: ModelConfig, params, state, tokens, segment_ids):
-    """Read tokens [B, T]; the logits after the last one [B, V], and the state."""
-    out = forward(config, params, tokens, segment_ids=segment_ids, state=state, logits=False)
-    return on_every_device(project(out.hidden[:, -1], head_kernel(params), config)), out.state
 
 
 @jax.jit(static_argnums=(0, 1, 2), donate_argnums=5)
@@ -224,36 +170,22 @@ def _decode(config: ModelConfig, sampling: Sampling, steps: int, params, keys, c
         token, number, state = carry
         out = forward(config, params, token[:, None], state=state)
         assert out.logits is not None
-        token = _choose(sampling, keys, number, out.logits[:, 0])
+        token = choose(sampling, keys, number, out.logits[:, 0])
         return (token, number + 1, out.state), token
 
     carry, tokens = jax.lax.scan(step, carry, length=steps)
     return on_every_device(tokens.T), carry
 
 
-@jax.jit(static_argnums=0)
-def _choose(sampling: Sampling, keys, number, logits):
-    """The next token of each row, [B], from logits [B, V]; top_k narrows first, then top_p among those left."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scores = logits / sampling.temperature
-    vocabulary = scores.shape[-1]
-    narrow = sampling.top_k or sampling.top_p < 1
-    if narrow:
-        scores, tokens = jax.lax.top_k(scores, min(sampling.top_k or vocabulary, vocabulary))
-        before = jnp.cumsum(jax.nn.softmax(scores), axis=-1) - jax.nn.softmax(scores)
-        # The likeliest token always stays: nothing is before it.
-        scores = jnp.where(before < sampling.top_p, scores, -jnp.inf)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-    choice = jax.vmap(jax.random.categorical)(keys, scores)
-    if narrow:
-        choice = jnp.take_along_axis(tokens, choice[:, None], axis=-1)[:, 0]
-    return choice.astype(jnp.int32)
+def check_budget(max_new_tokens: int) -> None:
+    """Refuse to write less than a token."""
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Continue a text with a student, or with its teacher."""
+class GenerationSettings:
+    """Which model writes, and how it chooses: what the commands that generate share."""
 
     run: str = ""
     """Run folder of the student."""
@@ -261,8 +193,6 @@ class Settings:
     """Instead of a run: "demo", a Hugging Face name or folder, or a .gguf file."""
     teacher_model: tyro.conf.UseCounterAction[int] = 0
     """Generate with the run's teacher rather than its student."""
-    prompt: str | None = None
-    """The text to continue; read from standard input where it is absent."""
     max_new_tokens: int = 128
     """Most tokens to write."""
     temperature: float = 0.0
@@ -273,6 +203,28 @@ class Settings:
     """Choose among the likeliest tokens that together have this probability."""
     seed: int = 0
     """Seed of the choice."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the next token is chosen. Raises UserError for values out of range."""
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
+    def check(self) -> None:
+        """Refuse values out of range, before the model is loaded."""
+        _ = self.sampling
+        check_budget(self.max_new_tokens)
+
+    def load(self) -> runs.Teacher:
+        """The model; see `load_model`."""
+        return load_model(self.run, self.teacher, teacher_model=bool(self.teacher_model))
+
+
+@dataclass(frozen=True)
+class Settings(GenerationSettings):
+    """Continue a text with a student, or with its teacher."""
+
+    prompt: str | None = None
+    """The text to continue; read from standard input where it is absent."""
 
 
 def load_model(run: str, teacher: str, *, teacher_model: bool = False) -> runs.Teacher:
@@ -303,13 +255,11 @@ def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
 def main() -> None:
     """Entry point of `python -m jaxlin.generate`."""
     settings = parse(Settings)
-    Sampling(settings.temperature, settings.top_k, settings.top_p)  # refuses bad values before the model is loaded
-    if settings.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {settings.max_new_tokens}: must be at least 1")
+    settings.check()
     prompt = sys.stdin.read() if settings.prompt is None else settings.prompt
     if not prompt:
         raise UserError("the prompt is empty: give --prompt or text on standard input")
-    model = load_model(settings.run, settings.teacher, teacher_model=bool(settings.teacher_model))
+    model = settings.load()
     pieces = stream(
         model.config,
         model.params,

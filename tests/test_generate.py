@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlin import convert, generate
+from jaxlin import convert, generate, session
 from jaxlin.config import UserError
 from jaxlin.generate import Detokenizer, Sampling, serving_params
 from jaxlin.model import LanguageModel
@@ -83,7 +83,7 @@ def test_who_may_be_chosen(sampling, allowed):
     count = 2000
     keys = jax.random.split(jax.random.key(0), count)
     logits = jnp.log(jnp.broadcast_to(probabilities, (count, 4)))
-    drawn = np.bincount(generate._choose(sampling, keys, jnp.uint32(0), logits), minlength=4) / count
+    drawn = np.bincount(session.choose(sampling, keys, jnp.uint32(0), logits), minlength=4) / count
     expected = np.where(np.isin(np.arange(4), allowed), probabilities, 0)
     assert not drawn[expected == 0].any()
     np.testing.assert_allclose(drawn, expected / expected.sum(), atol=0.04)
