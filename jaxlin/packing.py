@@ -211,9 +211,9 @@ def training_rows(prepared: Prepared, config: DataConfig) -> Rows:
 def row_batches(rows: Rows, config: DataConfig, *, batch_size: int, seed: int) -> grain.DatasetIterator:
     """Endless batches [B, T] of `rows`, shuffled anew each epoch; an iterator as that of `data.train_batches`."""
     source = grain.MapDataset.source(rows)
-    source = (source.shuffle(seed=seed) if config.shuffle else source).repeat().batch(batch_size)
-    # The one thread at the end reads everything.
-    batches = source.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    source = (source.shuffle(seed=seed) if config.shuffle else source).repeat()
+    # No threads here: the one at the end reads everything.
+    batches = source.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).batch(batch_size)
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=PREFETCH))
 
 

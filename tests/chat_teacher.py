@@ -11,7 +11,8 @@ from tests.tiny_llama import random_params
 
 ARCHITECTURE = runpy.run_path(str(Path(__file__).parent.parent / "configs/tiny.py"))["TEACHER"]
 CHATML = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}"
+    "{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -19,7 +20,7 @@ CHATML = (
 GENERATION = CHATML.replace(
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n",
     "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
-    "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n",
+    "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}",
 )
 # It tells how many messages there are, so the beginning of a conversation is not the beginning of the whole.
 COUNTING = "{{ messages | length }} messages\n" + CHATML
