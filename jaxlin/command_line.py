@@ -6,8 +6,12 @@ A run's settings are built in three layers, later ones winning: preset < config 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import runpy
 import sys
+import types
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +21,7 @@ import tyro
 
 from jaxlin.config import PRESETS, DataConfig, RunConfig, Stage1Config, Stage2Config, Stage3Config, UserError
 
+INHERITED = ("preset", "mixer", "model", "teacher", "teacher_config", "dtype", "param_dtype")  # see `init_from`
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
 
@@ -68,12 +73,30 @@ def load_config_file(name: str, base: RunConfig) -> RunConfig:
 
 
 def parse_run(args: Sequence[str] | None = None) -> RunConfig:
-    """The run that a command line asks for: preset < config file < flags."""
+    """The run that a command line asks for: preset < config file < the run that it starts from < flags."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="recommended")
+    first.add_argument("--preset")
     first.add_argument("--config", default="demo")
+    first.add_argument("--init-from", "--init_from", default="")
+    first.add_argument("--run-dir", "--run_dir", default="")
     known, _ = first.parse_known_args(args)
-    return parse(RunConfig, args, default=load_config_file(known.config, preset(known.preset)))
+    before = _inherited(known.init_from, known.run_dir) if known.init_from else {}
+    base = load_config_file(known.config, preset(known.preset or before.get("preset", "recommended")))
+    return parse(RunConfig, args, default=replace(base, **{**before, "preset": base.preset}))
+
+
+def _inherited(init_from: str, run_dir: str) -> dict[str, Any]:
+    """The settings that a run takes over from the one that it starts from; from its own folder once it is under way."""
+    path = Path(run_dir or init_from) / "config.json"
+    if run_dir and not path.exists():
+        path = Path(init_from) / "config.json"
+    try:
+        found = from_dict(RunConfig, json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"--init-from {init_from}: no run there (config.json is missing)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--init-from {init_from}: {path} cannot be read ({error})") from None
+    return {name: getattr(found, name) for name in INHERITED}
 
 
 def parse(cls: type[T], args: Sequence[str] | None = None, *, default: T | None = None) -> T:
@@ -97,3 +120,25 @@ def run_main(main: Callable[[], Any]) -> None:
             message = f"out of memory: {message.splitlines()[0]}"
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def to_json(config: Any) -> str:
+    """A config dataclass as JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_dict(cls: Any, data: Any) -> Any:
+    """The inverse of `dataclasses.asdict` for the types used here; unknown fields are refused."""
+    if data is None or (not isinstance(cls, type) and typing.get_origin(cls) is None):
+        return data
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+        hints = typing.get_type_hints(cls)
+        if unknown := set(data) - set(hints):
+            raise UserError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}: another version wrote the file")
+        return cls(**{k: from_dict(hints[k], v) for k, v in data.items()})
+    origin, args = typing.get_origin(cls), typing.get_args(cls)
+    if origin in (typing.Union, types.UnionType):
+        return from_dict(next(a for a in args if a is not type(None)), data)
+    if origin is tuple:
+        return tuple(from_dict(args[0] if args[-1] is Ellipsis or len(set(args)) == 1 else Any, v) for v in data)
+    return data

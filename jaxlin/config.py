@@ -231,6 +231,8 @@ class Stage3Config(StageConfig):
     """Softmax temperature of both models in the KL term."""
     chunk_tokens: int = 512
     """Tokens whose logits exist at one time, on each device."""
+    loss_on: Literal["all", "assistant"] = "all"
+    """Tokens of conversations to predict, in KL and cross-entropy: all, or what assistants wrote."""
 
 
 @dataclass(frozen=True)
@@ -296,10 +298,17 @@ class RunConfig:
     """Teacher: "demo", a Hugging Face name or folder, a .gguf file, or "random" (teacher_config's shape)."""
     text: tuple[str, ...] = ()
     """Training text: files, folders, hf:NAME[:SUBSET], tfds:NAME; empty uses Python's own documentation."""
+    conversations: tuple[str, ...] = ()
+    """What stage 3 trains on instead of text: .jsonl (.zst, .gz), .parquet, folders of those, hf:NAME[:SUBSET], with a
+    list `messages` of {role, content} in each record, rendered with the teacher's chat template."""
+    init_from: str = ""
+    """Run folder whose student the run starts from; mixer, preset, model, teacher and dtypes default to that run's."""
     stage: tuple[int, ...] = (1, 2, 3)
     """Stages to run, in order."""
     tokens: int | None = None
     """Total token positions, split between the stages in the config's proportions."""
+    epochs: float | None = None
+    """Passes over the conversations: stage 3's budget in place of stage3.tokens; tokens, where given, wins."""
     run_dir: str = ""
     """Run folder; empty means runs/CONFIG-PRESET-MIXER. Of several students the folder that theirs are in, by mixer."""
     model: MixerOptions = field(default_factory=MixerOptions)
@@ -352,11 +361,17 @@ class RunConfig:
         """Mixer ids of one period of layers."""
         return tuple(self.mixer.split("+"))
 
+    def on_conversations(self, stage: int) -> bool:
+        """Whether stage number `stage` trains on conversations instead of text."""
+        return stage == 3 and bool(self.conversations)
+
     def students(self) -> tuple[RunConfig, ...]:
         """The run of each student: this one, or one for each mixer between commas, as if it were trained alone."""
         names = [name.strip() for name in self.mixer.split(",")]
         if len(names) == 1:
             return (self,)
+        if self.init_from:
+            raise UserError(f"--init-from {self.init_from}: holds one student; give --mixer one name, not {self.mixer}")
         if "" in names:
             raise UserError(f"--mixer {self.mixer}: a name is missing beside a comma")
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
@@ -364,14 +379,20 @@ class RunConfig:
         home = Path(self.run_dir)
         return tuple(replace(self, mixer=name, run_dir=str(home / name) if self.run_dir else "") for name in names)
 
-    def stages(self) -> dict[int, StageConfig]:
-        """The stages to run, with `tokens` shared out between them. Raises UserError for values out of range."""
+    def stages(self, epoch_tokens: int | None = None) -> dict[int, StageConfig]:
+        """The stages to run, with `tokens` shared out between them. Raises UserError for values out of range.
+
+        `epoch_tokens`, where they are known, are the token positions of one pass over the conversations.
+        """
         every = {1: self.stage1, 2: self.stage2, 3: self.stage3}
         for n, stage in every.items():
             stage.check(f"--stage{n}")
         _require_at_least("--data.seq-len", self.data.seq_len, 2)
         for flag, value in (("--log-every", self.log_every), ("--save-every", self.save_every), ("--keep", self.keep)):
             _require_at_least(flag, value, 1)
+        if self.epochs is not None and (self.epochs <= 0 or not self.conversations):
+            need = "must be above 0" if self.epochs <= 0 else "counts passes over --conversations: give some"
+            raise UserError(f"--epochs {self.epochs}: {need}")
         if unknown := [s for s in self.stage if s not in every]:
             raise UserError(f"--stage {unknown[0]}: stages are 1, 2 and 3")
         chosen = {s: every[s] for s in sorted(set(self.stage))}
@@ -380,6 +401,8 @@ class RunConfig:
             if self.tokens <= 0 or total <= 0:
                 raise UserError(f"--tokens {self.tokens}: give a positive number, for stages that have a budget")
             chosen = {n: replace(s, tokens=round(s.tokens * self.tokens / total)) for n, s in chosen.items()}
+        elif self.epochs is not None and epoch_tokens and chosen.get(3) and chosen[3].tokens:
+            chosen[3] = replace(chosen[3], tokens=max(1, round(self.epochs * epoch_tokens)))
         chosen = {n: s for n, s in chosen.items() if s.tokens > 0}
         if not chosen:
             raise UserError("no stage has tokens to train on: set --tokens or --stageN.tokens above 0")

@@ -23,6 +23,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from jaxlin.arrays import growing_array
 from jaxlin.command_line import parse, run_main
 from jaxlin.config import DataConfig, UserError
 from jaxlin.sources import Document, open_text
@@ -173,17 +174,12 @@ def prepare(settings: Prepare, tokenizer: Any) -> tuple[int, int]:
     tokenize = _Tokenize(tokenizer, separate=True)
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     part, counts = settings.out.with_suffix(".npy.part"), np.zeros(2, int)
-    header = {"descr": dtype.str, "fortran_order": False}
     try:
-        with part.open("wb") as file:
-            # The length is known at the end only; NumPy pads the header so that it can be written again then.
-            np.lib.format.write_array_header_1_0(file, header | {"shape": (0,)})
+        with growing_array(part, dtype) as append:
             while group := list(itertools.islice(every, GROUP)):
                 tokens = tokenize(group)
-                tokens["tokens"].astype(dtype).tofile(file)
+                append(tokens["tokens"])
                 counts += (int(tokens["starts"].sum()), len(tokens["tokens"]))
-            file.seek(0)
-            np.lib.format.write_array_header_1_0(file, header | {"shape": (int(counts[1]),)})
         part.replace(settings.out)
     except OSError as error:
         raise UserError(f"--out {settings.out}: cannot be written ({error.strerror})") from error

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlin.config import ModelConfig, Stage1Config, Stage2Config, Stage3Config, StageConfig
 from jaxlin.layer_local import Batch, by_block, by_layer, walk
-from jaxlin.losses import attention_output_loss, distillation_loss, hidden_state_loss, loss_weights, targets
+from jaxlin.losses import Targets, attention_output_loss, distillation_loss, hidden_state_loss, loss_weights, targets
 from jaxlin.mixers.common import RMSNorm
 from jaxlin.model import apply, forward, head_kernel
 
@@ -43,13 +43,26 @@ def merge(params: Any, part: Any) -> Any:
 
 
 def counts(batch: Batch) -> dict[str, jax.Array]:
-    """What the losses of a step are divided by: valid tokens, tokens with a successor, sequences with any."""
-    at = targets(batch["tokens"], batch["segment_ids"])
+    """What the losses of a step are divided by: valid tokens, tokens with a successor, sequences with any.
+
+    Where a batch says which tokens are `learned`, both count the tokens with one of those for a successor.
+    """
+    at = targets_of(batch)
     return {
         "tokens": jnp.sum(at.valid, dtype=jnp.float32),
         "next_tokens": jnp.sum(at.has_next, dtype=jnp.float32),
         "sequences": jnp.sum(jnp.any(at.valid, axis=1), dtype=jnp.float32),
     }
+
+
+def targets_of(batch: Batch) -> Targets:
+    """The `targets` of a batch, which may say which tokens are learned."""
+    return targets(batch["tokens"], batch["segment_ids"], batch.get("learned"))
+
+
+def needs_teacher(stage: StageConfig) -> bool:
+    """Whether a stage compares with the teacher: all do but cross-entropy alone."""
+    return not isinstance(stage, Stage3Config) or stage.kl_weight != 0
 
 
 def layer_weights(stage: StageConfig, layers: int) -> jax.Array:
@@ -140,13 +153,20 @@ def squares(student, teacher, valid) -> tuple[jax.Array, jax.Array]:
 def _end_to_end(
     stage: Stage3Config, students: Sequence[ModelConfig], teacher: ModelConfig, remat: str
 ) -> JointGradientFunction:
-    """Stage 3: KL to the teacher's next-token distribution, and cross-entropy, through the whole student."""
+    """Stage 3: KL to the teacher's next-token distribution, and cross-entropy, through the whole student.
+
+    Cross-entropy alone needs no teacher, which then does not run.
+    """
+    compares = needs_teacher(stage)
 
     def gradients(trained, params, teacher_params, batch, count):
         del params  # all of them are trained
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-        at = targets(tokens, segment_ids)
-        target = forward(teacher, teacher_params, tokens, segment_ids=segment_ids, logits=False, packed=True).hidden
+        at = targets_of(batch)
+        target, kernel = None, None
+        if compares:
+            target = forward(teacher, teacher_params, tokens, segment_ids=segment_ids, logits=False, packed=True).hidden
+            kernel = head_kernel(teacher_params)
         weights = loss_weights(count["tokens"], count["next_tokens"], count["sequences"], stage)
 
         def learn(student, trained):
@@ -156,7 +176,7 @@ def _end_to_end(
                     out.hidden,
                     target,
                     head_kernel(trained),
-                    head_kernel(teacher_params),
+                    kernel,
                     at,
                     weights,
                     student,
@@ -171,7 +191,7 @@ def _end_to_end(
                 "ce": sums.ce / jnp.maximum(count["next_tokens"], 1),
                 "agreement": sums.agree / count["tokens"],
             }
-            return gradient, metrics
+            return gradient, metrics if compares else {name: metrics[name] for name in ("loss", "ce")}
 
         return _of_every_student(learn(*own) for own in zip(students, trained, strict=True))
 

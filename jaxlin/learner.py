@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from jaxlin.metrics import MetricsLog
 from jaxlin.mixers import MIXERS
 from jaxlin.model_flops import ModelFlops, model_flops
 from jaxlin.optimizer import Guarded, make_optimizer, schedule
-from jaxlin.runs import Run, Teacher, git_commit, new_run
+from jaxlin.runs import Run, Teacher, git_commit, new_run, open_run
 from jaxlin.student import init_student
 from jaxlin.train_step import make_loss
 
@@ -56,11 +56,14 @@ class Learner:
     """A student with all that is its own; the trainer gives it the steps."""
 
     def __init__(
-        self, run: RunConfig, teacher: Teacher, heldout: Sequence[Batch], mesh: jax.sharding.Mesh, console: Console,
-        name: str,
+        self, run: RunConfig, teacher: Teacher, heldout: Mapping[int, Sequence[Batch]], mesh: jax.sharding.Mesh,
+        console: Console, name: str,
     ) -> None:  # fmt: skip
         self.run, self.name = run, name
-        """The run as if the student were trained alone, and what lines about it begin with; empty where it is."""
+        """The run as if the student were trained alone, and what lines about it begin with; empty where it is.
+
+        `heldout` is what each stage is measured on, by number.
+        """
         self._teacher, self._heldout, self._mesh, self._console = teacher, heldout, mesh, console
         self.folder: Run = new_run(run, teacher.config)
         self.config = self.folder.student
@@ -94,19 +97,15 @@ class Learner:
         self.params, self.opt_state = state["params"], state["opt_state"]
 
     def begin(self) -> None:
-        """Start from the teacher's weights; says and writes how near to it that is."""
-        init = jax.jit(
-            lambda teacher, key: jax.tree.map(
-                lambda a: a.astype(self.run.param_dtype), init_student(teacher, self.config, key)
-            ),
-            out_shardings=placement.homes(self.placed),
-        )
-        self.params = init(self._teacher.params, jax.random.key(self.run.seed))
-        self._calibrate()
+        """Start from the teacher's weights, or another run's student; says and writes how near to the teacher that is.
+
+        Measured on what the run's last stage is, by which it can be told how far training came.
+        """
+        self.params = self._another_student() if self.run.init_from else self._from_teacher()
         self._write_card()
-        teacher = self._teacher
-        report = fidelity(teacher.config, teacher.params, self.config, self.params, self._heldout, mesh=self._mesh)
-        self.folder.write("fidelity.json", report)
+        teacher, heldout = self._teacher, self._heldout[max(self._heldout)]
+        report = fidelity(teacher.config, teacher.params, self.config, self.params, heldout, mesh=self._mesh)
+        self.folder.write("fidelity.json", {**report, "measured_on": self._kind(max(self._heldout))})
         if self.name:
             self.say("at initialisation")
         self._console.print(fidelity_table(report))
@@ -144,12 +143,13 @@ class Learner:
         """The stage's loss, and the student against its teacher, on held-out text."""
         self._measure(at.stage, at.step)
         teacher = self._teacher
-        result = compare(teacher.config, teacher.params, self.config, self.params, self._heldout, mesh=self._mesh)
+        heldout = self._heldout[at.stage]
+        result = compare(teacher.config, teacher.params, self.config, self.params, heldout, mesh=self._mesh)
         self.metrics.write(at.step, at.stage, {f"heldout_{k}": v for k, v in result.items()})
         self.say(
             f"after stage {at.stage}: KL to the teacher {result['kl']:.4f}, held-out perplexity "
             f"{result['perplexity']:.2f} (teacher {result['teacher_perplexity']:.2f}), "
-            f"agreement {result['agreement']:.1%}"
+            f"agreement {result['agreement']:.1%}" + (", on conversations" if self._kind(at.stage) != "text" else "")
         )
 
     def say(self, line: str) -> None:
@@ -162,16 +162,38 @@ class Learner:
     def _placed_moments(self, stage: StageConfig, optimizer: optax.GradientTransformation) -> Any:
         return placement.optimizer_state(optimizer, trained_part(self.placed, stage), self._mesh)
 
-    def _calibrate(self) -> None:
-        wanted = min(CALIBRATION_TOKENS, self.run.data.eval_tokens)
-        batches = self._heldout[: max(1, wanted // self._heldout[0]["tokens"].size)]
+    def _kind(self, n: int) -> str:
+        """What stage `n` is trained and measured on."""
+        return "conversations" if self.run.on_conversations(n) else "text"
+
+    def _from_teacher(self) -> Any:
+        """The teacher's weights, new ones where it has none, and norms of the size of its outputs."""
+        init = jax.jit(
+            lambda teacher, key: jax.tree.map(
+                lambda a: a.astype(self.run.param_dtype), init_student(teacher, self.config, key)
+            ),
+            out_shardings=placement.homes(self.placed),
+        )
+        params = init(self._teacher.params, jax.random.key(self.run.seed))
+        wanted, heldout = min(CALIBRATION_TOKENS, self.run.data.eval_tokens), self._heldout[min(self._heldout)]
+        batches = heldout[: max(1, wanted // heldout[0]["tokens"].size)]
         batches = [put(batch, self._mesh) for batch in batches]
-        params = calibrate(self.params, self.config, self._teacher.config, self._teacher.params, batches)
-        self.params = jax.device_put(params, placement.homes(self.placed))
+        params = calibrate(params, self.config, self._teacher.config, self._teacher.params, batches)
+        return jax.device_put(params, placement.homes(self.placed))
+
+    def _another_student(self) -> Any:
+        """The newest parameters of the run that this one starts from."""
+        found = open_run(self.run.init_from, "--init-from").params()
+
+        def place(a: Any, placed: Any) -> jax.Array:
+            a = np.asarray(a).astype(placed.dtype)
+            return jax.make_array_from_callback(a.shape, placed.sharding, a.__getitem__)
+
+        return jax.tree.map(place, found, self.placed)
 
     def _measure(self, n: int, step: int) -> None:
         """The stage's loss on held-out text, at its start and end: batches differ more than a stage changes."""
-        value = float(self._loss(self.params, self._teacher.params, put(self._heldout[0], self._mesh)))
+        value = float(self._loss(self.params, self._teacher.params, put(self._heldout[n][0], self._mesh)))
         self.metrics.write(step, n, {"heldout_loss": value})
 
     def _report_bad_steps(self, values: dict[str, Any], at: Progress) -> None:
@@ -201,6 +223,7 @@ class Learner:
                 "preset": self.run.preset,
                 "mixer": self.run.mixer,
                 "teacher": self.run.teacher,
+                "init_from": self.run.init_from,
                 "git_commit": git_commit(),
                 "python": platform.python_version(),
                 "versions": {n: importlib.metadata.version(n) for n in ("jax", "flax", "optax", "orbax-checkpoint")},

@@ -56,15 +56,24 @@ class Targets(NamedTuple):
     has_next: Bool[Array, "B T"]
 
 
-def targets(tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> Targets:
-    """Next tokens within each segment."""
+def targets(
+    tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], learned: Bool[Array, "B T"] | None = None
+) -> Targets:
+    """Next tokens within each segment; where `learned` says which are to be predicted, nothing else counts."""
     following = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
     valid = segment_ids != 0
-    return Targets(jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))), valid, valid & (following == segment_ids))
+    labels, has_next = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1))), valid & (following == segment_ids)
+    if learned is None:
+        return Targets(labels, valid, has_next)
+    predicted = has_next & jnp.pad(learned[:, 1:], ((0, 0), (0, 1)))
+    return Targets(labels, predicted, predicted)
 
 
 class LogitSums(NamedTuple):
-    """Sums over tokens: KL(teacher || student), cross-entropy of both, agreement of their first choices."""
+    """Sums over tokens: KL(teacher || student), cross-entropy of both, agreement of their first choices.
+
+    Without a teacher all but the student's cross-entropy are 0.
+    """
 
     kl: Array
     ce: Array
@@ -116,9 +125,9 @@ class _How(NamedTuple):
 
 def distillation_loss(
     student: Float[Array, "B T D"],
-    teacher: Float[Array, "B T D"],
+    teacher: Float[Array, "B T D"] | None,
     student_kernel: Float[Array, "D V"],
-    teacher_kernel: Float[Array, "D V"],
+    teacher_kernel: Float[Array, "D V"] | None,
     at: Targets,
     weights: LossWeights,
     config: ModelConfig,
@@ -131,6 +140,7 @@ def distillation_loss(
     The teacher is a constant. Logits s (student) and t (teacher) exist once, a chunk of tokens at a time: where the
     loss is to be differentiated, the forward pass also computes the gradients of the student's hidden states h and head
     W, the head's summed over chunks in float32; the backward pass scales both (as Liger does, arXiv 2410.10989).
+    Where the teacher is None, so is its kernel, and the loss is weights.ce CE.
 
         dL/ds = weights.kl tau (softmax(s / tau) - softmax(t / tau)) + weights.ce (softmax(s) - onehot(label))
         dL/dh = dL/ds W^T,  dL/dW = the sum over tokens of h^T dL/ds
@@ -169,12 +179,12 @@ _loss.defvjp(_loss_forward, _loss_backward)
 def _compare(how: _How, rows, kernels, weights: LossWeights | None = None):
     """(sums, gradient of the student's hidden states, of its head), each in a tuple; gradients only with `weights`."""
     # Rounded to the dtype of the products before they are gathered, which halves what crosses the network.
-    kernels = tuple(kernel.astype(how.config.dtype) for kernel in kernels)
+    kernels = jax.tree.map(lambda kernel: kernel.astype(how.config.dtype), kernels)
     return sharding.over_tokens(functools.partial(_compare_rows, how), rows, (kernels, weights))
 
 
 def _compare_rows(how: _How, rows, whole):
-    """`_compare` for these rows: (student's hidden states, teacher's, `Targets`), each [B, T, ...]."""
+    """`_compare` for these rows: (student's hidden states, teacher's or None, `Targets`), each [B, T, ...]."""
     config, temperature, chunk_tokens = how
     (student_kernel, teacher_kernel), weights = whole
     batch, length = rows[0].shape[:2]
@@ -186,8 +196,7 @@ def _compare_rows(how: _How, rows, whole):
     def chunk(carry, xs):
         sums, for_kernel = carry
         hidden_s, hidden_t, at = xs
-        logits_s, logits_t = project(hidden_s, student_kernel, config), project(hidden_t, teacher_kernel, config)
-        log_s, log_t = (jax.nn.log_softmax(logits / temperature) for logits in (logits_s, logits_t))
+        logits_s = project(hidden_s, student_kernel, config)
         # A comparison, not an index: the vocabulary may be split over devices.
         label = at.labels[..., None] == jnp.arange(logits_s.shape[-1])
 
@@ -197,18 +206,22 @@ def _compare_rows(how: _How, rows, whole):
         def total(values, mask):
             return jnp.sum(jnp.where(mask, values, 0))
 
-        sums = LogitSums(
-            sums.kl + temperature**2 * total(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1), at.valid),
-            sums.ce + total(cross_entropy(logits_s), at.has_next),
-            sums.teacher_ce + total(cross_entropy(logits_t), at.has_next),
-            sums.agree + total(jnp.argmax(logits_s, -1) == jnp.argmax(logits_t, -1), at.valid),
-        )
+        kl_slope: Any = 0
+        sums = sums._replace(ce=sums.ce + total(cross_entropy(logits_s), at.has_next))
+        if hidden_t is not None:
+            logits_t = project(hidden_t, teacher_kernel, config)
+            log_s, log_t = (jax.nn.log_softmax(logits / temperature) for logits in (logits_s, logits_t))
+            sums = sums._replace(
+                kl=sums.kl + temperature**2 * total(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1), at.valid),
+                teacher_ce=sums.teacher_ce + total(cross_entropy(logits_t), at.has_next),
+                agree=sums.agree + total(jnp.argmax(logits_s, -1) == jnp.argmax(logits_t, -1), at.valid),
+            )
+            if weights is not None:
+                kl_slope = temperature * weights.kl * at.valid[..., None] * (jnp.exp(log_s) - jnp.exp(log_t))
         if weights is None:
             return (sums, for_kernel), ()
-        kl = temperature * weights.kl * at.valid[..., None]
         ce = weights.ce * at.has_next[..., None]
-        slope = kl * (jnp.exp(log_s) - jnp.exp(log_t)) + ce * (jax.nn.softmax(logits_s) - label)
-        slope = slope.astype(config.dtype)
+        slope = (kl_slope + ce * (jax.nn.softmax(logits_s) - label)).astype(config.dtype)
         multiply = functools.partial(jnp.einsum, precision=precision(config.dtype), preferred_element_type=jnp.float32)
         for_hidden = multiply("btv,dv->btd", slope, student_kernel).astype(hidden_s.dtype)
         for_kernel = for_kernel + multiply("btd,btv->dv", hidden_s.astype(config.dtype), slope)

@@ -9,7 +9,7 @@ import jax
 
 from jaxlin import placement, sharding
 from jaxlin.config import MeshConfig, ModelConfig, StageConfig
-from jaxlin.distill import counts, gradient_function, trained_part
+from jaxlin.distill import counts, gradient_function, needs_teacher, trained_part
 from jaxlin.kernels.hlo_tpu_traffic import program_flops
 from jaxlin.model import forward
 
@@ -18,7 +18,7 @@ class ModelFlops(NamedTuple):
     """Of matrix products, for each token position of a batch."""
 
     teacher: float
-    """Its forward pass."""
+    """Its forward pass; 0 where the stage does not need it."""
     student: float
     """Its forward and backward passes, and the comparison of logits in stage 3."""
 
@@ -58,6 +58,6 @@ def model_flops(
 
     tokens = batch["tokens"].size
     with jax.set_mesh(sharding.make_mesh(MeshConfig(), list(mesh.devices.flat)[:1])):
-        taught = program_flops(jax.make_jaxpr(teach)(teacher_params, batch)) / tokens
+        taught = program_flops(jax.make_jaxpr(teach)(teacher_params, batch)) / tokens if needs_teacher(stage) else 0.0
         learnt = program_flops(jax.make_jaxpr(learn)(params, teacher_params, batch)) / tokens
     return ModelFlops(taught, learnt - taught)

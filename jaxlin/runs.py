@@ -1,17 +1,15 @@
 """The run folder: what a run writes there, and how everything else reads it.
 
 config.json (settings), model.json (the student), card.json (what was run), metrics.jsonl, tensorboard/,
-checkpoints/ (rotating, for resuming, and milestones), fidelity.json and evaluation.json (what was measured).
+checkpoints/ (rotating, for resuming, and milestones), fidelity.json and evaluation.json (what was measured);
+conversations/ (tokenized) and conversations.json (how many were kept, cut and left out).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
-import types
-import typing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,9 @@ from typing import Any
 import jax
 
 from jaxlin import convert, processes
-from jaxlin.checkpoint import load_params
-from jaxlin.config import ModelConfig, RunConfig, UserError
+from jaxlin.checkpoint import Checkpoints, load_params
+from jaxlin.command_line import from_dict, to_json
+from jaxlin.config import ModelConfig, RunConfig, StageConfig, UserError
 from jaxlin.model import init_params
 from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params, student_config
@@ -91,10 +90,12 @@ def check_folder(run: RunConfig) -> None:
     """Refuse a run folder that holds something else, or a run with other settings. Writes nothing."""
     path = run.folder / "config.json"
     if not path.exists():
-        if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+        if run.folder.exists() and (not run.folder.is_dir() or any(map(_is_foreign, run.folder.iterdir()))):
             raise UserError(f"--run-dir {run.folder}: not empty and not a run folder; choose another")
         return
-    old, new = json.loads(path.read_text()), json.loads(to_json(run))
+    # Settings that are newer than the folder count as their defaults.
+    old = json.loads(to_json(from_dict(RunConfig, json.loads(path.read_text()))))
+    new = json.loads(to_json(run))
     if different := [key for key in new if key not in FREE and old.get(key) != new[key]]:
         raise UserError(
             f"--run-dir {run.folder}: holds a run with another {_first_difference(different[0], old, new)}; "
@@ -102,13 +103,34 @@ def check_folder(run: RunConfig) -> None:
         )
 
 
+def _is_foreign(path: Path) -> bool:
+    """Whether a folder that holds this is not that of a run which was stopped before it began."""
+    return not path.name.startswith("conversations")
+
+
 def _first_difference(key: str, old: Any, new: Any) -> str:
     old = old.get(key) if isinstance(old, dict) else old
     new = new[key]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and isinstance(new[0], dict):
+        old, new = (dict(enumerate(values)) for values in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
         inner = next(k for k in new if old.get(k) != new[k])
         return f"{key}.{_first_difference(inner, old, new)}"
     return f"{key} ({old}, now {new})"
+
+
+def check_init(run: RunConfig, teacher: ModelConfig) -> None:
+    """Refuse an `init_from` without parameters, or with a student of another architecture than the run's."""
+    before = open_run(run.init_from, "--init-from")
+    old, new = (json.loads(to_json(replace(student, dtype="float32"))) for student in
+                (before.student, student_config(run, teacher)))  # fmt: skip
+    if different := [key for key in new if old.get(key) != new[key]]:
+        raise UserError(
+            f"--init-from {run.init_from}: its student has another {_first_difference(different[0], old, new)}; "
+            "leave out the setting that changes it"
+        )
+    if Checkpoints(before.folder / "checkpoints", keep=1).newest() is None:
+        raise UserError(f"--init-from {run.init_from}: there is no whole checkpoint in it")
 
 
 @dataclass(frozen=True)
@@ -132,6 +154,11 @@ class Run:
         path = self.folder / name
         return json.loads(path.read_text()) if path.exists() else None
 
+    def stages(self) -> dict[int, StageConfig]:
+        """The stages with the budgets that they were trained for."""
+        rows = (self.read("conversations.json") or {}).get("rows", 0)
+        return self.config.stages(rows * self.config.data.seq_len)
+
     def stage_losses(self) -> dict[str, dict[str, float]]:
         """Each stage's loss on held-out text, where the stage starts and where it ends."""
         path = self.folder / "metrics.jsonl"
@@ -143,16 +170,16 @@ class Run:
         return {name: {"start": values[0], "end": values[-1]} for name, values in losses.items()}
 
 
-def open_run(folder: str | Path) -> Run:
-    """The run in `folder`. Raises UserError where there is none."""
+def open_run(folder: str | Path, flag: str = "--run") -> Run:
+    """The run in `folder`, which the setting `flag` names. Raises UserError where there is none."""
     folder = Path(folder)
     try:
         config = from_dict(RunConfig, json.loads((folder / "config.json").read_text()))
         student = from_dict(ModelConfig, json.loads((folder / "model.json").read_text()))
     except FileNotFoundError as error:
-        raise UserError(f"--run {folder}: no run there ({Path(error.filename).name} is missing)") from None
+        raise UserError(f"{flag} {folder}: no run there ({Path(error.filename).name} is missing)") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"--run {folder}: config.json or model.json is damaged ({error})") from None
+        raise UserError(f"{flag} {folder}: config.json or model.json is damaged ({error})") from None
     return Run(folder, config, student)
 
 
@@ -186,25 +213,3 @@ def git_commit() -> str | None:
     except OSError:
         return None
     return out.stdout.strip() or None
-
-
-def to_json(config: Any) -> str:
-    """A config dataclass as JSON."""
-    return json.dumps(dataclasses.asdict(config), indent=1)
-
-
-def from_dict(cls: Any, data: Any) -> Any:
-    """The inverse of `dataclasses.asdict` for the types used here; unknown fields are refused."""
-    if data is None or (not isinstance(cls, type) and typing.get_origin(cls) is None):
-        return data
-    if isinstance(cls, type) and dataclasses.is_dataclass(cls):
-        hints = typing.get_type_hints(cls)
-        if unknown := set(data) - set(hints):
-            raise UserError(f"{cls.__name__} has no field {sorted(unknown)[0]!r}: another version wrote the file")
-        return cls(**{k: from_dict(hints[k], v) for k, v in data.items()})
-    origin, args = typing.get_origin(cls), typing.get_args(cls)
-    if origin in (typing.Union, types.UnionType):
-        return from_dict(next(a for a in args if a is not type(None)), data)
-    if origin is tuple:
-        return tuple(from_dict(args[0] if args[-1] is Ellipsis or len(set(args)) == 1 else Any, v) for v in data)
-    return data

@@ -26,6 +26,7 @@ from jaxlin.config import UserError
 
 Document = str | np.ndarray
 EXTENSIONS = (".txt", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".arrayrecord", ".npy")
+RECORDS = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 PIECE_BYTES = 1 << 18  # a longer .txt is cut into documents of about this size, so that none must fit in memory
 SEARCH_BYTES = 1 << 12  # how far past PIECE_BYTES the end of a line is looked for
 SCAN_TOKENS = 1 << 24  # tokens of a .npy file looked at together
@@ -37,6 +38,19 @@ class Documents(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Document: ...
+
+
+@dataclass(frozen=True)
+class Field:
+    """The part of a record that is read."""
+
+    name: str
+    convert: Callable[[Any, str], Any] | None = None
+    """(value, where it is) -> what is read, or a UserError; None reads text."""
+    flag: str = "--text"
+    """The setting that the sources come from."""
+    remedy: str = "; set --data.text-field"
+    """What an error about the field ends with."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +68,14 @@ def open_text(text: Sequence[str], field: str, *, end_of_text: int, vocab_size: 
     below `vocab_size`. Raises UserError for what is missing, unreadable or of an unknown kind.
     """
     parts: list[Documents | Shard] = []
+    read = Field(field)
     for name in text:
         if name.startswith("hf:"):
-            parts += _huggingface(name, field)
+            parts += _huggingface(name, read)
         elif name.startswith("tfds:"):
-            parts.append(_tfds(name, field))
+            parts.append(_tfds(name, read))
         else:
-            parts += [_open_file(path, field, end_of_text, vocab_size) for path in _files(name)]
+            parts += [_open_file(path, read, end_of_text, vocab_size) for path in _files(name)]
     if not text:
         parts.append(_python_reference())
     if not any(isinstance(part, Shard) for part in parts):
@@ -71,27 +86,56 @@ def open_text(text: Sequence[str], field: str, *, end_of_text: int, vocab_size: 
     ]
 
 
-def _files(name: str) -> list[Path]:
+def read_records(names: Sequence[str], field: Field) -> Iterator[Any]:
+    """`field` of every record of .jsonl (.zst, .gz) and .parquet files, folders of those, hf:NAME[:SUBSET], in order.
+
+    Raises UserError for what is missing, unreadable or of another kind.
+    """
+    for name in names:
+        if name.startswith("hf:"):
+            shards = _huggingface(name, field)
+        else:
+            shards = [_open_records(path, field) for path in record_files(name, field)]
+        for shard in shards:
+            yield from shard.read(0)
+
+
+def record_files(name: str, field: Field) -> list[Path]:
+    """The files of records that `name`, which is not hf:, stands for."""
+    return _files(name, field.flag, RECORDS)
+
+
+def _files(name: str, flag: str = "--text", extensions: tuple[str, ...] = EXTENSIONS) -> list[Path]:
     """The files that `name` (a file, a folder or a glob) stands for, in a fixed order."""
     scheme, colon, _ = name.partition(":")
     path = Path(name)
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(EXTENSIONS))
-        wanted = f"a file ending in {' '.join(EXTENSIONS)}"
+        found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(extensions))
+        wanted = f"a file ending in {' '.join(extensions)}"
     elif glob.has_magic(name):
         found, wanted = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()], "such a file"
     elif colon and scheme.isalnum() and "/" not in scheme:
-        raise UserError(f"--text {name}: unknown scheme {scheme}:, use hf:NAME[:SUBSET], tfds:NAME or a path")
+        known = "hf:NAME[:SUBSET], tfds:NAME" if flag == "--text" else "hf:NAME[:SUBSET]"
+        raise UserError(f"{flag} {name}: unknown scheme {scheme}:, use {known} or a path")
     else:
-        raise UserError(f"--text {name}: no such file or folder")
+        raise UserError(f"{flag} {name}: no such file or folder")
     if not found:
-        raise UserError(f"--text {name}: there is not {wanted}")
+        raise UserError(f"{flag} {name}: there is not {wanted}")
     return found
 
 
-def _open_file(path: Path, field: str, end_of_text: int, vocab_size: int) -> Documents | Shard:
+def _open_records(path: Path, field: Field) -> Shard:
+    """The reader of a file of records, forward only."""
+    if path.name.endswith(".parquet"):
+        return Shard(str(path), functools.partial(_read_parquet, path, field))
+    if path.name.endswith(RECORDS):
+        return Shard(str(path), functools.partial(_read_lines, path, field))
+    raise UserError(f"{field.flag} {path}: unknown kind of file, use one of {' '.join(RECORDS)}")
+
+
+def _open_file(path: Path, field: Field, end_of_text: int, vocab_size: int) -> Documents | Shard:
     """The reader that the end of the file's name asks for."""
     name = path.name
     try:
@@ -99,10 +143,8 @@ def _open_file(path: Path, field: str, end_of_text: int, vocab_size: int) -> Doc
             return _TextFile(path)
         if name.endswith(".jsonl"):
             return _JsonLines(path, field)
-        if name.endswith((".jsonl.zst", ".jsonl.gz")):
-            return Shard(str(path), functools.partial(_read_compressed, path, field))
-        if name.endswith(".parquet"):
-            return Shard(str(path), functools.partial(_read_parquet, path, field))
+        if name.endswith(RECORDS):
+            return _open_records(path, field)
         if name.endswith(".arrayrecord"):
             return _ArrayRecords(path, field)
         if name.endswith(".npy"):
@@ -112,17 +154,20 @@ def _open_file(path: Path, field: str, end_of_text: int, vocab_size: int) -> Doc
     raise UserError(f"--text {path}: unknown kind of file, use one of {' '.join(EXTENSIONS)}")
 
 
-def _text_of(record: Any, field: str, where: str) -> str:
-    """The text of a record."""
+def _value_of(record: Any, field: Field, where: str) -> Any:
+    """What a record holds: its text, or what the field's `convert` makes of it."""
+    name = field.name
     if not isinstance(record, Mapping):
-        raise UserError(f"{where}: expected a record with a field {field!r}, found {type(record).__name__}")
-    if field not in record:
-        raise UserError(f"{where}: no field {field!r} among {', '.join(map(str, record))}; set --data.text-field")
-    value = record[field]
+        raise UserError(f"{where}: expected a record with a field {name!r}, found {type(record).__name__}")
+    if name not in record:
+        raise UserError(f"{where}: no field {name!r} among {', '.join(map(str, record))}{field.remedy}")
+    value = record[name]
+    if field.convert is not None:
+        return field.convert(value, where)
     if isinstance(value, bytes):
         return _decode(value, where)
     if not isinstance(value, str):
-        raise UserError(f"{where}: field {field!r} is {type(value).__name__}, not text; set --data.text-field")
+        raise UserError(f"{where}: field {name!r} is {type(value).__name__}, not text{field.remedy}")
     return value
 
 
@@ -133,12 +178,12 @@ def _decode(data: bytes, where: str) -> str:
         raise UserError(f"{where}: not UTF-8 text (byte {error.start}); convert it first") from error
 
 
-def _parse_line(line: bytes, field: str, where: str) -> str:
+def _parse_line(line: bytes, field: Field, where: str) -> Any:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where}: not a line of JSON ({error})") from error
-    return _text_of(record, field, where)
+    return _value_of(record, field, where)
 
 
 class _Joined:
@@ -190,7 +235,7 @@ class _TextFile:
 class _JsonLines:
     """A .jsonl file, through the offsets of its lines."""
 
-    def __init__(self, path: Path, field: str) -> None:
+    def __init__(self, path: Path, field: Field) -> None:
         self._path, self._field, self._offsets = path, field, array.array("q")
         offset = 0
         with path.open("rb", buffering=1 << 20) as file:
@@ -223,7 +268,7 @@ def _line_ends(lines: Iterator[bytes]) -> Iterator[int]:
 class _ArrayRecords:
     """An .arrayrecord file of JSON objects or UTF-8 text."""
 
-    def __init__(self, path: Path, field: str) -> None:
+    def __init__(self, path: Path, field: Field) -> None:
         import grain
 
         self._path, self._field = path, field
@@ -290,8 +335,8 @@ def _read_documents(documents: Documents, start: int) -> Iterator[Document]:
         yield documents[index]
 
 
-def _read_compressed(path: Path, field: str, start: int) -> Iterator[str]:
-    """Documents of .jsonl.zst and .jsonl.gz."""
+def _read_lines(path: Path, field: Field, start: int) -> Iterator[Any]:
+    """What .jsonl, .jsonl.zst or .jsonl.gz holds."""
     import pyarrow
 
     count, number = 0, 0
@@ -307,7 +352,7 @@ def _read_compressed(path: Path, field: str, start: int) -> Iterator[str]:
         raise UserError(f"{path}, after line {number}: damaged or incomplete ({_line_of(error)})") from error
 
 
-def _read_parquet(path: Path, field: str, start: int) -> Iterator[str]:
+def _read_parquet(path: Path, field: Field, start: int) -> Iterator[Any]:
     """Documents of .parquet; row groups before `start` are not read."""
     import pyarrow
     import pyarrow.parquet
@@ -316,33 +361,33 @@ def _read_parquet(path: Path, field: str, start: int) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if field not in names:
-                raise UserError(f"{path}: no field {field!r} among {', '.join(names)}; set --data.text-field")
+            if field.name not in names:
+                raise UserError(f"{path}: no field {field.name!r} among {', '.join(names)}{field.remedy}")
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 if row + rows <= start:
                     row += rows
                     continue
-                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[field]):
+                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[field.name]):
                     for value in batch.column(0).to_pylist():
                         if row >= start:
-                            yield _text_of({field: value}, field, f"{path}, row {row}")
+                            yield _value_of({field.name: value}, field, f"{path}, row {row}")
                         row += 1
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}, row {row}: not a readable Parquet file ({_line_of(error)})") from error
 
 
-def _huggingface(name: str, field: str) -> list[Shard]:
+def _huggingface(name: str, field: Field) -> list[Shard]:
     """Shards of `hf:NAME[:SUBSET]`, the train split of a dataset on the hub or in a local folder."""
     import datasets
 
     dataset, _, subset = name.removeprefix("hf:").partition(":")
     try:
         stream = datasets.load_dataset(dataset, subset or None, split="train", streaming=True)
-        if stream.column_names and field in stream.column_names:
-            stream = stream.select_columns([field])
+        if stream.column_names and field.name in stream.column_names:
+            stream = stream.select_columns([field.name])
     except Exception as error:  # what goes wrong depends on the dataset: network, access, name, subset
-        raise UserError(f"--text {name}: cannot be opened ({_line_of(error)})") from error
+        raise UserError(f"{field.flag} {name}: cannot be opened ({_line_of(error)})") from error
     count = stream.num_shards
     return [
         Shard(f"{name}[{n}]", functools.partial(_read_huggingface, stream.shard(count, n), field, f"{name}, shard {n}"))
@@ -350,17 +395,17 @@ def _huggingface(name: str, field: str) -> list[Shard]:
     ]
 
 
-def _read_huggingface(stream: Any, field: str, where: str, start: int) -> Iterator[str]:
+def _read_huggingface(stream: Any, field: Field, where: str, start: int) -> Iterator[Any]:
     try:
         for row, record in enumerate(stream.skip(start), start):
-            yield _text_of(record, field, f"{where}, row {row}")
+            yield _value_of(record, field, f"{where}, row {row}")
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{where}: cannot be read ({_line_of(error)})") from error
 
 
-def _tfds(name: str, field: str) -> Documents:
+def _tfds(name: str, field: Field) -> Documents:
     """The train split of `tfds:NAME`, a TFDS name or the folder of a prepared one; TensorFlow is not needed."""
     import tensorflow_datasets as tfds
 
@@ -382,14 +427,14 @@ class _Records:
     """Records with random access."""
 
     records: Sequence[Mapping[str, Any]]
-    field: str
+    field: Field
     name: str
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> str:
-        return _text_of(self.records[index], self.field, f"{self.name}, record {index}")
+        return _value_of(self.records[index], self.field, f"{self.name}, record {index}")
 
 
 def _python_reference() -> Any:

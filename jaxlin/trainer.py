@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -10,21 +9,21 @@ from hashlib import sha256
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from jaxlin import placement, processes, sharding
 from jaxlin.checkpoint import Checkpoints, latest_of_all, save_all
+from jaxlin.command_line import to_json
 from jaxlin.config import DistributedConfig, ModelConfig, RunConfig, StageConfig, UserError
-from jaxlin.data import heldout_batches, train_batches
 from jaxlin.kernels import topology
 from jaxlin.learner import Learner, Progress, say, topology_of
 from jaxlin.metrics import MetricsLog, progress_bar
 from jaxlin.model_flops import together
-from jaxlin.runs import Teacher, check_folder, load_teacher, teacher_config, to_json
+from jaxlin.runs import Teacher, check_folder, check_init, load_teacher, teacher_config
 from jaxlin.student import student_config
 from jaxlin.timing import Pace, ProfilerWindow, Stopwatch, parse_window
 from jaxlin.train_step import make_step
+from jaxlin.training_data import TrainingData
 
 Metrics = tuple[dict[str, jax.Array], ...]  # of each student
 
@@ -41,23 +40,29 @@ class Trainer:
         self.console = Console(quiet=not processes.is_first())
         runs, self.stages = run.students(), run.stages()
         parse_window(run.profile)
-        processes.from_first(lambda: self._check_folders(runs))
+        resuming = processes.from_first(lambda: self._check_folders(runs))
         processes.require_same("the settings", to_json(replace(run, run_dir="", distributed=DistributedConfig())))
         config = teacher_config(run)
         self._check_layers(config)
         models = (config, *(student_config(own, config) for own in runs))
+        if run.init_from and not resuming:
+            processes.from_first(lambda: check_init(run, config))
         self.mesh = placement.make_mesh(run.mesh, models, self.stages, run.data.seq_len)
         with jax.set_mesh(self.mesh):
             self.teacher: Teacher = load_teacher(run, self.mesh)
-            self.unit = math.gcd(*(s.batch_size for s in (run.stage1, run.stage2, run.stage3)))
-            self.data = train_batches(run.text, run.data, self.teacher.tokenizer, batch_size=self.unit, seed=run.seed)
-            size = max(1, min(8, run.data.eval_tokens // run.data.seq_len))
-            heldout = heldout_batches(run.text, run.data, self.teacher.tokenizer, batch_size=size)
-        processes.require_same("the texts", sha256(heldout[0]["tokens"].tobytes()).hexdigest())
+            self.data = TrainingData(run, self.stages, self.teacher.tokenizer, resuming=resuming)
+        heldout = self.data.heldout
+        for n, batches in heldout.items():
+            processes.require_same(f"the texts of stage {n}", sha256(batches[0]["tokens"].tobytes()).hexdigest())
+        self.stages = run.stages(self.data.epoch_tokens)
         self.learners = [
             Learner(own, self.teacher, heldout, self.mesh, self.console, own.mixer if len(runs) > 1 else "")
             for own in runs
         ]
+        if self.data.report:
+            self._say(self.data.summary)
+            for learner in self.learners:
+                learner.folder.write("conversations.json", self.data.report)
         self.progress = Progress()
 
     def _check_layers(self, teacher: ModelConfig) -> None:
@@ -66,8 +71,11 @@ class Trainer:
             if wrong := [i for i in stage.layers if not 0 <= i < layers]:
                 raise UserError(f"--stage{n}.layers {wrong[0]}: the teacher's layers are 0 to {layers - 1}")
 
-    def _check_folders(self, runs: tuple[RunConfig, ...]) -> None:
-        """Refuse folders that hold something else, and students that cannot go on together. Writes nothing."""
+    def _check_folders(self, runs: tuple[RunConfig, ...]) -> bool:
+        """Refuse folders that hold something else, and students that cannot go on together; whether any has begun.
+
+        Writes nothing.
+        """
         home = self.run.folder
         if len(runs) > 1 and self.run.run_dir and (home / "config.json").exists():
             raise UserError(
@@ -82,6 +90,7 @@ class Trainer:
                 f"--mixer {self.run.mixer}: they have no checkpoint of one place in common (newest steps: {at}); "
                 "leave out those that are ahead, or train those that are behind by themselves"
             )
+        return any(own.steps() for own in saved.values())
 
     def _in_step(self, saved: list[Checkpoints]) -> bool:
         """Whether runs with these checkpoints have a place to go on from together: a common step, or the start."""
@@ -142,7 +151,7 @@ class Trainer:
             learner.restore(state)
         _, extra = saved[0]  # which is that of all
         self.progress = Progress(**extra["progress"])
-        self.data.set_state(extra["data"])
+        self.data.set_state(extra)
         if not self._finished(max(self.stages)):
             where = f"stage {self.progress.stage}, step {self.progress.stage_step}"
             before, now = extra.get("topology"), topology_of(self.mesh)
@@ -172,7 +181,7 @@ class Trainer:
             task = bar.add_task(f"stage {n}", total=steps, completed=at.stage_step, numbers="")
             while at.stage_step < steps:
                 clock.lap("step")
-                batch = self._next_batch(stage)
+                batch = self._next_batch(n, stage)
                 clock.lap("data" if _is_ready(metrics) else "step")
                 with window.step(at.stage_step + 1, metrics):
                     first, metrics = not metrics, self._train_step(step, batch)
@@ -220,9 +229,8 @@ class Trainer:
             learner.params, learner.opt_state = state
         return metrics
 
-    def _next_batch(self, stage: StageConfig) -> dict[str, jax.Array]:
-        parts = [next(self.data) for _ in range(stage.batch_size // self.unit)]
-        batch = {k: np.concatenate([p[k] for p in parts]) for k in ("tokens", "segment_ids")}
+    def _next_batch(self, n: int, stage: StageConfig) -> dict[str, jax.Array]:
+        batch = self.data.next(n, stage.batch_size)
         # Micro-batches take every n-th row, so that each has its share of every device's rows.
         split = {k: v.reshape(-1, stage.accumulation, v.shape[-1]).swapaxes(0, 1) for k, v in batch.items()}
         # Every process has the whole batch, and gives its devices their rows: in any mesh, also where rows are whole.
@@ -255,7 +263,7 @@ class Trainer:
         return bool(every) and self.progress.tokens // every > (self.progress.tokens - tokens_per_step) // every
 
     def _save(self, milestone: bool) -> None:
-        extra = {"progress": vars(self.progress), "data": self.data.get_state(), "topology": topology_of(self.mesh)}
+        extra = {"progress": vars(self.progress), **self.data.get_state(), "topology": topology_of(self.mesh)}
         runs, states = [own.checkpoints for own in self.learners], [own.state for own in self.learners]
         save_all(runs, self.progress.step, states, extra, milestone=milestone)
 

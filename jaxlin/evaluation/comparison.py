@@ -70,7 +70,7 @@ def read(folder: Path) -> Model:
     teacher = Model(f"teacher of {label}", "teacher", kept.get("teacher", {}), parameters=parameters)
     if "student" in kept:
         name = run.config.mixer if run else ""
-        tokens = sum(stage.tokens for stage in run.config.stages().values()) if run else None
+        tokens = sum(stage.tokens for stage in run.stages().values()) if run else None
         return Model(label, name, kept["student"], teacher if teacher.results else None, parameters, tokens)
     if teacher.results:
         return teacher

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from jaxlin.config import ModelConfig
-from jaxlin.distill import Batch, counts
-from jaxlin.losses import logit_sums, targets
+from jaxlin.distill import Batch, counts, targets_of
+from jaxlin.losses import logit_sums
 from jaxlin.model import forward, head_kernel
 from jaxlin.sharding import batch_sharding, batch_shards, on_every_device
 
@@ -27,6 +27,8 @@ def compare(
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, float]:
     """Student against teacher on `batches` of tokens and segment_ids [B, T], the same on every process.
+
+    Where batches also hold `learned` [B, T], true for the tokens to be predicted, everything is measured there alone.
 
     Returns perplexity and teacher_perplexity (per token, over tokens with a successor in their segment), kl
     (KL(teacher || student) in nats per token), agreement (how often both put the same token first), and the counts
@@ -72,7 +74,7 @@ def on_mesh(mesh: jax.sharding.Mesh | None) -> Any:
 
 def put(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
     """The batch on its devices. With several processes, each holds the whole batch and sends its devices' part."""
-    host = {name: np.asarray(batch[name]) for name in ("tokens", "segment_ids")}
+    host = {name: np.asarray(a) for name, a in batch.items()}
     if mesh is None:
         return host
     # Padding rows, which count nowhere: what a batch holds does not depend on the mesh.
@@ -92,7 +94,7 @@ def _sums(teacher: ModelConfig, student: ModelConfig, teacher_params, student_pa
     target = forward(teacher, teacher_params, tokens, segment_ids=segment_ids, logits=False).hidden
     hidden = forward(student, student_params, tokens, segment_ids=segment_ids, logits=False).hidden
     kernels = head_kernel(student_params), head_kernel(teacher_params)
-    sums = logit_sums(hidden, target, *kernels, targets(tokens, segment_ids), student)
+    sums = logit_sums(hidden, target, *kernels, targets_of(batch), student)
     return on_every_device({**sums._asdict(), **counts(batch)})
 
 
@@ -101,5 +103,5 @@ def _own_sums(config: ModelConfig, params, batch):
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     hidden = forward(config, params, tokens, segment_ids=segment_ids, logits=False).hidden
     kernel = head_kernel(params)
-    sums = logit_sums(hidden, hidden, kernel, kernel, targets(tokens, segment_ids), config)
+    sums = logit_sums(hidden, hidden, kernel, kernel, targets_of(batch), config)
     return on_every_device({"ce": sums.ce, **counts(batch)})

@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,12 +16,12 @@ from flax.traverse_util import flatten_dict
 
 from jaxlin import generate, processes
 from jaxlin.config import RunConfig, UserError
-from jaxlin.data import heldout_batches
 from jaxlin.distill import Batch
 from jaxlin.evaluation.language_modeling import on_mesh
 from jaxlin.runs import Run, Teacher, load_teacher, open_run
 from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params
+from jaxlin.training_data import heldout_of_last_stage
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,9 @@ class Subject:
 
     @functools.cached_property
     def batches(self) -> Sequence[Batch]:
-        """Held-out text; the same that the run measured itself on, unless other text was asked for."""
-        data = self.config.data
-        size = max(1, min(8, data.eval_tokens // data.seq_len))
-        return heldout_batches(self.config.text, data, self.models["teacher"].tokenizer, batch_size=size)
+        """Held-out text or conversations: what the run measured its last stage on, unless a text was asked for."""
+        folder = self.run.folder if self.run else Path()
+        return heldout_of_last_stage(self.config, folder, self.models["teacher"].tokenizer)
 
 
 def open_subject(
@@ -58,7 +58,7 @@ def open_subject(
     opened = open_run(run) if run else None
     config = opened.config if opened else RunConfig(teacher=teacher)
     if text:
-        config = replace(config, data=replace(config.data, heldout=tuple(text)))
+        config = replace(config, conversations=(), epochs=None, data=replace(config.data, heldout=tuple(text)))
     mesh = mesh if mesh is not None and mesh.size > 1 else None
     params = _place(opened, mesh) if opened else None  # first: a bad checkpoint fails at once
     models = {"teacher": load_teacher(config, mesh)}

@@ -1,0 +1,158 @@
+"""Conversations as training reads them: records checked, rendered with the chat template, their learned tokens marked.
+
+Text and tokens are those of the tokenizer's own `apply_chat_template`. Which of them an assistant wrote is known from
+{% generation %} where the template has it (transformers' own mask is taken then). Any other template must render the
+beginning of a conversation as the beginning of the whole: an answer is what follows the generation prompt, up to the
+last special token of its turn, which ends it. What a template writes after that, such as a line break, is not learned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxlin.config import UserError
+from jaxlin.sources import Field, read_records, record_files
+
+Message = Mapping[str, Any]
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Conversation(NamedTuple):
+    """One conversation as it was read."""
+
+    where: str
+    """File and line, or row."""
+    messages: list[dict[str, Any]]
+
+
+class Rendered(NamedTuple):
+    """One conversation as tokens."""
+
+    tokens: np.ndarray
+    """int32 [N]."""
+    learned: np.ndarray
+    """bool [N]: the tokens that are to be predicted."""
+
+
+def read_conversations(names: Sequence[str]) -> Iterator[Conversation]:
+    """The conversations of the sources `names`, whose records have a list `messages` of {role, content}.
+
+    Raises UserError, with file and line or row, for a record of another kind.
+    """
+    return read_records(names, _FIELD)
+
+
+def describe_sources(names: Sequence[str]) -> list[Any]:
+    """What changes when a file does: [name, size, time] of each; what hf: names is taken to stay."""
+    files = (path for name in names if not name.startswith("hf:") for path in record_files(name, _FIELD))
+    return [*names, *([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files)]
+
+
+def _conversation(value: Any, where: str) -> Conversation:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise UserError(f"{where}: field 'messages' is {type(value).__name__}, not a list of messages")
+    return Conversation(where, [_message(each, f"{where}, message {n}") for n, each in enumerate(value, 1)])
+
+
+def _message(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: expected {{role, content}}, found {type(value).__name__}")
+    for name in ("role", "content"):
+        if value.get(name) is None:
+            raise UserError(f"{where}: it has no {name!r}")
+        if not isinstance(value[name], str):
+            raise UserError(f"{where}: {name!r} is {type(value[name]).__name__}, not text")
+        try:
+            value[name].encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: {name!r} holds half a character (at {error.start}), not UTF-8 text") from None
+    # A Parquet file has every field in every row.
+    return {name: part for name, part in value.items() if part is not None}
+
+
+_FIELD = Field("messages", _conversation, "--conversations", "; each record needs a list of {role, content}")
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Conversations to tokens, as one tokenizer and its chat template write them."""
+
+    tokenizer: Any
+    loss_on: str
+    """"all" learns every token; "assistant" those that an assistant wrote."""
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UserError("--conversations: the teacher's tokenizer has no chat template; choose an instruct teacher")
+        if self.loss_on == "assistant" and not self.tokenizer.is_fast:
+            raise UserError("--stage3.loss-on assistant: needs a fast tokenizer, with offsets of tokens")
+
+    def __call__(self, conversations: Sequence[Conversation]) -> list[Rendered]:
+        """Tokens of conversations that have messages. Raises UserError for what the template refuses."""
+        if self.loss_on == "assistant" and GENERATION.search(self.tokenizer.chat_template):
+            return [self._with_generation(each) for each in conversations]
+        texts = [self._text(each, each.messages) for each in conversations]
+        masked = self.loss_on == "assistant"
+        found = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=masked, verbose=False)
+        if not masked:
+            return [_rendered(ids, np.ones(len(ids), bool)) for ids in found["input_ids"]]
+        return [
+            _rendered(ids, self._learned(each, text, ids, offsets))
+            for each, text, ids, offsets in zip(
+                conversations, texts, found["input_ids"], found["offset_mapping"], strict=True
+            )
+        ]
+
+    def _text(self, conversation: Conversation, messages: Sequence[Message], **options: Any) -> str:
+        return self._apply(conversation, messages, tokenize=False, **options)
+
+    def _apply(self, conversation: Conversation, messages: Sequence[Message], **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except Exception as error:  # templates raise what they like
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            raise UserError(f"{conversation.where}: the chat template refuses the conversation ({reason})") from error
+
+    def _with_generation(self, conversation: Conversation) -> Rendered:
+        found = self._apply(conversation, conversation.messages, return_dict=True, return_assistant_tokens_mask=True)
+        return _rendered(found["input_ids"], np.asarray(found["assistant_masks"], bool))
+
+    def _learned(self, conversation: Conversation, text: str, ids: Sequence[int], offsets: Any) -> np.ndarray:
+        """The tokens of every answer, of which some character is in it."""
+        begins, ends = np.asarray(offsets, int).reshape(-1, 2).T
+        special = np.isin(ids, list(self._special_ids))
+        learned = np.zeros(len(ids), bool)
+        for i, message in enumerate(conversation.messages):
+            if message["role"] != "assistant":
+                continue
+            start = self._length(conversation, text, i, add_generation_prompt=True)
+            end = self._length(conversation, text, i + 1)
+            turn = np.flatnonzero((ends > start) & (begins < end))
+            closing = turn[special[turn]]
+            learned[turn if not len(closing) else turn[turn <= closing[-1]]] = True
+        return learned
+
+    def _length(self, conversation: Conversation, text: str, count: int, **options: Any) -> int:
+        """The length of the first `count` messages, rendered, as which the whole text must begin."""
+        prefix = self._text(conversation, conversation.messages[:count], **options)
+        if not text.startswith(prefix):
+            raise UserError(
+                f"{conversation.where}: the chat template writes the first {count} messages otherwise in the whole "
+                "conversation, so answers cannot be told apart; use --stage3.loss-on all, or a template with "
+                "{% generation %}"
+            )
+        return len(prefix)
+
+    @property
+    def _special_ids(self) -> set[int]:
+        added = self.tokenizer.added_tokens_decoder
+        return set(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+
+def _rendered(ids: Sequence[int], learned: np.ndarray) -> Rendered:
+    return Rendered(np.asarray(ids, np.int32), learned)
