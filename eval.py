@@ -33,6 +33,8 @@ class Settings:
     """Seed of what a benchmark chooses at random."""
     chat: tyro.conf.UseCounterAction[int] = 0
     """Put the benchmarks' prompts into the tokenizer's chat template."""
+    student_only: tyro.conf.UseCounterAction[int] = 0
+    """Leave the run's teacher out of the benchmarks, where it was measured before."""
     predict_only: tyro.conf.UseCounterAction[int] = 0
     """Keep what the models answer to the benchmarks, and do not score it."""
     out: str = ""
@@ -54,6 +56,8 @@ def main() -> None:
     for flag, value in (("--limit", settings.limit), ("--batch-tokens", settings.batch_tokens)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: must be at least 1")
+    if settings.student_only and (settings.suite == "quick" or not settings.run):
+        raise UserError("--student-only: give --run DIR and a --suite of benchmarks")
     if settings.data and not Path(settings.data).is_dir():
         raise UserError(f"--data {settings.data}: no such folder")
 
@@ -102,6 +106,8 @@ def benchmark(settings: Settings) -> dict:
     )
     report.check_data(settings.suite, settings.tasks, options)
     subject = open_subject(settings.run, settings.teacher, mesh=options.mesh)
+    if settings.student_only:
+        subject = subject.student_only()
     if options.chat and not subject.measured.tokenizer.chat_template:
         raise UserError(f"--chat: the tokenizer of {subject.config.teacher} has no chat template")
     try:

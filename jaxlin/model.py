@@ -75,7 +75,7 @@ class Block(nn.Module):
         return by_tokens(h), mixed, state
 
 
-def blocks(config: ModelConfig, packed: bool) -> list[Block]:
+def blocks(config: ModelConfig, packed: bool = False) -> list[Block]:
     """The blocks of one period of layers, for use inside a module or with `.apply`; `packed` as in `forward`."""
     pairs = zip(config.mixer, config.options, strict=True)
     return [Block(config, mixer, options, packed, name=f"block_{i}") for i, (mixer, options) in enumerate(pairs)]

@@ -16,13 +16,13 @@ import pytest
 import eval as eval_script
 from jaxlin import convert, generate, runs
 from jaxlin.checkpoint import Checkpoints
-from jaxlin.command_line import load_config_file, preset
+from jaxlin.command_line import load_config_file, preset, to_json
 from jaxlin.config import MeshConfig, UserError
 from jaxlin.evaluation import niah, quick
 from jaxlin.evaluation.fidelity import fidelity, fidelity_table
 from jaxlin.evaluation.language_modeling import compare, perplexity
 from jaxlin.evaluation.report import as_line
-from jaxlin.evaluation.subject import params_sha256
+from jaxlin.evaluation.subject import open_subject, params_sha256
 from jaxlin.mixers.common import positions_in_segments
 from jaxlin.model import LanguageModel, blocks
 from jaxlin.sharding import make_mesh
@@ -200,7 +200,7 @@ def run_folder(tmp_path_factory):
     config = load_config_file("tiny", preset("recommended"))
     data = replace(config.data, heldout=(str(text),), eval_tokens=256)
     config = replace(config, run_dir=str(folder), text=(str(text),), data=data)
-    runs.write_text(folder / "config.json", runs.to_json(config))
+    runs.write_text(folder / "config.json", to_json(config))
     teacher = runs.load_teacher(config)
     run = runs.new_run(config, teacher.config)
     params = jax.jit(lambda t, key: init_student(t, run.student, key))(teacher.params, jax.random.key(0))
@@ -249,6 +249,12 @@ def test_every_quick_task(run_folder, monkeypatch, capsys):
     assert 0 < again["kl"]["now"] < 1 and list(again["results"]) == ["niah_single_1"]
 
 
+def test_a_student_alone(run_folder):
+    subject = open_subject(str(run_folder[0]))
+    alone = subject.student_only()
+    assert list(alone.models) == ["student"] and alone.measured is subject.measured
+
+
 def test_generate_from_a_run(run_folder, monkeypatch, capsys):
     texts = []
     for flags in ([], ["--teacher-model"], []):
@@ -270,6 +276,7 @@ def test_generate_from_a_run(run_folder, monkeypatch, capsys):
         (("--run", "x", "--suite", "slow"), "--suite slow: choose one of quick"),
         (("--run", "x", "--tasks", "arc"), "--tasks arc: the tasks of --suite quick are held_out"),
         (("--run", "x", "--data", "missing"), "--data missing: no such folder"),
+        (("--run", "x", "--student-only"), "--student-only: give --run DIR and a --suite of benchmarks"),
         (("--run", "x", "--limit", "0"), "--limit 0: must be at least 1"),
     ],
 )

@@ -225,7 +225,7 @@ def test_epochs_and_tokens():
     assert run.stages(1000)[3].tokens == 2000
     assert run.stages()[3].tokens == Stage3Config().tokens
     assert replace(run, tokens=500).stages(1000)[3].tokens == 500
-    with pytest.raises(UserError, match="--epochs 2.0: counts passes over --conversations"):
+    with pytest.raises(UserError, match=r"--epochs 2\.0: counts passes over --conversations"):
         replace(run, conversations=()).stages()
 
 

@@ -37,7 +37,11 @@ class Subject:
     @property
     def measured(self) -> Teacher:
         """The model that the evaluation is about: the student, or a teacher without one."""
-        return self.models.get("student", self.models["teacher"])
+        return self.models["student" if "student" in self.models else "teacher"]
+
+    def student_only(self) -> Subject:
+        """The same without the teacher."""
+        return replace(self, models={"student": self.models["student"]})
 
     @functools.cached_property
     def batches(self) -> Sequence[Batch]:
