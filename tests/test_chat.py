@@ -19,7 +19,7 @@ from jaxlin.turns import Conversation, answer_ends, encode, render
 from tests import models
 from tests.tiny_chat import CHATML, LETTERS, TEMPERATURE, chat_model, chat_tokenizer
 
-NEW = 3
+NEW = 2
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_turns_are_one_pass(mixer, options):
     conversation = Chat(model, Settings(teacher="x", max_new_tokens=NEW, temperature=TEMPERATURE, seed=2))
     conversation.session = Session(model.config, model.params, seed=2, room=64)
     kinds = set()
-    for turn in range(12):
+    for turn in range(30):
         stop = threading.Event()
         pieces = conversation.answer(f"t{turn}", stop)
         text = ""
