@@ -17,7 +17,7 @@ from jaxlin.filters import NearDuplicates, ends_in_loop, repetition
 from jaxlin.synthesize import Settings, conversations, jobs, judge
 from tests.tiny_chat import LETTERS, TEMPERATURE, chat_model, chat_tokenizer
 
-NEW = 8
+NEW = 4
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_the_batch_does_not_matter(teacher, settings, tmp_path):
 def test_files_of_another_run_are_refused(settings, tmp_path):
     synthesize.Output(settings)
     synthesize.Output(replace(settings, batch_size=2))
-    with pytest.raises(UserError, match=r"another --temperature \(0.03, now 2.0\); choose another file"):
+    with pytest.raises(UserError, match=r"another --temperature \(0.001, now 2.0\); choose another file"):
         synthesize.Output(replace(settings, temperature=2.0))
     (tmp_path / "mine.jsonl").write_text("mine")
     with pytest.raises(UserError, match=r"mine.jsonl: exists, and mine.jsonl.report.json does not"):

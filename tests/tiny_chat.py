@@ -1,4 +1,4 @@
-"""A tiny random model that talks ChatML in three letters, now and then ending its turn by itself."""
+"""A tiny random model that talks ChatML in four letters, now and then ending its turn by itself."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from jaxlin import convert
 from jaxlin.runs import Teacher
 from tests.models import TEACHER, random_params, student_of
 
-LETTERS = "abc"
-TEMPERATURE = 0.03
+LETTERS = "abcd"
+TEMPERATURE = 0.001
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -27,15 +27,16 @@ def chat_tokenizer(template: str | None = CHATML):
 
 
 def chat_model(mixer: str = "softmax", **options) -> Teacher:
-    """Of all scores but those of four tokens, opposite in pairs, it makes 0: one of the four is always likeliest.
+    """All scores are 0 but those of two times two letters and an end, alike, one triple the negative of the other.
 
-    Its answers are then text of which bytes are the exact tokens; TEMPERATURE leaves the other tokens no chance.
+    One triple is always likeliest, so sampled answers end with a chance of a third at every token, and are text whose
+    bytes are the exact tokens; TEMPERATURE leaves the other tokens no chance.
     """
     tokenizer = chat_tokenizer()
     config = student_of(mixer, teacher=replace(TEACHER, vocab_size=264, tie_word_embeddings=False), **options)
     params = random_params(config)
-    known = jnp.array([*tokenizer(LETTERS)["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    first, second = jnp.array(tokenizer("ab<|im_end|>cd<|endoftext|>")["input_ids"]).reshape(2, 3)
     head = params["lm_head"]["kernel"]
-    one, two = head[:, 0], head[:, 1]
-    head = jnp.zeros_like(head).at[:, known].set(jnp.stack([one, -one, two, -two], axis=1))
+    one = head[:, :1]
+    head = jnp.zeros_like(head).at[:, first].set(one).at[:, second].set(-one)
     return Teacher(config, params | {"lm_head": {"kernel": head}}, tokenizer)
