@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,12 +39,12 @@ class Rendered(NamedTuple):
     """bool [N]: the tokens that are to be predicted."""
 
 
-def read_conversations(names: Sequence[str]) -> Iterator[Conversation]:
+def read_conversations(names: Sequence[str], flag: str = "--conversations") -> Iterator[Conversation]:
     """The conversations of the sources `names`, whose records have a list `messages` of {role, content}.
 
-    Raises UserError, with file and line or row, for a record of another kind.
+    Raises UserError, with file and line or row, for a record of another kind; `flag` is the setting that names them.
     """
-    return read_records(names, _FIELD)
+    return read_records(names, replace(_FIELD, flag=flag))
 
 
 def describe_sources(names: Sequence[str]) -> list[Any]:

@@ -23,6 +23,7 @@ from typing import Any
 from jaxlin import generate, sources
 from jaxlin.command_line import parse, run_main
 from jaxlin.config import UserError
+from jaxlin.conversations import Conversation, read_conversations
 from jaxlin.evaluation.scoring import padded_length
 from jaxlin.filters import NearDuplicates, ends_in_loop, normalized, repetition
 from jaxlin.runs import Teacher, write_text
@@ -37,11 +38,11 @@ class Settings(generate.GenerationSettings):
     """Write a teacher's answers to prompts as conversations to train on; the same command continues."""
 
     prompts: tuple[str, ...] = ()
-    """Text sources, as --text of training; of a .jsonl with messages, each conversation up to its last user turn."""
+    """Text sources, as --text of training; or conversations, each up to its last user turn (a .jsonl with messages)."""
     out: str = ""
     """The conversations, .jsonl; beside it OUT.rejected.jsonl and OUT.report.json."""
     prompt_field: str = "prompt"
-    """Field of a record that holds the prompt, where there are no messages."""
+    """Field of a record that holds the prompt; "messages" reads conversations from any source that training does."""
     system: str = ""
     """System prompt of conversations that have none; empty leaves it to the chat template."""
     samples: int = 1
@@ -98,10 +99,10 @@ class Job:
 
 def conversations(name: str, field: str) -> Iterator[list[Message]]:
     """The conversations of one source, each up to its last user turn; a text is one user turn."""
+    if field == "messages" or _holds_messages(name):
+        yield from map(_up_to_last_user, read_conversations([name], "--prompts"))
+        return
     try:
-        if _holds_messages(name):
-            yield from _conversations_of(name)
-            return
         opened = sources.open_text([name], field, end_of_text=-1, vocab_size=1 << 32)
         parts = [shard.read(0) for shard in opened] if isinstance(opened, list) else [_documents(opened)]
         for text in itertools.chain.from_iterable(parts):
@@ -118,42 +119,25 @@ def _documents(documents: sources.Documents) -> Iterator[sources.Document]:
 
 
 def _holds_messages(name: str) -> bool:
+    """Whether the first record of a .jsonl has a conversation."""
     path = Path(name)
     if not name.endswith(".jsonl") or not path.is_file():
         return False
-    with path.open() as file:
-        first = next((line for line in file if line.strip()), "")
-    return '"messages"' in first and "messages" in _record(first, f"{name}, line 1")
-
-
-def _record(line: str, where: str) -> dict[str, Any]:
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), b"")
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not a line of JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a record, found {type(record).__name__}")
-    return record
+        record = json.loads(first)
+    except ValueError:
+        return b'"messages"' in first
+    return isinstance(record, dict) and "messages" in record
 
 
-def _conversations_of(name: str) -> Iterator[list[Message]]:
-    with open(name) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{name}, line {number}"
-                yield _up_to_last_user(_record(line, where).get("messages"), where)
-
-
-def _up_to_last_user(messages: Any, where: str) -> list[Message]:
-    try:
-        turns = [{"role": m["role"], "content": m["content"]} for m in messages]
-        whole = all(isinstance(value, str) for turn in turns for value in turn.values())
-    except (TypeError, KeyError):
-        whole, turns = False, []
+def _up_to_last_user(conversation: Conversation) -> list[Message]:
+    turns = [{"role": m["role"], "content": m["content"]} for m in conversation.messages]
     while turns and turns[-1]["role"] != "user":
         turns.pop()
-    if not whole or not turns:
-        raise UserError(f"{where}: messages must be a list of role and content, both text, with a user's turn")
+    if not turns:
+        raise UserError(f"{conversation.where}: no user's turn to answer")
     return turns
 
 

@@ -47,9 +47,9 @@ def test_sources_of_prompts(tmp_path):
     "content, words",
     [
         ('{"text": "a"}\n', "no field 'prompt' among text; set --prompt-field"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "line 1: messages must be .* with a user's turn"),
-        ('{"messages": [{"role": "user", "content": ["a"]}]}\n', "line 1: messages must be"),
-        ('{"messages": 3}\n', "line 1: messages must be"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "line 1: no user's turn to answer"),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}\n', "line 1, message 1: 'content' is list, not text"),
+        ('{"messages": 3}\n', "line 1: field 'messages' is int"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n{"mess', "line 2: not a line of JSON"),
     ],
 )
