@@ -76,8 +76,8 @@ def prepare(
     settings = {"names": list(names), "seq_len": seq_len, "loss_on": loss_on, "template": template}
     processes.from_first(lambda: _write(folder, names, rendered, settings, len(tokenizer), resuming))
     home = folder / FOLDER
-    arrays = (np.load(home / f"{name}.npy", mmap_mode="r") for name in ("tokens", "learned", "ends"))
-    return Prepared(*arrays, json.loads((home / "report.json").read_text()))
+    tokens, learned, ends = (np.load(home / f"{name}.npy", mmap_mode="r") for name in ("tokens", "learned", "ends"))
+    return Prepared(tokens, learned, ends, json.loads((home / "report.json").read_text()))
 
 
 def _write(
