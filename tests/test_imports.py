@@ -20,7 +20,7 @@ LEVELS = [
     {"distill", "calibrate"},
     {"layer_local"},
     {"data", "streams", "split", "sources", "checkpoint", "convert", "hf_files", "gguf_teacher", "student", "metrics",
-     "timing"},
+     "timing", "training_data", "packing", "conversations", "arrays"},
     {"losses"},
     {"model"},
     {"mixers"},
