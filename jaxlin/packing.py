@@ -52,11 +52,7 @@ class Prepared:
 
     def split(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of the conversations to train on, and of those held back: every n-th, n = 1 / fraction."""
-        if fraction <= 0:
-            raise UserError("--data.heldout-fraction 0 keeps back no conversations to evaluate on: raise it")
         every, period = np.arange(len(self)), max(2, round(1 / fraction))
-        if len(every) < 2:
-            raise UserError(f"--conversations: {len(every)} with something to learn, at least 2 are needed")
         heldout = every % period == 0
         return every[~heldout], every[heldout]
 
@@ -238,7 +234,8 @@ def _rows(prepared: Prepared, numbers: np.ndarray, seq_len: int) -> Rows:
 
 def summary(report: dict[str, Any], rows: Rows, seq_len: int) -> str:
     """What became of the conversations, in one line."""
-    padding = 1 - sum(int(rows.conversations.lengths()[row].sum()) for row in rows.places) / (len(rows) * seq_len)
+    lengths = rows.conversations.lengths()
+    padding = 1 - sum(int(lengths[row].sum()) for row in rows.places) / (len(rows) * seq_len)
     return (
         f"conversations: {report['kept']:,} of {report['read']:,} kept, {report['tokens']:,} tokens, "
         f"{report['learned']:,} to predict; left out {report['without_messages']:,} without messages and "
