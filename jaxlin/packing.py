@@ -52,11 +52,7 @@ class Prepared:
 
     def split(self, fraction: float) -> tuple[np.ndarray, np.ndarray]:
         """The numbers of the conversations to train on, and of those held back: every n-th, n = 1 / fraction."""
-        if fraction <= 0:
-            raise UserError("--data.heldout-fraction 0 keeps back no conversations to evaluate on: raise it")
         every, period = np.arange(len(self)), max(2, round(1 / fraction))
-        if len(every) < 2:
-            raise UserError(f"--conversations: {len(every)} with something to learn, at least 2 are needed")
         heldout = every % period == 0
         return every[~heldout], every[heldout]
 
@@ -76,8 +72,8 @@ def prepare(
     settings = {"names": list(names), "seq_len": seq_len, "loss_on": loss_on, "template": template}
     processes.from_first(lambda: _write(folder, names, rendered, settings, len(tokenizer), resuming))
     home = folder / FOLDER
-    arrays = (np.load(home / f"{name}.npy", mmap_mode="r") for name in ("tokens", "learned", "ends"))
-    return Prepared(*arrays, json.loads((home / "report.json").read_text()))
+    tokens, learned, ends = (np.load(home / f"{name}.npy", mmap_mode="r") for name in ("tokens", "learned", "ends"))
+    return Prepared(tokens, learned, ends, json.loads((home / "report.json").read_text()))
 
 
 def _write(
@@ -238,7 +234,8 @@ def _rows(prepared: Prepared, numbers: np.ndarray, seq_len: int) -> Rows:
 
 def summary(report: dict[str, Any], rows: Rows, seq_len: int) -> str:
     """What became of the conversations, in one line."""
-    padding = 1 - sum(int(rows.conversations.lengths()[row].sum()) for row in rows.places) / (len(rows) * seq_len)
+    lengths = rows.conversations.lengths()
+    padding = 1 - sum(int(lengths[row].sum()) for row in rows.places) / (len(rows) * seq_len)
     return (
         f"conversations: {report['kept']:,} of {report['read']:,} kept, {report['tokens']:,} tokens, "
         f"{report['learned']:,} to predict; left out {report['without_messages']:,} without messages and "

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from jaxlin import packing
-from jaxlin.config import RunConfig
+from jaxlin.config import RunConfig, UserError
 from jaxlin.data import heldout_batches, train_batches
 from jaxlin.streams import Batch
 
@@ -34,6 +34,8 @@ class TrainingData:
             self._iterators["text"] = train_batches(run.text, run.data, tokenizer, batch_size=self._unit, seed=run.seed)
             heldout["text"] = heldout_batches(run.text, run.data, tokenizer, batch_size=heldout_size(run))
         if "conversations" in kinds.values():
+            if run.data.heldout_fraction <= 0:
+                raise UserError("--data.heldout-fraction 0 keeps back no conversations to evaluate on: raise it")
             folder = run.students()[0].folder  # of several students the first one's holds them
             prepared = _prepare(run, folder, tokenizer, resuming=resuming)
             rows = packing.training_rows(prepared, run.data)

@@ -19,7 +19,6 @@ from jaxlin.evaluation.subject import open_subject
 from jaxlin.model_flops import model_flops
 from jaxlin.plan import placed_models
 from jaxlin.sharding import make_mesh
-from jaxlin.train_step import make_loss
 from jaxlin.trainer import Trainer
 from tests.chat_teacher import ARCHITECTURE, chat_teacher, chat_tokenizer, chats, write_chats
 from tests.models import random_params, student_of
@@ -57,7 +56,7 @@ def sft(material, folder, *args):
 
 def batch_of(tmp_path, loss_on="assistant"):
     """Rows of several conversations each."""
-    path = write_chats(tmp_path / "chats.jsonl", chats(12))
+    path = write_chats(tmp_path / "chats.jsonl", chats(6))
     config = DataConfig(seq_len=256)
     found = packing.prepare(tmp_path / "run", [str(path)], chat_tokenizer(), 256, loss_on, resuming=False)
     rows = packing.training_rows(found, config)
@@ -100,8 +99,6 @@ def test_only_learned_tokens_count(tmp_path):
     assert count["tokens"] == count["next_tokens"] == at.valid.sum() > 0
     plain = losses.targets(batch["tokens"], batch["segment_ids"])
     np.testing.assert_array_equal(plain.valid, batch["segment_ids"] != 0)
-    other = {**batch, "tokens": np.where(np.roll(batch["learned"], -1, 1), batch["tokens"], batch["tokens"])}
-    assert make_loss(Stage3Config(), SHAPE, SHAPE)(random_params(SHAPE), random_params(SHAPE), other) == 0
 
 
 def test_cross_entropy_alone_runs_no_teacher(tmp_path):
@@ -116,7 +113,7 @@ def test_cross_entropy_alone_runs_no_teacher(tmp_path):
     expected, seen = jax.jit(distill.gradient_function(tiny, student, SHAPE, "none"))(
         params, params, random_params(SHAPE), batch, count
     )
-    assert metrics.keys() == {"loss", "ce"} and metrics["loss"] == metrics["ce"]
+    assert metrics.keys() == {"loss", "ce"} and np.isclose(metrics["loss"], metrics["ce"], rtol=1e-6)
     np.testing.assert_allclose(metrics["ce"], seen["ce"], rtol=1e-6)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
