@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,8 @@ def _splash(q, k, v, segment_ids):
         )
         q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * jnp.asarray(d**-0.5, q.dtype), k, v))
         ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
-        return jnp.swapaxes(jax.vmap(kernel)(q, k, v, ids), 1, 2)
+        y: Any = jax.vmap(kernel)(q, k, v, ids)
+        return jnp.swapaxes(y, 1, 2)
 
     layout = sharding.layout(batch, length, heads)
     if layout is None:

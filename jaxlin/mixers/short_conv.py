@@ -73,7 +73,7 @@ def _append(inputs: _Inputs, tail: Array) -> Array:
 def _outputs(kernel: Array, x: Array, segment_ids: Array | None, tail: Array, packed: bool) -> Array:
     size, padded = kernel.shape[0], jnp.concatenate([tail, x], axis=1)
     ids = None if segment_ids is None else _with_tail(segment_ids, size - 1)
-    if segment_ids is None or packed:
+    if segment_ids is None or ids is None or packed:
         y = kernel[-1] * x
         for lag in range(1, size):
             rows = slice(size - 1 - lag, padded.shape[1] - lag)
