@@ -7,6 +7,7 @@ states of the recurrences do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -71,24 +72,37 @@ def _append(inputs: _Inputs, tail: Array) -> Array:
 
 
 def _outputs(kernel: Array, x: Array, segment_ids: Array | None, tail: Array, packed: bool) -> Array:
-    size, padded = kernel.shape[0], jnp.concatenate([tail, x], axis=1)
-    ids = None if segment_ids is None else _with_tail(segment_ids, size - 1)
-    if segment_ids is None or ids is None or packed:
-        y = kernel[-1] * x
-        for lag in range(1, size):
-            rows = slice(size - 1 - lag, padded.shape[1] - lag)
-            term = kernel[size - 1 - lag] * padded[:, rows]
-            y += term if ids is None else _where(ids[:, rows] == segment_ids, term)
-        return _whole_cotangent(y if segment_ids is None else _where(segment_ids != 0, y))
+    padded = jnp.concatenate([tail, x], axis=1)
+    if segment_ids is None:
+        return _whole_cotangent(_shifted(kernel, padded, lambda rows: None))
+    ids = _with_tail(segment_ids, tail.shape[1])
+    if not packed:
+        return _where(segment_ids != 0, _gathered(kernel, padded, ids)[:, tail.shape[1] :])
+    y = _shifted(kernel, padded, lambda rows: ids[:, rows] == segment_ids)
+    return _whole_cotangent(_where(segment_ids != 0, y))
+
+
+def _shifted(kernel: Array, padded: Array, counts: Callable[[slice], Array | None]) -> Array:
+    """Every tap on the rows so many tokens before; `counts` says of such rows which do (None: all)."""
+    size, y = kernel.shape[0], 0.0
+    for lag in range(size):
+        rows = slice(size - 1 - lag, padded.shape[1] - lag)
+        term, same = kernel[size - 1 - lag] * padded[:, rows], counts(rows)
+        y += term if same is None else _where(same, term)
+    return jnp.asarray(y)
+
+
+def _gathered(kernel: Array, padded: Array, ids: Array) -> Array:
+    """Every tap on the last tokens of a segment, however much padding is between them."""
+    size, y = kernel.shape[0], kernel[-1] * padded
     before = previous_valid(ids)
     index = jnp.where(ids != 0, jnp.arange(ids.shape[1], dtype=jnp.int32), -1)
-    y = kernel[-1] * padded
     for lag in range(1, size):
         index = jnp.where(index >= 0, jnp.take_along_axis(before, jnp.maximum(index, 0), axis=1), -1)
         same = (index >= 0) & (jnp.take_along_axis(ids, jnp.maximum(index, 0), axis=1) == ids)
         inverse = _invert(jnp.where(same, index, -1))
         y = y + kernel[size - 1 - lag] * _take_rows(padded, jnp.where(same, index, -1), inverse)
-    return _where(segment_ids != 0, y[:, size - 1 :])
+    return y
 
 
 @jax.custom_vjp
