@@ -130,6 +130,7 @@ def test_cross_entropy_alone_runs_no_teacher(tmp_path):
     assert flops[1.0].student - flops[0.0].student == head
 
 
+@pytest.mark.slow
 def test_fine_tuning_a_student(material, tmp_path, capsys):
     """It starts where the other run ended, learns, resumes bit for bit, and eval.py measures what it measured."""
     run = sft(material, tmp_path / "whole")
@@ -182,6 +183,7 @@ def test_fine_tuning_the_teacher(material, tmp_path):
     assert np.isclose(held[0], np.log(started["teacher_perplexity"]), rtol=1e-6) and held[-1] < held[0]
 
 
+@pytest.mark.slow
 def test_an_instruct_teacher(material, tmp_path, capsys):
     """Two stages on text, the third on conversations; stage 3 alone continues them without text."""
     args = ["--config", "instruct", "--mixer", "retnet", "--teacher", str(material / "teacher"), "--dtype", "float32",

@@ -162,7 +162,7 @@ MISTAKES = {
     "hybrid": (["--mixer", "gla+softmax+gla"], "period of 3, which does not divide the 4 layers"),
     "preset": (["--preset", "best"], "--preset best: choose one of recommended, paper, paper_code"),
     "profile": (["--profile", "0:2"], "--profile 0:2: give START:COUNT, a step of a stage from 1"),
-    "config": (["--config", "huge"], "--config huge: no such file; give a path or one of demo, llama3_2_1b"),
+    "config": (["--config", "huge"], "--config huge: no such file; give a path or one of demo, instruct, llama3_2_1b"),
     "stage": (["--stage", "4"], "--stage 4: stages are 1, 2 and 3"),
     "field": (["--stage1.speed", "3"], "--stage1.speed"),
     "value": (["--stage1.lr", "fast"], "--stage1.lr"),
