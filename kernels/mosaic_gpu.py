@@ -194,7 +194,7 @@ def dot(a: Array | Ref, b: Ref, acc: Array | None = None, *, ta: bool = False, t
         x, y = (t.astype(jnp.float32) for t in (x.T if ta else x, y.T if tb else y))
         product = jnp.dot(x, y, precision=lax.Precision.HIGHEST)
         return product if acc is None else acc + product
-    a, b = (_transposed(t) if flag else t for t, flag in ((a, ta), (b, tb)))
+    a, b = (transposed(t) if flag else t for t, flag in ((a, ta), (b, tb)))
     if acc is not None:
         return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
 
@@ -256,7 +256,8 @@ def store(ref: Ref, x: Array) -> None:
         ref[...] = x
 
 
-def _transposed(ref: Ref) -> Ref:
+def transposed(ref: Ref) -> Ref:
+    """A tile in shared memory with rows and columns exchanged, for products."""
     return plgpu.transpose_ref(ref, (1, 0)) if _JAX < (0, 11) else ref.transpose((1, 0))
 
 
