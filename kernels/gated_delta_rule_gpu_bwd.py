@@ -14,12 +14,16 @@ with ~ for "times the decays". For the gate each row i gets, in float32 and with
 (reads = q.dQ + k.dK through S, writes = k.dK through dS') and each channel k keep (S dS'^T)_kk, so that
 dg = revcumsum(rows - columns) + sum(writes) + sum(channels). All is a sum over the programs that share a head.
 
+A chunk is seven links of products (nine at K = 128), those of a link in flight together; before, each of twenty was
+waited for alone.
+
 Budget at K = V = 64: dS, and of what a chunk makes up to three tiles and a product, 160 registers a thread. So nothing
-waits in registers for long: Z and Q K^T are found twice, E when U and Y are there, and keys of 128 are two tiles of 64
-of everything, dK and dQ of one half finished before the other is begun. (Whole, products did not fit beside dS and
-ptxas had each wait for the one before.) Shared memory: q, k, v, do, S, T - I of 8 KB in 2 stages, dq, dk, dv written
-over q, k, v (96 KB); dS, U and four tiles for operands that must lie there (48 KB) and vectors (5 KB): one program an
-SM. Two programs with one stage each were slower (0.78 against 0.61 ms).
+waits in registers for long: K S and Q K^T are found twice, E when U and Y are there, and keys of 128 are two tiles of
+64 of everything, dK and dQ of one half finished before the other is begun. (Whole, products did not fit beside dS and
+ptxas had each wait for the one before.) Shared memory: q, k, v, do, S, T - I of 8 KB in one stage; dS, and two tiles,
+of x (then U) and P (then dU, then the rows that read S); Y and dP lie over T, dA over S, scaled do over do, and dq, dk,
+dv over q, k, v (72 KB); vectors (3 KB); 77 KB, or 111 KB at K = 128: two programs an SM, of which one computes while
+the other loads.
 """
 
 from __future__ import annotations
@@ -101,9 +105,9 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
 
 def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
     b, h, w = index
-    block, blocks = gpu.block(w), given["v"].shape[3] // BLOCK
-    halves = range(given["q"].shape[3] // CHUNK)
-    ds = load_state(given, "ds", index, given["q"].shape[3])
+    block, blocks, key_dim = gpu.block(w), given["v"].shape[3] // BLOCK, given["q"].shape[3]
+    halves = range(key_dim // CHUNK)
+    ds = load_state(given, "ds", index, key_dim)
 
     def chunk(n, slot, refill, ds):
         here = gpu.unknown_zero(anew=True)
@@ -152,7 +156,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         i, j = gpu.indices()
         e = 0.0
         dl, *q_k = dots(Sum([Product(y_tile, u_tile, tb=True)]), *([q_k] if gate else []))
-        dp, dl = d.pair(dp, dl)
+        dp, dl = decays(form, buffer, slot).pair(dp, dl)  # read again: kept, they would be spilled
         dl = jnp.where(i > j, dl, 0.0)
         dp_tile[...] = dp.astype(jnp.bfloat16)
         if gate:
@@ -206,6 +210,6 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
     for c in halves:
         extra.append((lambda n, c=c: given["states"].at[b, h, n, key_rows(c), block], buffer[f"states{c}"]))
     parts = sources(given, buffer, index, tuple(extra))
-    ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES[given["q"].shape[3]], reverse=True)
+    ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES[key_dim], reverse=True)
     store_state(made["s"], ds, index)
     gpu.wait_out(0, read=False)

@@ -69,8 +69,10 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     s = gpu.load(given["s0"].at[b, h, :, block]) if "s0" in given else gpu.zeros(*buffer["state"].shape[1:])
 
     def chunk(n, slot, refill, s):
+        here = gpu.unknown_zero(anew=True)
+        slot += here  # which one stage alone would leave constant
         q, k, v, t = (buffer[name].at[slot] for name in "qkvt")
-        state = buffer["state"].at[gpu.unknown_zero(anew=True)]
+        state = buffer["state"].at[here]
         if save:
             gpu.wait_out(1)  # the saved state of the chunk before
         gpu.put(state, s)

@@ -28,6 +28,7 @@ from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
 from jaxlin.kernels.mosaic_gpu import CHUNK, by_row, dot
 from jaxlin.kernels.tile_gpu_keys import key_rows, over
+from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 EXACT = 16
 """From blocks of so many rows on L has 16 bits: with keys correlated by 0.9, its 8 were the largest error of T."""
@@ -82,18 +83,24 @@ def unit_lower_inverse(minus_lower: Array, lower: gpu.Ref, rest: gpu.Ref, blocks
     """
     i, j = gpu.indices()
     apart = lax.bitwise_xor(i, j)  # in [s, 2s) where i and j lie in the two halves of a block of 2s rows
+    apart_by_8 = lax.bitwise_xor(lax.shift_right_logical(i, jnp.int32(3)), lax.shift_right_logical(j, jnp.int32(3)))
+
+    def halves(size: int) -> Array:
+        apart_by, size = (apart, size) if size < 8 else (apart_by_8, size // 8)  # the same in eight columns: cheaper
+        return lax.bitwise_xor(apart_by, jnp.int32(size)) < size
+
     x = jnp.where(i == j, 1.0, jnp.where(apart == 1, minus_lower, 0.0))
     rounded = minus_lower.astype(jnp.bfloat16)
     lower[...] = rounded
     rest[...] = (minus_lower - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
     size = 2
     while size < CHUNK:
-        gpu.put(blocks, x)
         x_rounded = x.astype(jnp.bfloat16)
-        corners = dot(x_rounded, lower)
-        if size >= EXACT:
-            corners = dot(x_rounded, rest, corners)
-        corners = jnp.where(lax.bitwise_xor(apart, jnp.int32(size)) < size, corners, 0.0)
-        x = dot(corners.astype(jnp.bfloat16), blocks, x)
+        blocks[...] = x_rounded
+        gpu.commit()
+        products = [Product(x_rounded, lower), Product(x_rounded, rest)]
+        (corners,) = dots(Sum(products[: 1 + (size >= EXACT)]))
+        corners = jnp.where(halves(size), corners, 0.0)
+        (x,) = dots(Sum([Product(corners.astype(jnp.bfloat16), blocks)], x))
         size *= 2
     return jnp.where(i == j, 0.0, x)

@@ -2,7 +2,7 @@
 
 The state at the start of a part is mapped to M S + N, its cotangent at the end to M^T dS + R. `maps` finds M and N of
 every part in a first pass: the recurrence itself, N from a zero state, the columns of M from those of the identity with
-v = 0. `adjoints` finds R, with T - I from the forward pass. The parts are then combined one after the other.
+v = 0. `adjoints` finds R. Both read T - I. The parts are then combined one after the other.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jaxlin.kernels.gated_delta_rule_gpu_intra import beta_of
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
 from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
+from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 STAGES = 2
 
@@ -109,14 +110,15 @@ def adjoints(form: Form, x: Inputs, t: Array, do: Array) -> Array:
             if form.segments:
                 clean(d.valid, q, k, do)
             gpu.put(buffer["state"], ds)
-            (p,) = d.pair(dot(q, k, tb=True))
-            gpu.put(buffer["p"], p)
-            du = dot(buffer["p"], do, by_row(d.leave, dot(k, buffer["state"])), ta=True)
+            p, du = dots(Sum([Product(q, k, tb=True)]), Sum([Product(k, buffer["state"])]))
+            gpu.put(buffer["p"], *d.pair(p))
+            du = dot(buffer["p"], do, by_row(d.leave, du), ta=True)
             gpu.put(buffer["y"], du)
             y = dot(t, buffer["y"], du, ta=True)
-            gpu.put(buffer["y"], by_row(d.enter * beta_of(form, buffer, slot), y))
+            gpu.put(buffer["y"], by_row(-d.enter * beta_of(form, buffer, slot), y))
             gpu.put(buffer["p"], by_row(d.enter_scaled, gpu.load(do)))
-            return dot(q, buffer["p"], d.keep * ds, ta=True) - dot(k, buffer["y"], ta=True)
+            through = [Product(q, buffer["p"], ta=True), Product(k, buffer["y"], ta=True)]
+            return dots(Sum(through, d.keep * ds))[0]
 
         return gpu.zeros(key_dim, BLOCK), chunk
 

@@ -257,7 +257,7 @@ def store(ref: Ref, x: Array) -> None:
 
 
 def transposed(ref: Ref) -> Ref:
-    """A tile in shared memory with rows and columns exchanged, for products."""
+    """A tile in shared memory with rows and columns exchanged."""
     return plgpu.transpose_ref(ref, (1, 0)) if _JAX < (0, 11) else ref.transpose((1, 0))
 
 
@@ -401,8 +401,7 @@ def launch(
 
     A `state` is one more input, which the body overwrites in place, and one more output.
     """
-    names = tuple(f"g{i}" for i in range(len(grid)))
-    count = len(arrays) + (state is not None)
+    names, count = tuple(f"g{i}" for i in range(len(grid))), len(arrays) + (state is not None)
 
     def split(refs):
         return refs[:count], refs[count : count + len(out)], refs[count + len(out) :]
