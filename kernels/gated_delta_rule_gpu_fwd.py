@@ -82,14 +82,13 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         beta = beta_of(form, buffer, slot)
         if form.segments:
             clean(d.valid, k, v)
-        kept, p = dots(Sum([Product(k, state)]), Sum([Product(q, k, tb=True)]))
+        kept, read, p = dots(Sum([Product(k, state)]), Sum([Product(q, state)]), Sum([Product(q, k, tb=True)]))
         gpu.wait_out(1 if save else 0)  # o of the chunk before
         refill()
 
         x = by_row(beta, gpu.load(v) - by_row(d.enter, kept))
         gpu.put(v, x)
-        p = d.pair(p)[0].astype(jnp.bfloat16)
-        u, read = dots(Sum([Product(t, v)], x), Sum([Product(q, state)]))
+        u, p = dots(Sum([Product(t, v)], x), meanwhile=lambda: d.pair(p)[0])
         u_tile = written = t
         u_tile[...] = u.astype(jnp.bfloat16)
         if form.gated or form.segments:
@@ -98,7 +97,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         gpu.commit()
         s, o = dots(
             Sum([Product(k, written, ta=True)], by_row(d.keep, s)),
-            Sum([Product(p, u_tile)], by_row(d.enter_scaled, read)),
+            Sum([Product(p.astype(jnp.bfloat16), u_tile)], by_row(d.enter_scaled, read)),
         )
         v[...] = stored(d, o)
         gpu.copy_out((v, made["o"].at[b, gpu.chunk_rows(n), h, block]))
