@@ -99,6 +99,7 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
             list(out.values()),
             (batch, heads, blocks),
             list(scratch.values()),
+            barriers=False,
         )
     )
 
@@ -139,12 +140,14 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         x = by_row(beta, z(read))
         x_tile[...], p_tile[...] = (tile.astype(jnp.bfloat16) for tile in (x, *d.pair(p)))
         gpu.commit()
-        u, du = dots(Sum([Product(t, x_tile)], x), Sum([Product(p_tile, do, ta=True)], by_row(d.leave, du)))
+        u, du = dots(Sum([Product(t, x_tile)], x), Sum([Product(p_tile, do, ta=True)], by_row(d.leave, du)), last=True)
         u_tile[...], du_tile[...] = (tile.astype(jnp.bfloat16) for tile in (u, du))
         gpu.commit()
         gpu.wait_out(0)
         refill()
-        y, dp, read = dots(Sum([Product(t, du_tile, ta=True)], du), Sum([Product(do, u_tile, tb=True)]), k_state)
+        y, dp, read = dots(
+            Sum([Product(t, du_tile, ta=True)], du), Sum([Product(do, u_tile, tb=True)]), k_state, last=True
+        )
         d_beta = jnp.sum(y * z(read), 1)
         dv = by_row(beta, y)
         y_tile = dp_tile = t
@@ -155,7 +158,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         # -dA is beta times what is here called dl; both are times the decays and scale
         i, j = gpu.indices()
         e = 0.0
-        dl, *q_k = dots(Sum([Product(y_tile, u_tile, tb=True)]), *([q_k] if gate else []))
+        dl, *q_k = dots(Sum([Product(y_tile, u_tile, tb=True)]), *([q_k] if gate else []), last=True)
         dp, dl = decays(form, buffer, slot).pair(dp, dl)  # read again: kept, they would be spilled
         dl = jnp.where(i > j, dl, 0.0)
         dp_tile[...] = dp.astype(jnp.bfloat16)
@@ -175,7 +178,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         new = []
         for c in halves:
             written, reading = Product(u_tile, d_state[c], tb=True), Product(read_tile, state[c], tb=True)
-            dk, dk_read, dq = dots(Sum([written]), Sum([reading]), Sum([Product(do, state[c], tb=True)]))
+            dk, dk_read, dq = dots(Sum([written]), Sum([reading]), Sum([Product(do, state[c], tb=True)]), last=c == 0)
             dk = by_row(d.leave, dk)
             if gate:
                 writes += jnp.sum(gpu.load(k[c]) * dk, 1)
@@ -187,7 +190,9 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
                 gpu.put(da_tile, da)
             d_keys = [Product(da_tile, k[c]), Product(dp_tile, q[c], ta=True), Product(da_tile, k[c], ta=True)]
             through = [Product(q[c], do, ta=True), Product(k[c], read_tile, ta=True)]
-            dk, dq, d_start = dots(Sum(d_keys, dk), Sum([Product(dp_tile, k[c])], dq), Sum(through, d.keep * ds[c]))
+            dk, dq, d_start = dots(
+                Sum(d_keys, dk), Sum([Product(dp_tile, k[c])], dq), Sum(through, d.keep * ds[c]), last=True
+            )
             new.append(d_start)
             q[c][...], k[c][...] = stored(d, dq), stored(d, dk)
         if gate:

@@ -58,7 +58,14 @@ def forward(form: Form, x: Inputs, t: Array, s0: Array | None, save: bool) -> tu
         _program(form, index, given, made, dict(zip(scratch, buffers, strict=True)), chunks)
 
     grid = (batch, heads, value_dim // BLOCK)
-    results = gpu.launch(gated_delta_rule_fwd, list(flat.values()), list(out.values()), grid, list(scratch.values()))
+    results = gpu.launch(
+        gated_delta_rule_fwd,
+        list(flat.values()),
+        list(out.values()),
+        grid,
+        list(scratch.values()),
+        barriers=False,
+    )
     results = dict(zip(out, results, strict=True))
     return results["o"], results["s"], results.get("states")
 
@@ -88,7 +95,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
 
         x = by_row(beta, gpu.load(v) - by_row(d.enter, kept))
         gpu.put(v, x)
-        u, p = dots(Sum([Product(t, v)], x), meanwhile=lambda: d.pair(p)[0])
+        u, p = dots(Sum([Product(t, v)], x), meanwhile=lambda: d.pair(p)[0], last=True)
         u_tile = written = t
         u_tile[...] = u.astype(jnp.bfloat16)
         if form.gated or form.segments:
@@ -98,6 +105,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         s, o = dots(
             Sum([Product(k, written, ta=True)], by_row(d.keep, s)),
             Sum([Product(p.astype(jnp.bfloat16), u_tile)], by_row(d.enter_scaled, read)),
+            last=True,
         )
         v[...] = stored(d, o)
         gpu.copy_out((v, made["o"].at[b, gpu.chunk_rows(n), h, block]))

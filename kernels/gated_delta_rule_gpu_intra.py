@@ -26,8 +26,8 @@ from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
-from jaxlin.kernels.mosaic_gpu import CHUNK, by_row, dot
-from jaxlin.kernels.tile_gpu_keys import key_rows, over
+from jaxlin.kernels.mosaic_gpu import CHUNK, by_row
+from jaxlin.kernels.tile_gpu_keys import key_rows
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 EXACT = 16
@@ -61,14 +61,14 @@ def intra(form: Form, x: Inputs) -> Array:
         d, beta = decays(form, buffer, jnp.int32(0)), beta_of(form, buffer, jnp.int32(0))
         if form.segments:
             clean(d.valid, *k)
-        (a,) = d.keys(over(halves, lambda c, x: dot(k[c], k[c], x, tb=True)))
+        (a,) = d.keys(*dots(Sum([Product(k[c], k[c], tb=True) for c in halves]), last=True))
         gpu.put(lower, unit_lower_inverse(by_row(-beta, a), lower, k[0], buffer["blocks"]))
         gpu.copy_out((lower, outputs[0].at[b, h, n]))
         gpu.wait_out(0, read=False)
 
     out = [jax.ShapeDtypeStruct((batch, heads, chunks, CHUNK, CHUNK), x.k.dtype)]
     grid = (batch, heads, chunks)
-    return gpu.launch(gated_delta_rule_intra, list(flat.values()), out, grid, list(scratch.values()))[0]
+    return gpu.launch(gated_delta_rule_intra, list(flat.values()), out, grid, list(scratch.values()), barriers=False)[0]
 
 
 def beta_of(form: Form, buffer: dict, slot: Array) -> Array:
@@ -101,6 +101,6 @@ def unit_lower_inverse(minus_lower: Array, lower: gpu.Ref, rest: gpu.Ref, blocks
         products = [Product(x_rounded, lower), Product(x_rounded, rest)]
         (corners,) = dots(Sum(products[: 1 + (size >= EXACT)]))
         corners = jnp.where(halves(size), corners, 0.0)
-        (x,) = dots(Sum([Product(corners.astype(jnp.bfloat16), blocks)], x))
+        (x,) = dots(Sum([Product(corners.astype(jnp.bfloat16), blocks)], x), last=True)
         size *= 2
     return jnp.where(i == j, 0.0, x)

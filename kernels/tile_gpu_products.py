@@ -37,8 +37,11 @@ class Sum(NamedTuple):
     start: Array | None = None
 
 
-def dots(*sums: Sum, meanwhile: Callable[[], Array] | None = None) -> list[Any]:
-    """The sums, issued together and waited for once, and what `meanwhile` gives, computed before the wait."""
+def dots(*sums: Sum, meanwhile: Callable[[], Array] | None = None, last: bool = False) -> list[Any]:
+    """The sums, issued together and waited for once, and what `meanwhile` gives, computed before the wait.
+
+    With `last` no warp goes on before all are done: what the products read may then be written over.
+    """
     if gpu.interpreted():
         found = []
         for products, total in sums:
@@ -58,4 +61,7 @@ def dots(*sums: Sum, meanwhile: Callable[[], Array] | None = None) -> list[Any]:
         if meanwhile is not None:
             refs[-1][...] = meanwhile()
 
-    return pl.run_state(issue)(state)
+    results = pl.run_state(issue)(state)
+    if last:
+        gpu.commit()
+    return results
