@@ -20,10 +20,10 @@ waited for alone.
 Budget at K = V = 64: dS, and of what a chunk makes up to three tiles and a product, 160 registers a thread. So nothing
 waits in registers for long: K S and Q K^T are found twice, E when U and Y are there, and keys of 128 are two tiles of
 64 of everything, dK and dQ of one half finished before the other is begun. (Whole, products did not fit beside dS and
-ptxas had each wait for the one before.) Shared memory: q, k, v, do, S, T - I of 8 KB in one stage; dS, and two tiles,
-of x (then U) and P (then dU, then the rows that read S); Y and dP lie over T, dA over S, scaled do over do, and dq, dk,
-dv over q, k, v (72 KB); vectors (3 KB); 77 KB, or 111 KB at K = 128: two programs an SM, of which one computes while
-the other loads.
+ptxas had each wait for the one before.) Shared memory: q, k, v, S of 8 KB in 2 stages (1 at
+K = 128); do and T - I, with which a chunk does not begin, in one, copied when the chunk before is done with it; dS, and
+two tiles, of x (then U) and P (then dU, then the rows that read S); Y and dP lie over T, dA over S, scaled do over do,
+and dq, dk, dv over q, k, v (104 KB); vectors (3 KB); 111 KB at either K: two programs an SM.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row
 from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, store_state
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
-STAGES = {64: 1, 128: 1}
+STAGES = {64: 2, 128: 1}
 """Chunks in flight, by key dimension."""
 BETA, ROWS, WRITES, COLUMNS, CHANNELS = range(5)
 """The vectors [C] that come out, all but the first only for gates; the last is of channels, [K]."""
@@ -78,12 +78,12 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
     scratch = dict(
         **{f"{name}{c}": gpu.tile(stages, CHUNK, CHUNK) for name in ("q", "k", "states") for c in range(halves)},
         **{f"d_state{c}": gpu.tile(1, CHUNK, BLOCK) for c in range(halves)},
-        **{name: gpu.tile(stages, CHUNK, BLOCK) for name in ("v", "do", "t")},
+        v=gpu.tile(stages, CHUNK, BLOCK),
+        **{name: gpu.tile(1, CHUNK, BLOCK) for name in ("do", "t", "u", "p")},
         vectors=gpu.vector(stages, form.vectors, CHUNK),
-        u=gpu.tile(1, CHUNK, BLOCK),
-        p=gpu.tile(1, CHUNK, CHUNK),
         made=gpu.vector(1, size),
-        barrier=gpu.barrier(4 + 3 * halves + form.segments, min(stages, chunks)),
+        barrier=gpu.barrier(2 + 3 * halves + form.segments, min(stages, chunks)),
+        late=gpu.barrier(2, 1),
     )
     if form.segments:
         scratch |= dict(codes=gpu.vector(stages, CHUNK, dtype=jnp.int32))
@@ -110,11 +110,16 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
     halves = range(key_dim // CHUNK)
     ds = load_state(given, "ds", index, key_dim)
 
+    def fetch_late(n):
+        """Start to copy what a chunk does not begin with: one tile each, free when the chunk before is done."""
+        parts = [(given["do"].at[b, gpu.chunk_rows(n), h, block], buffer["do"].at[0])]
+        gpu.fetch([*parts, (given["t"].at[b, h, n], buffer["t"].at[0])], buffer["late"])
+
     def chunk(n, slot, refill, ds):
         here = gpu.unknown_zero(anew=True)
         slot += here  # which one stage alone would leave constant
         q, k, state = ([buffer[f"{name}{c}"].at[slot] for c in halves] for name in ("q", "k", "states"))
-        v, do, t = (buffer[name].at[slot] for name in ("v", "do", "t"))
+        v, do, t = buffer["v"].at[slot], buffer["do"].at[here], buffer["t"].at[here]
         d_state = [buffer[f"d_state{c}"].at[here] for c in halves]
 
         def made_vector(row):
@@ -123,7 +128,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         d = decays(form, buffer, slot)
         beta = beta_of(form, buffer, slot)
         if form.segments:
-            clean(d.valid, *q, *k, v, do)
+            clean(d.valid, *q, *k, v)
         for c in halves:
             d_state[c][...] = ds[c].astype(jnp.bfloat16)
         gpu.commit()
@@ -140,6 +145,9 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         x = by_row(beta, z(read))
         x_tile[...], p_tile[...] = (tile.astype(jnp.bfloat16) for tile in (x, *d.pair(p)))
         gpu.commit()
+        gpu.arrived(buffer["late"])
+        if form.segments:
+            clean(d.valid, do)
         u, du = dots(Sum([Product(t, x_tile)], x), Sum([Product(p_tile, do, ta=True)], by_row(d.leave, du)), last=True)
         u_tile[...], du_tile[...] = (tile.astype(jnp.bfloat16) for tile in (u, du))
         gpu.commit()
@@ -195,6 +203,11 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
             )
             new.append(d_start)
             q[c][...], k[c][...] = stored(d, dq), stored(d, dk)
+
+        @pl.when(n > 0)
+        def _():
+            fetch_late(n - 1)
+
         if gate:
             made_vector(ROWS)[...] = by_rows - 2 * writes
             made_vector(WRITES)[...] = writes
@@ -208,13 +221,11 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         gpu.copy_out(*copies)
         return tuple(new)
 
-    extra = [
-        (lambda n: given["do"].at[b, gpu.chunk_rows(n), h, block], buffer["do"]),
-        (lambda n: given["t"].at[b, h, n], buffer["t"]),
-    ]
+    extra = []
     for c in halves:
         extra.append((lambda n, c=c: given["states"].at[b, h, n, key_rows(c), block], buffer[f"states{c}"]))
     parts = sources(given, buffer, index, tuple(extra))
+    fetch_late(jnp.int32(chunks - 1))
     ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES[key_dim], reverse=True)
     store_state(made["s"], ds, index)
     gpu.wait_out(0, read=False)

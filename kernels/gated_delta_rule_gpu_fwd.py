@@ -6,9 +6,10 @@
 D, enter, leave and keep are family A's decays, T - I comes from `gated_delta_rule_gpu_intra`. A chunk is three links of
 products, of which those of a link are in flight together: K S, Q S, Q K^T; T x (meanwhile the decays of P); P U, K^T U.
 
-Budget at K = V = 64: S and three products in registers, 128 a thread. Shared memory: q, k, v, T of 8 KB in 2 stages; x
-is written over v, U over T, what is written to S and then o over v again (64 KB); S as operand (8 KB): 74 KB. At
-K = 128 one stage and 66 KB, so that programs that share an SM compute while one loads.
+Budget at K = V = 64: S and three products in registers, 128 a thread. Shared memory: q, k, v of 8 KB in 2 stages; x
+is written over v, then what is written to S, then o (48 KB); T, with which a chunk does not begin, in one, copied when
+the chunk before is done with U, which lies over it; S as operand (16 KB): 66 KB, or 107 KB at K = 128: two programs
+an SM.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_delta_rule_gpu_intra import beta_of
@@ -23,8 +25,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, d
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
-STAGES = {64: 2, 128: 1}
-"""Chunks in flight, by key dimension."""
+STAGES = 2
 
 
 def forward(form: Form, x: Inputs, t: Array, s0: Array | None, save: bool) -> tuple[Array, Array, Array | None]:
@@ -40,18 +41,18 @@ def forward(form: Form, x: Inputs, t: Array, s0: Array | None, save: bool) -> tu
     out = dict(o=shape(x.v.shape, x.v.dtype), s=shape((batch, heads, key_dim, value_dim), jnp.float32))
     if save:
         out |= dict(states=shape((batch, heads, chunks, key_dim, value_dim), x.v.dtype))
-    stages = STAGES[key_dim]
     scratch = dict(
-        q=gpu.tile(stages, CHUNK, key_dim),
-        k=gpu.tile(stages, CHUNK, key_dim),
-        v=gpu.tile(stages, CHUNK, BLOCK),
-        t=gpu.tile(stages, CHUNK, CHUNK),
-        vectors=gpu.vector(stages, form.vectors, CHUNK),
+        q=gpu.tile(STAGES, CHUNK, key_dim),
+        k=gpu.tile(STAGES, CHUNK, key_dim),
+        v=gpu.tile(STAGES, CHUNK, BLOCK),
+        t=gpu.tile(1, CHUNK, CHUNK),
+        vectors=gpu.vector(STAGES, form.vectors, CHUNK),
         state=gpu.tile(1, key_dim, BLOCK),
-        barrier=gpu.barrier(5 + form.segments, min(stages, chunks)),
+        barrier=gpu.barrier(4 + form.segments, min(STAGES, chunks)),
+        late=gpu.barrier(1, 1),
     )
     if form.segments:
-        scratch |= dict(codes=gpu.vector(stages, CHUNK, dtype=jnp.int32))
+        scratch |= dict(codes=gpu.vector(STAGES, CHUNK, dtype=jnp.int32))
 
     def gated_delta_rule_fwd(index, inputs, outputs, buffers):
         given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
@@ -75,11 +76,14 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     save, block = "states" in made, gpu.block(w)
     s = gpu.load(given["s0"].at[b, h, :, block]) if "s0" in given else gpu.zeros(*buffer["state"].shape[1:])
 
+    def fetch_late(n):
+        """Start to copy T, with which a chunk does not begin: one tile, free when the chunk before is done."""
+        gpu.fetch([(given["t"].at[b, h, n], buffer["t"].at[0])], buffer["late"])
+
     def chunk(n, slot, refill, s):
         here = gpu.unknown_zero(anew=True)
-        slot += here  # which one stage alone would leave constant
-        q, k, v, t = (buffer[name].at[slot] for name in "qkvt")
-        state = buffer["state"].at[here]
+        q, k, v = (buffer[name].at[slot] for name in "qkv")
+        state, t = buffer["state"].at[here], buffer["t"].at[here]
         if save:
             gpu.wait_out(1)  # the saved state of the chunk before
         gpu.put(state, s)
@@ -95,6 +99,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
 
         x = by_row(beta, gpu.load(v) - by_row(d.enter, kept))
         gpu.put(v, x)
+        gpu.arrived(buffer["late"])
         u, p = dots(Sum([Product(t, v)], x), meanwhile=lambda: d.pair(p)[0], last=True)
         u_tile = written = t
         u_tile[...] = u.astype(jnp.bfloat16)
@@ -107,12 +112,16 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             Sum([Product(p.astype(jnp.bfloat16), u_tile)], by_row(d.enter_scaled, read)),
             last=True,
         )
+
+        @pl.when(n + 1 < chunks)
+        def _():
+            fetch_late(n + 1)
+
         v[...] = stored(d, o)
         gpu.copy_out((v, made["o"].at[b, gpu.chunk_rows(n), h, block]))
         return s
 
-    parts = sources(given, buffer, index, ((lambda n: given["t"].at[b, h, n], buffer["t"]),))
-    stages = STAGES[given["q"].shape[3]]
-    s = gpu.stream(parts, buffer["barrier"], chunk, s, chunks=chunks, stages=stages)
+    fetch_late(jnp.int32(0))
+    s = gpu.stream(sources(given, buffer, index), buffer["barrier"], chunk, s, chunks=chunks, stages=STAGES)
     made["s"].at[b, h, :, block][...] = s
     gpu.wait_out(0, read=False)
