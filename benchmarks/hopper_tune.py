@@ -32,6 +32,7 @@ VARIANTS: dict[str, tuple] = {
     "A forward 4 stages": ("gated_linear_attention_gpu_fwd", "STAGES", {64: 4, 128: 3}),
     "A backward 3 stages": ("gated_linear_attention_gpu_bwd", "STAGES", 3),
     "B forward 3 stages": ("gated_delta_rule_gpu_fwd", "STAGES", 3),
+    "B backward 1 stage": ("gated_delta_rule_gpu_bwd", "STAGES", {64: 1, 128: 1}),
     "GLA walk 1 stage": ("gated_linear_attention_gpu_channel_walk", "STAGES", 1),
     "GLA walk 3 stages": ("gated_linear_attention_gpu_channel_walk", "STAGES", 3),
     "GLA backward 2 stages": ("gated_linear_attention_gpu_channel_bwd", "STAGES", 2),

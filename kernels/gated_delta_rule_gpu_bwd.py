@@ -14,12 +14,16 @@ with ~ for "times the decays". For the gate each row i gets, in float32 and with
 (reads = q.dQ + k.dK through S, writes = k.dK through dS') and each channel k keep (S dS'^T)_kk, so that
 dg = revcumsum(rows - columns) + sum(writes) + sum(channels). All is a sum over the programs that share a head.
 
+A chunk is seven links of products (nine at K = 128), those of a link in flight together; before, each of twenty was
+waited for alone.
+
 Budget at K = V = 64: dS, and of what a chunk makes up to three tiles and a product, 160 registers a thread. So nothing
-waits in registers for long: Z and Q K^T are found twice, E when U and Y are there, and keys of 128 are two tiles of 64
-of everything, dK and dQ of one half finished before the other is begun. (Whole, products did not fit beside dS and
-ptxas had each wait for the one before.) Shared memory: q, k, v, do, S, T - I of 8 KB in 2 stages, dq, dk, dv written
-over q, k, v (96 KB); dS, U and four tiles for operands that must lie there (48 KB) and vectors (5 KB): one program an
-SM. Two programs with one stage each were slower (0.78 against 0.61 ms).
+waits in registers for long: K S and Q K^T are found twice, E when U and Y are there, and keys of 128 are two tiles of
+64 of everything, dK and dQ of one half finished before the other is begun. (Whole, products did not fit beside dS and
+ptxas had each wait for the one before.) Shared memory: q, k, v, S of 8 KB in 2 stages (1 at
+K = 128); do and T - I, with which a chunk does not begin, in one, copied when the chunk before is done with it; dS, and
+two tiles, of x (then U) and P (then dU, then the rows that read S); Y and dP lie over T, dA over S, scaled do over do,
+and dq, dk, dv over q, k, v (104 KB); vectors (3 KB); 111 KB at either K: two programs an SM.
 """
 
 from __future__ import annotations
@@ -32,12 +36,14 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
-from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of
+from jaxlin.kernels.gated_delta_rule_gpu_intra import beta_of
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present, sources, stored
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
-from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, over, store_state
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row
+from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, store_state
+from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
-STAGES = 2
+STAGES = {64: 2, 128: 1}
+"""Chunks in flight, by key dimension."""
 BETA, ROWS, WRITES, COLUMNS, CHANNELS = range(5)
 """The vectors [C] that come out, all but the first only for gates; the last is of channels, [K]."""
 
@@ -68,21 +74,19 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
         vectors=shape((blocks, batch, heads, chunks, size), f32),
         s=shape((batch, heads, key_dim, value_dim), f32),
     )
-    halves = key_dim // CHUNK
+    halves, stages = key_dim // CHUNK, STAGES[key_dim]
     scratch = dict(
-        **{f"{name}{c}": gpu.tile(STAGES, CHUNK, CHUNK) for name in ("q", "k", "states") for c in range(halves)},
+        **{f"{name}{c}": gpu.tile(stages, CHUNK, CHUNK) for name in ("q", "k", "states") for c in range(halves)},
         **{f"d_state{c}": gpu.tile(1, CHUNK, BLOCK) for c in range(halves)},
-        v=gpu.tile(STAGES, CHUNK, BLOCK),
-        do=gpu.tile(STAGES, CHUNK, BLOCK),
-        t=gpu.tile(STAGES, CHUNK, CHUNK),
-        vectors=gpu.vector(STAGES, form.vectors, CHUNK),
-        u=gpu.tile(1, CHUNK, BLOCK),
-        **{name: gpu.tile(1, CHUNK, CHUNK) for name in ("p", "dp", "x", "y")},
+        v=gpu.tile(stages, CHUNK, BLOCK),
+        **{name: gpu.tile(1, CHUNK, BLOCK) for name in ("do", "t", "u", "p")},
+        vectors=gpu.vector(stages, form.vectors, CHUNK),
         made=gpu.vector(1, size),
-        barrier=gpu.barrier(4 + 3 * halves + form.segments, min(STAGES, chunks)),
+        barrier=gpu.barrier(2 + 3 * halves + form.segments, min(stages, chunks)),
+        late=gpu.barrier(2, 1),
     )
     if form.segments:
-        scratch |= dict(codes=gpu.vector(STAGES, CHUNK, dtype=jnp.int32))
+        scratch |= dict(codes=gpu.vector(stages, CHUNK, dtype=jnp.int32))
 
     def gated_delta_rule_bwd(index, inputs, outputs, buffers):
         given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
@@ -95,20 +99,27 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
             list(out.values()),
             (batch, heads, blocks),
             list(scratch.values()),
+            barriers=False,
         )
     )
 
 
 def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
     b, h, w = index
-    block, blocks = gpu.block(w), given["v"].shape[3] // BLOCK
-    halves = range(given["q"].shape[3] // CHUNK)
-    ds = load_state(given, "ds", index, given["q"].shape[3])
+    block, blocks, key_dim = gpu.block(w), given["v"].shape[3] // BLOCK, given["q"].shape[3]
+    halves = range(key_dim // CHUNK)
+    ds = load_state(given, "ds", index, key_dim)
+
+    def fetch_late(n):
+        """Start to copy what a chunk does not begin with: one tile each, free when the chunk before is done."""
+        parts = [(given["do"].at[b, gpu.chunk_rows(n), h, block], buffer["do"].at[0])]
+        gpu.fetch([*parts, (given["t"].at[b, h, n], buffer["t"].at[0])], buffer["late"])
 
     def chunk(n, slot, refill, ds):
-        q, k, state = ([buffer[f"{name}{c}"].at[slot] for c in halves] for name in ("q", "k", "states"))
-        v, do, t = (buffer[name].at[slot] for name in ("v", "do", "t"))
         here = gpu.unknown_zero(anew=True)
+        slot += here  # which one stage alone would leave constant
+        q, k, state = ([buffer[f"{name}{c}"].at[slot] for c in halves] for name in ("q", "k", "states"))
+        v, do, t = buffer["v"].at[slot], buffer["do"].at[here], buffer["t"].at[here]
         d_state = [buffer[f"d_state{c}"].at[here] for c in halves]
 
         def made_vector(row):
@@ -117,68 +128,86 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         d = decays(form, buffer, slot)
         beta = beta_of(form, buffer, slot)
         if form.segments:
-            clean(d.valid, *q, *k, v, do)
+            clean(d.valid, *q, *k, v)
         for c in halves:
-            gpu.put(d_state[c], ds[c])
+            d_state[c][...] = ds[c].astype(jnp.bfloat16)
+        gpu.commit()
+        k_state = Sum([Product(k[c], state[c]) for c in halves])
+        q_k, k_k = (Sum([Product(x[c], k[c], tb=True) for c in halves]) for x in (q, k))
 
-        def z():  # found twice: kept, it would cost more
-            return gpu.load(v) - by_row(d.enter, over(halves, lambda c, x: dot(k[c], state[c], x)))
+        def z(read):
+            return gpu.load(v) - by_row(d.enter, read)
 
         # U, dU, Y; a tile has one thing after the other
-        u_tile, x_tile, p_tile, y_tile = (buffer[name].at[here] for name in ("u", "x", "p", "y"))
-        x = by_row(beta, z())
-        gpu.put(x_tile, x)
-        gpu.put(u_tile, dot(t, x_tile, x))
-        (p,) = d.pair(over(halves, lambda c, x: dot(q[c], k[c], x, tb=True)))
-        gpu.put(p_tile, p)
-        du = by_row(d.leave, over(halves, lambda c, x: dot(k[c], d_state[c], x)))
-        du = dot(p_tile, do, du, ta=True)
-        gpu.put(y_tile, du)
+        read, p, du = dots(k_state, q_k, Sum([Product(k[c], d_state[c]) for c in halves]))
+        x_tile = u_tile = buffer["u"].at[here]
+        p_tile = du_tile = read_tile = buffer["p"].at[here]
+        x = by_row(beta, z(read))
+        x_tile[...], p_tile[...] = (tile.astype(jnp.bfloat16) for tile in (x, *d.pair(p)))
+        gpu.commit()
+        gpu.arrived(buffer["late"])
+        if form.segments:
+            clean(d.valid, do)
+        u, du = dots(Sum([Product(t, x_tile)], x), Sum([Product(p_tile, do, ta=True)], by_row(d.leave, du)), last=True)
+        u_tile[...], du_tile[...] = (tile.astype(jnp.bfloat16) for tile in (u, du))
+        gpu.commit()
         gpu.wait_out(0)
         refill()
-        y = dot(t, y_tile, du, ta=True)
-        d_beta = jnp.sum(y * z(), 1)
-        gpu.put(x_tile, y)
+        y, dp, read = dots(
+            Sum([Product(t, du_tile, ta=True)], du), Sum([Product(do, u_tile, tb=True)]), k_state, last=True
+        )
+        d_beta = jnp.sum(y * z(read), 1)
         dv = by_row(beta, y)
-        v[...] = stored(d, dv)
-        read_tile = p_tile
-        gpu.put(read_tile, by_row(-d.enter, dv))
+        y_tile = dp_tile = t
+        y_tile[...], read_tile[...] = (tile.astype(jnp.bfloat16) for tile in (y, by_row(-d.enter, dv)))
+        v[...], do[...] = stored(d, dv), by_row(d.enter_scaled, gpu.load(do)).astype(jnp.bfloat16)
+        gpu.commit()
 
         # -dA is beta times what is here called dl; both are times the decays and scale
-        dp_tile, da_tile = buffer["dp"].at[here], y_tile
         i, j = gpu.indices()
-        dp, dl = d.pair(dot(do, u_tile, tb=True), dot(x_tile, u_tile, tb=True))
+        e = 0.0
+        dl, *q_k = dots(Sum([Product(y_tile, u_tile, tb=True)]), *([q_k] if gate else []), last=True)
+        dp, dl = decays(form, buffer, slot).pair(dp, dl)  # read again: kept, they would be spilled
         dl = jnp.where(i > j, dl, 0.0)
         dp_tile[...] = dp.astype(jnp.bfloat16)
-        gpu.put(da_tile, by_row(beta * (-1 / form.scale), dl))
-        dl_a = dl * over(halves, lambda c, x: dot(k[c], k[c], x, tb=True))
+        if gate:
+            e = jnp.where(i > j, dp * q_k[0], 0.0)
+        (a,) = dots(k_k)
+        dl_a = dl * a
         made_vector(BETA)[...] = d_beta - jnp.sum(dl_a, 1) * (1 / form.scale)
         if gate:
-            e = jnp.where(i > j, dp * over(halves, lambda c, x: dot(q[c], k[c], x, tb=True)), 0.0)
-            e = e - by_row(beta * (1 / form.scale), dl_a)
+            e -= by_row(beta * (1 / form.scale), dl_a)
             made_vector(COLUMNS)[...] = jnp.sum(e, 0)
             by_rows, writes = jnp.sum(e, 1), 0.0
+        da = by_row(beta * (-1 / form.scale), dl).astype(jnp.bfloat16)
+        da_tile = state[0]
 
         # rows written to the next state, then rows reading this one, one half of the keys after the other
-        do_tile, new = x_tile, []
-        gpu.put(do_tile, by_row(d.enter_scaled, gpu.load(do)))
+        new = []
         for c in halves:
-            dk = by_row(d.leave, dot(u_tile, d_state[c], tb=True))
+            written, reading = Product(u_tile, d_state[c], tb=True), Product(read_tile, state[c], tb=True)
+            dk, dk_read, dq = dots(Sum([written]), Sum([reading]), Sum([Product(do, state[c], tb=True)]), last=c == 0)
+            dk = by_row(d.leave, dk)
             if gate:
                 writes += jnp.sum(gpu.load(k[c]) * dk, 1)
-            dk = dot(read_tile, state[c], dk, tb=True)
+            dk += dk_read
             if gate:  # both what is written and what reads
-                by_rows += jnp.sum(gpu.load(k[c]) * dk, 1)
+                by_rows += jnp.sum(gpu.load(k[c]) * dk, 1) + jnp.sum(gpu.load(q[c]) * dq, 1)
                 made_vector(CHANNELS + c)[...] = d.keep * jnp.sum(gpu.load(state[c]) * ds[c], 1)
-            dk = dot(da_tile, k[c], dk)
-            dk = dot(dp_tile, q[c], dk, ta=True)
-            dk = stored(d, dot(da_tile, k[c], dk, ta=True))
-            dq = by_row(d.enter_scaled, dot(do, state[c], tb=True))
-            if gate:
-                by_rows += jnp.sum(gpu.load(q[c]) * dq, 1)
-            dq = stored(d, dot(dp_tile, k[c], dq))
-            new.append(dot(k[c], read_tile, dot(q[c], do_tile, d.keep * ds[c], ta=True), ta=True))
-            q[c][...], k[c][...] = dq, dk
+            if c == 0:
+                gpu.put(da_tile, da)
+            d_keys = [Product(da_tile, k[c]), Product(dp_tile, q[c], ta=True), Product(da_tile, k[c], ta=True)]
+            through = [Product(q[c], do, ta=True), Product(k[c], read_tile, ta=True)]
+            dk, dq, d_start = dots(
+                Sum(d_keys, dk), Sum([Product(dp_tile, k[c])], dq), Sum(through, d.keep * ds[c]), last=True
+            )
+            new.append(d_start)
+            q[c][...], k[c][...] = stored(d, dq), stored(d, dk)
+
+        @pl.when(n > 0)
+        def _():
+            fetch_late(n - 1)
+
         if gate:
             made_vector(ROWS)[...] = by_rows - 2 * writes
             made_vector(WRITES)[...] = writes
@@ -192,13 +221,11 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         gpu.copy_out(*copies)
         return tuple(new)
 
-    extra = [
-        (lambda n: given["do"].at[b, gpu.chunk_rows(n), h, block], buffer["do"]),
-        (lambda n: given["t"].at[b, h, n], buffer["t"]),
-    ]
+    extra = []
     for c in halves:
         extra.append((lambda n, c=c: given["states"].at[b, h, n, key_rows(c), block], buffer[f"states{c}"]))
     parts = sources(given, buffer, index, tuple(extra))
-    ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES, reverse=True)
+    fetch_late(jnp.int32(chunks - 1))
+    ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES[key_dim], reverse=True)
     store_state(made["s"], ds, index)
     gpu.wait_out(0, read=False)

@@ -33,7 +33,7 @@ from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import tile_gpu_channel as channel
-from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of
+from jaxlin.kernels.gated_delta_rule_gpu_intra import beta_of
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import RUN, Form, Inputs, clean, decays, present, stored
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot, rows
 from jaxlin.kernels.tile_gpu_keys import key_rows

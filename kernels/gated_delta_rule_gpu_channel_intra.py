@@ -30,7 +30,7 @@ from jax import Array
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import tile_gpu_channel as channel
-from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, unit_lower_inverse
+from jaxlin.kernels.gated_delta_rule_gpu_intra import beta_of, unit_lower_inverse
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
 from jaxlin.kernels.mosaic_gpu import CHUNK, by_row, columns, dot
 from jaxlin.kernels.tile_gpu_keys import key_rows, over

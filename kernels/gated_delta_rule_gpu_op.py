@@ -12,6 +12,7 @@ from jaxlin.kernels import gated_delta_rule_gpu_split as split
 from jaxlin.kernels.gated_delta_rule_gpu_bwd import BETA, COLUMNS, ROWS, WRITES, backward
 from jaxlin.kernels.gated_delta_rule_gpu_channel_op import delta_rule as delta_rule_by_channel
 from jaxlin.kernels.gated_delta_rule_gpu_fwd import forward
+from jaxlin.kernels.gated_delta_rule_gpu_intra import intra
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs
 from jaxlin.kernels.gated_linear_attention_gpu_op import (
     by_chunk,
@@ -70,8 +71,8 @@ def _delta_rule(form: Form, q, k, v, beta, g, s0, codes):
 def _delta_rule_fwd(form: Form, *primals):
     gate = primals[4] is not None and primals[4].perturbed
     q, k, v, beta, g, s0, codes = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
-    o, s, saved, m = _forward(form, Inputs(q, k, v, _vectors(beta, g), codes), s0, save=True)
-    states, t, m = checkpoint_name((*saved, m), "chunk_states")
+    o, s, states, t, m = _forward(form, Inputs(q, k, v, _vectors(beta, g), codes), s0, save=True)
+    states, t, m = checkpoint_name((states, t, m), "chunk_states")
     return (o, s), (q, k, v, beta, g, codes, states, t, m, s0 is None, gate)
 
 
@@ -105,14 +106,16 @@ def _parts(v: Array) -> int:
 
 
 def _forward(form: Form, x: Inputs, s0: Array | None, save: bool):
-    """`forward`, over parts of the sequence where there are too few sequences, and M of each part, or None."""
+    """`forward`, over parts of the sequence where there are too few sequences; T - I; and M of each part, or None."""
     parts = _parts(x.v)
     if parts == 1:
-        return *forward(form, x, s0, save), None
+        t = intra(form, x)
+        return *forward(form, x, t, s0, save), t, None
     x = split.cut_inputs(x, parts)
-    m, n = split.maps(form, x)
-    o, s, saved = forward(form, x, split.starts(m, n, s0, parts), save)
-    return split.join(o, parts, 1), s[parts - 1 :: parts], saved, m
+    t = intra(form, x)
+    m, n = split.maps(form, x, t)
+    o, s, states = forward(form, x, t, split.starts(m, n, s0, parts), save)
+    return split.join(o, parts, 1), s[parts - 1 :: parts], states, t, m
 
 
 _delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd, symbolic_zeros=True)

@@ -2,7 +2,7 @@
 
 The state at the start of a part is mapped to M S + N, its cotangent at the end to M^T dS + R. `maps` finds M and N of
 every part in a first pass: the recurrence itself, N from a zero state, the columns of M from those of the identity with
-v = 0. `adjoints` finds R, with T - I from the forward pass. The parts are then combined one after the other.
+v = 0. `adjoints` finds R. Both read T - I. The parts are then combined one after the other.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_delta_rule_gpu_bwd import Gradients
-from jaxlin.kernels.gated_delta_rule_gpu_fwd import beta_of, unit_lower_inverse
+from jaxlin.kernels.gated_delta_rule_gpu_intra import beta_of
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
 from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
+from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 STAGES = 2
 
@@ -56,43 +57,40 @@ def join_gradients(d: Gradients, parts: int) -> Gradients:
     return Gradients(q, k, v, jax.vmap(lambda y: join(y, parts, 2))(d.vectors), d.s[::parts])
 
 
-def maps(form: Form, x: Inputs) -> tuple[Array, Array]:
+def maps(form: Form, x: Inputs, t: Array) -> tuple[Array, Array]:
     """M [B, HV, K, K] and N [B, HV, K, V] of whole sequences: the parts, cut."""
     batch, time, _, key_dim = x.q.shape
     heads, value_dim = x.v.shape[2:]
-    values = value_dim // BLOCK  # blocks of N; those of M follow
-    tiles = dict(k=(CHUNK, key_dim), v=(CHUNK, BLOCK))
-    own = dict(state=gpu.tile(key_dim, BLOCK)) | {x: gpu.tile(CHUNK, CHUNK) for x in ("lower", "rest", "blocks")}
+    blocks = value_dim // BLOCK  # of N; those of M follow
+    tiles = dict(k=(CHUNK, key_dim), v=(CHUNK, BLOCK), t=(CHUNK, CHUNK))
+    own = dict(state=gpu.tile(key_dim, BLOCK))
 
     def gated_delta_rule_maps(index, given, made, buffer):
         _, _, w = index
         i, j = gpu.indices(key_dim, BLOCK)
-        s = jnp.where(i == j + BLOCK * (w - values), 1.0, 0.0)  # no row for blocks of N, whose w is less
+        s = jnp.where(i == j + BLOCK * (w - blocks), 1.0, 0.0)  # no row for blocks of N, whose w is less
 
         def chunk(n, slot, refill, s):
-            k, v = buffer["k"].at[slot], buffer["v"].at[slot]
+            k, v, t = (buffer[name].at[slot] for name in ("k", "v", "t"))
             refill()
             gpu.put(buffer["state"], s)
             d = decays(form, buffer, slot)
-            beta = beta_of(form, buffer, slot)
             if form.segments:
                 clean(d.valid, k, v)
-            (a,) = d.keys(dot(k, k, tb=True))
-            t = unit_lower_inverse(by_row(-beta, a), buffer["lower"], buffer["rest"], buffer["blocks"])
-            v = jnp.where(w < values, gpu.load(v), 0.0)
-            x = by_row(beta, v - by_row(d.enter, dot(k, buffer["state"])))
-            gpu.put(buffer["blocks"], x)
-            u = dot(t.astype(jnp.bfloat16), buffer["blocks"], x)
-            gpu.put(buffer["blocks"], by_row(d.leave, u))
-            return dot(k, buffer["blocks"], s * d.keep, ta=True)
+            values = jnp.where(w < blocks, gpu.load(v), 0.0)
+            x = by_row(beta_of(form, buffer, slot), values - by_row(d.enter, dot(k, buffer["state"])))
+            gpu.put(v, x)
+            u = dot(t, v, x)
+            gpu.put(v, by_row(d.leave, u))
+            return dot(k, v, by_row(d.keep, s), ta=True)
 
         return s, chunk
 
     def last(w):
-        return gpu.block(jnp.minimum(w, values - 1))
+        return gpu.block(jnp.minimum(w, blocks - 1))
 
     width = value_dim + key_dim
-    given = dict(k=x.k, v=x.v, vectors=x.vectors, codes=x.codes)
+    given = dict(k=x.k, v=x.v, t=t, vectors=x.vectors, codes=x.codes)
     s = _walk(gated_delta_rule_maps, form, given, tiles, own, (batch, time, heads, key_dim, width), last, reverse=False)
     return s[..., value_dim:], s[..., :value_dim]
 
@@ -112,14 +110,15 @@ def adjoints(form: Form, x: Inputs, t: Array, do: Array) -> Array:
             if form.segments:
                 clean(d.valid, q, k, do)
             gpu.put(buffer["state"], ds)
-            (p,) = d.pair(dot(q, k, tb=True))
-            gpu.put(buffer["p"], p)
-            du = dot(buffer["p"], do, by_row(d.leave, dot(k, buffer["state"])), ta=True)
+            p, du = dots(Sum([Product(q, k, tb=True)]), Sum([Product(k, buffer["state"])]))
+            gpu.put(buffer["p"], *d.pair(p))
+            du = dot(buffer["p"], do, by_row(d.leave, du), ta=True)
             gpu.put(buffer["y"], du)
             y = dot(t, buffer["y"], du, ta=True)
-            gpu.put(buffer["y"], by_row(d.enter * beta_of(form, buffer, slot), y))
+            gpu.put(buffer["y"], by_row(-d.enter * beta_of(form, buffer, slot), y))
             gpu.put(buffer["p"], by_row(d.enter_scaled, gpu.load(do)))
-            return dot(q, buffer["p"], d.keep * ds, ta=True) - dot(k, buffer["y"], ta=True)
+            through = [Product(q, buffer["p"], ta=True), Product(k, buffer["y"], ta=True)]
+            return dots(Sum(through, d.keep * ds))[0]
 
         return gpu.zeros(key_dim, BLOCK), chunk
 

@@ -194,15 +194,9 @@ def dot(a: Array | Ref, b: Ref, acc: Array | None = None, *, ta: bool = False, t
         x, y = (t.astype(jnp.float32) for t in (x.T if ta else x, y.T if tb else y))
         product = jnp.dot(x, y, precision=lax.Precision.HIGHEST)
         return product if acc is None else acc + product
-    a, b = (_transposed(t) if flag else t for t, flag in ((a, ta), (b, tb)))
-    if acc is not None:
-        return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
-
-    def fresh(ref):
-        plgpu.wgmma(ref, a, b)
-        return ref[...]
-
-    return pl.run_scoped(fresh, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    a, b = (transposed(t) if flag else t for t, flag in ((a, ta), (b, tb)))
+    acc = zeros(a.shape[0], b.shape[1]) if acc is None else acc
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
 
 
 class Strip(NamedTuple):
@@ -256,7 +250,8 @@ def store(ref: Ref, x: Array) -> None:
         ref[...] = x
 
 
-def _transposed(ref: Ref) -> Ref:
+def transposed(ref: Ref) -> Ref:
+    """A tile in shared memory with rows and columns exchanged."""
     return plgpu.transpose_ref(ref, (1, 0)) if _JAX < (0, 11) else ref.transpose((1, 0))
 
 
@@ -395,13 +390,14 @@ def launch(
     grid: Sequence[int],
     scratch: Sequence[Any] = (),
     state: Array | None = None,
+    barriers: bool = True,
 ) -> list[Array]:
     """Run body(index, input refs, output refs, scratch refs) for every index of the grid; outputs of types `out`.
 
-    A `state` is one more input, which the body overwrites in place, and one more output.
+    A `state` is one more input, which the body overwrites in place, and one more output. Without `barriers` around each
+    write to shared memory the body must `commit` between warps' reading and writing the same.
     """
-    names = tuple(f"g{i}" for i in range(len(grid)))
-    count = len(arrays) + (state is not None)
+    names, count = tuple(f"g{i}" for i in range(len(grid))), len(arrays) + (state is not None)
 
     def split(refs):
         return refs[:count], refs[count : count + len(out)], refs[count + len(out) :]
@@ -423,10 +419,10 @@ def launch(
     if interpreted():
         where, options = dict(grid=(1,), grid_names=("all",)), dict(interpret=_interpreter())
     else:
-        lane = plgpu.LoweringSemantics.Lane
         params = plgpu.CompilerParams(
-            lowering_semantics=lane,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
             approx_math=True,
+            unsafe_no_auto_barriers=not barriers,
             reduction_scratch_bytes=_REDUCTION_SCRATCH,
         )
         where, options = dict(grid=tuple(grid), grid_names=names), dict(compiler_params=params)
