@@ -34,7 +34,7 @@ class Settings:
     chat: tyro.conf.UseCounterAction[int] = 0
     """Put the benchmarks' prompts into the tokenizer's chat template."""
     student_only: tyro.conf.UseCounterAction[int] = 0
-    """Leave the run's teacher out of the benchmarks, where it was measured before."""
+    """Leave the run's teacher out of the benchmarks, and of the file that they are written to."""
     predict_only: tyro.conf.UseCounterAction[int] = 0
     """Keep what the models answer to the benchmarks, and do not score it."""
     out: str = ""

@@ -79,9 +79,13 @@ def parse_run(args: Sequence[str] | None = None) -> RunConfig:
     first.add_argument("--config", default="demo")
     first.add_argument("--init-from", "--init_from", default="")
     first.add_argument("--run-dir", "--run_dir", default="")
+    first.add_argument("--epochs")
+    first.add_argument("--stage3.tokens", "--stage3-tokens", dest="stage3_tokens")
     known, _ = first.parse_known_args(args)
     before = _inherited(known.init_from, known.run_dir) if known.init_from else {}
     base = load_config_file(known.config, preset(known.preset or before.get("preset", "recommended")))
+    if known.stage3_tokens and not known.epochs:
+        base = replace(base, epochs=None)  # a config's epochs do not overrule the command line
     return parse(RunConfig, args, default=replace(base, **{**before, "preset": base.preset}))
 
 

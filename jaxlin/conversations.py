@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,16 +85,22 @@ class Renderer:
     tokenizer: Any
     loss_on: str
     """"all" learns every token; "assistant" those that an assistant wrote."""
+    template: str = field(init=False)
+    """The chat template that the tokenizer takes."""
 
     def __post_init__(self) -> None:
         if not getattr(self.tokenizer, "chat_template", None):
             raise UserError("--conversations: the teacher's tokenizer has no chat template; choose an instruct teacher")
         if self.loss_on == "assistant" and not self.tokenizer.is_fast:
             raise UserError("--stage3.loss-on assistant: needs a fast tokenizer, with offsets of tokens")
+        try:
+            object.__setattr__(self, "template", self.tokenizer.get_chat_template())
+        except ValueError as error:  # it has several, none of which is called default
+            raise UserError(f"--conversations: the tokenizer's chat templates: {str(error).splitlines()[0]}") from None
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Rendered]:
         """Tokens of conversations that have messages. Raises UserError for what the template refuses."""
-        if self.loss_on == "assistant" and GENERATION.search(self.tokenizer.chat_template):
+        if self.loss_on == "assistant" and GENERATION.search(self.template):
             return [self._with_generation(each) for each in conversations]
         texts = [self._text(each, each.messages) for each in conversations]
         masked = self.loss_on == "assistant"

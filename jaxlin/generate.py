@@ -84,7 +84,8 @@ def stream(
     """The continuation of one prompt, as pieces of text that come as soon as their characters are complete."""
     sampling, text = Sampling(temperature, top_k, top_p), Detokenizer(tokenizer)
     check_budget(max_new_tokens)
-    session = Session(config, serving_params(params, config), seed=seed, room=len(prompt) + max_new_tokens)
+    room = -(-(len(prompt) + max_new_tokens) // PAD_TO) * PAD_TO  # few sizes are compiled
+    session = Session(config, serving_params(params, config), seed=seed, room=room)
     if not prompt:
         raise UserError("--prompt: it is empty; give at least one token")
     session.read(prompt)

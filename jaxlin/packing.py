@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,12 +69,33 @@ def prepare(
     a resumed run began with.
     """
     rendered = Renderer(tokenizer, loss_on)
-    template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+    template = hashlib.sha256(rendered.template.encode()).hexdigest()
     settings = {"names": list(names), "seq_len": seq_len, "loss_on": loss_on, "template": template}
     processes.from_first(lambda: _write(folder, names, rendered, settings, len(tokenizer), resuming))
     home = folder / FOLDER
     tokens, learned, ends = (np.load(home / f"{name}.npy", mmap_mode="r") for name in ("tokens", "learned", "ends"))
     return Prepared(tokens, learned, ends, json.loads((home / "report.json").read_text()))
+
+
+def share(folder: Path, others: Sequence[Path]) -> None:
+    """Give the run folders `others` what `prepare` wrote into `folder`, as links where the disk has them."""
+    for other in others:
+        home, part = other / FOLDER, other / f"{FOLDER}.part"
+        if home.exists():
+            continue
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(folder / FOLDER, part, copy_function=_link)
+            part.replace(home)
+        except OSError as error:
+            raise UserError(f"{home}: cannot be written ({error.strerror or error})") from error
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _write(
@@ -229,6 +251,7 @@ def heldout_rows(prepared: Prepared, config: DataConfig, *, batch_size: int) -> 
 
 def _rows(prepared: Prepared, numbers: np.ndarray, seq_len: int) -> Rows:
     places = pack(prepared.lengths()[numbers].tolist(), seq_len)
+    places.sort(key=min)  # in the order of the files, not the longest first
     return Rows(prepared, [numbers[row].tolist() for row in places], seq_len)
 
 

@@ -136,8 +136,6 @@ def _up_to_last_user(conversation: Conversation) -> list[Message]:
     turns = [{"role": m["role"], "content": m["content"]} for m in conversation.messages]
     while turns and turns[-1]["role"] != "user":
         turns.pop()
-    if not turns:
-        raise UserError(f"{conversation.where}: no user's turn to answer")
     return turns
 
 
@@ -149,10 +147,10 @@ def jobs(settings: Settings, tokenizer: Any, counts: Counter[str]) -> Iterator[J
         for messages in conversations(name, settings.prompt_field):
             counts["prompts"] += 1
             text = "\n".join(normalized(m["content"]) for m in messages if m["role"] != "system")
-            if messages[0]["role"] != "system":
+            if messages and messages[0]["role"] != "system":
                 messages = [*system_message(settings.system), *messages]
             key = _digest(text)
-            if not messages[-1]["content"].strip():
+            if not messages or not messages[-1]["content"].strip():
                 counts["empty_prompt"] += 1
             elif key in seen:
                 counts["duplicate_prompt"] += 1

@@ -10,7 +10,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from jaxlin import packing
+from jaxlin import packing, processes
 from jaxlin.config import RunConfig, UserError
 from jaxlin.data import heldout_batches, train_batches
 from jaxlin.streams import Batch
@@ -36,8 +36,9 @@ class TrainingData:
         if "conversations" in kinds.values():
             if run.data.heldout_fraction <= 0:
                 raise UserError("--data.heldout-fraction 0 keeps back no conversations to evaluate on: raise it")
-            folder = run.students()[0].folder  # of several students the first one's holds them
+            folder, *others = (own.folder for own in run.students())
             prepared = _prepare(run, folder, tokenizer, resuming=resuming)
+            processes.from_first(lambda: packing.share(folder, others))
             rows = packing.training_rows(prepared, run.data)
             self.report = {**prepared.report, "rows": len(rows)}
             self.summary = packing.summary(prepared.report, rows, run.data.seq_len)

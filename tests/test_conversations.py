@@ -203,6 +203,8 @@ def test_rows_hold_whole_conversations(tmp_path):
     """Tokens, segments and learned tokens are those of the conversations; padding is at the end."""
     found = prepared(tmp_path / "run", write_chats(tmp_path / "c.jsonl", chats()), loss_on="assistant")
     rows = packing.training_rows(found, CONFIG)
+    firsts = [min(row) for row in rows.places]
+    assert firsts == sorted(firsts)  # as in the files, where nothing shuffles them
     training, heldout = found.split(CONFIG.heldout_fraction)
     assert len(heldout) == 4 and not set(training) & set(heldout)
     seen = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import jax
@@ -219,6 +220,12 @@ def test_starts_that_cannot_be(material, tmp_path):
         assert not (tmp_path / "run").exists(), args
 
 
+def test_tokens_of_the_command_line_overrule_a_config_s_epochs():
+    flags = ("--config", "sft", "--stage3.tokens", "1000")
+    assert parse_run(flags).epochs is None and parse_run(flags[:2]).epochs == 1.0
+    assert parse_run((*flags, "--epochs", "2")).epochs == 2.0
+
+
 def test_epochs_and_tokens():
     run = RunConfig(conversations=("c",), epochs=2.0, stage=(3,))
     assert run.stages(1000)[3].tokens == 2000
@@ -247,6 +254,8 @@ def test_several_students(material, tmp_path):
     args = ("--teacher", str(material / "teacher"), "--dtype", "float32", "--tokens", "1024")
     Trainer(sft(material, tmp_path / "two", "--mixer", "retnet,gla", *args)).train()
     Trainer(sft(material, tmp_path / "one", "--mixer", "gla", *args)).train()
+    tokens = (tmp_path / "two" / mixer / "conversations" / "tokens.npy" for mixer in ("retnet", "gla"))
+    assert os.path.samefile(*tokens)
     together, alone = (load_params(tmp_path / name / "checkpoints") for name in ("two/gla", "one"))
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

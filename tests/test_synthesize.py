@@ -41,13 +41,14 @@ def test_sources_of_prompts(tmp_path):
     assert list(conversations(str(tmp_path / "a.txt"), "prompt")) == [[{"role": "user", "content": "A text."}]]
     assert [c[-1]["content"] for c in conversations(fields, "prompt")] == ["one", "two"]
     assert list(conversations(chats, "prompt")) == [[system, user, answer, user]]
+    nobody = write_lines(tmp_path / "d.jsonl", [{"messages": [system]}, {"messages": []}])
+    assert list(conversations(nobody, "messages")) == [[], []]
 
 
 @pytest.mark.parametrize(
     "content, words",
     [
         ('{"text": "a"}\n', "no field 'prompt' among text; set --prompt-field"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "line 1: no user's turn to answer"),
         ('{"messages": [{"role": "user", "content": ["a"]}]}\n', "line 1, message 1: 'content' is list, not text"),
         ('{"messages": 3}\n', "line 1: field 'messages' is int"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n{"mess', "line 2: not a line of JSON"),
