@@ -361,9 +361,9 @@ class RunConfig:
         """Mixer ids of one period of layers."""
         return tuple(self.mixer.split("+"))
 
-    def on_conversations(self, stage: int) -> bool:
-        """Whether stage number `stage` trains on conversations instead of text."""
-        return stage == 3 and bool(self.conversations)
+    def kind(self, stage: int) -> Literal["text", "conversations"]:
+        """What stage number `stage` trains on, and is measured on."""
+        return "conversations" if stage == 3 and self.conversations else "text"
 
     def students(self) -> tuple[RunConfig, ...]:
         """The run of each student: this one, or one for each mixer between commas, as if it were trained alone."""

@@ -59,11 +59,9 @@ class Learner:
         self, run: RunConfig, teacher: Teacher, heldout: Mapping[int, Sequence[Batch]], mesh: jax.sharding.Mesh,
         console: Console, name: str,
     ) -> None:  # fmt: skip
+        """`heldout` is what each stage is measured on, by number."""
         self.run, self.name = run, name
-        """The run as if the student were trained alone, and what lines about it begin with; empty where it is.
-
-        `heldout` is what each stage is measured on, by number.
-        """
+        """The run as if the student were trained alone, and what lines about it begin with; empty where it is."""
         self._teacher, self._heldout, self._mesh, self._console = teacher, heldout, mesh, console
         self.folder: Run = new_run(run, teacher.config)
         self.config = self.folder.student
@@ -105,7 +103,7 @@ class Learner:
         self._write_card()
         teacher, heldout = self._teacher, self._heldout[max(self._heldout)]
         report = fidelity(teacher.config, teacher.params, self.config, self.params, heldout, mesh=self._mesh)
-        self.folder.write("fidelity.json", {**report, "measured_on": self._kind(max(self._heldout))})
+        self.folder.write("fidelity.json", {**report, "measured_on": self.run.kind(max(self._heldout))})
         if self.name:
             self.say("at initialisation")
         self._console.print(fidelity_table(report))
@@ -149,7 +147,7 @@ class Learner:
         self.say(
             f"after stage {at.stage}: KL to the teacher {result['kl']:.4f}, held-out perplexity "
             f"{result['perplexity']:.2f} (teacher {result['teacher_perplexity']:.2f}), "
-            f"agreement {result['agreement']:.1%}" + (", on conversations" if self._kind(at.stage) != "text" else "")
+            f"agreement {result['agreement']:.1%}" + (", on conversations" if self.run.kind(at.stage) != "text" else "")
         )
 
     def say(self, line: str) -> None:
@@ -161,10 +159,6 @@ class Learner:
 
     def _placed_moments(self, stage: StageConfig, optimizer: optax.GradientTransformation) -> Any:
         return placement.optimizer_state(optimizer, trained_part(self.placed, stage), self._mesh)
-
-    def _kind(self, n: int) -> str:
-        """What stage `n` is trained and measured on."""
-        return "conversations" if self.run.on_conversations(n) else "text"
 
     def _from_teacher(self) -> Any:
         """The teacher's weights, new ones where it has none, and norms of the size of its outputs."""

@@ -300,14 +300,18 @@ def _find(op: str, implementation: str, fresh: bool) -> Callable:
     raise ValueError(f"implementation is {implementation!r}, expected 'scan', 'chunked', 'pallas' or None")
 
 
+def interpreted() -> str | None:
+    """The platform whose kernels JAXLIN_INTERPRET (tpu or gpu) asks to interpret, on whatever device."""
+    return os.environ.get("JAXLIN_INTERPRET") or None
+
+
 def _pallas(op: str, fresh: bool) -> Callable:
-    """The Pallas kernel of the platform compiled for, or of JAXLIN_INTERPRET (tpu or gpu), which interprets it."""
-    interpreted = os.environ.get("JAXLIN_INTERPRET")
-    target = interpreted or platform()
+    """The Pallas kernel of the platform compiled for, or of the one that is interpreted."""
+    target = interpreted() or platform()
     if target == "tpu":
         kernel = importlib.import_module(f"jaxlin.kernels.{op}_tpu_op").pallas
         return lambda *, state, **arguments: kernel(**arguments, initial_state=state)
-    if target == "gpu" and (interpreted or compute_capability().startswith("9.")):
+    if target == "gpu" and (interpreted() or compute_capability().startswith("9.")):
         kernel = importlib.import_module(f"jaxlin.kernels.{op}_gpu_op").pallas  # Mosaic GPU is not on every platform
         return lambda *, state, **arguments: kernel(**arguments, initial_state=None if fresh else state)
     capability = f" of compute capability {compute_capability()}" if target == "gpu" and compute_capability() else ""

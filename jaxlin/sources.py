@@ -61,21 +61,21 @@ class Shard:
     read: Callable[[int], Iterator[Document]]
 
 
-def open_text(text: Sequence[str], field: str, *, end_of_text: int, vocab_size: int) -> Documents | list[Shard]:
+def open_text(text: Sequence[str], field: str | Field, *, end_of_text: int, vocab_size: int) -> Documents | list[Shard]:
     """Open the sources named by `text`, in order; documents if all of them have random access, else shards.
 
     `field` names the text of a record; `end_of_text` separates the documents of prepared tokens, whose ids must be
     below `vocab_size`. Raises UserError for what is missing, unreadable or of an unknown kind.
     """
     parts: list[Documents | Shard] = []
-    read = Field(field)
+    read = field if isinstance(field, Field) else Field(field)
     for name in text:
         if name.startswith("hf:"):
             parts += _huggingface(name, read)
         elif name.startswith("tfds:"):
             parts.append(_tfds(name, read))
         else:
-            parts += [_open_file(path, read, end_of_text, vocab_size) for path in _files(name)]
+            parts += [_open_file(path, read, end_of_text, vocab_size) for path in _files(name, read.flag)]
     if not text:
         parts.append(_python_reference())
     if not any(isinstance(part, Shard) for part in parts):
@@ -117,7 +117,7 @@ def _files(name: str, flag: str = "--text", extensions: tuple[str, ...] = EXTENS
     elif glob.has_magic(name):
         found, wanted = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()], "such a file"
     elif colon and scheme.isalnum() and "/" not in scheme:
-        known = "hf:NAME[:SUBSET], tfds:NAME" if flag == "--text" else "hf:NAME[:SUBSET]"
+        known = "hf:NAME[:SUBSET], tfds:NAME" if extensions is EXTENSIONS else "hf:NAME[:SUBSET]"
         raise UserError(f"{flag} {name}: unknown scheme {scheme}:, use {known} or a path")
     else:
         raise UserError(f"{flag} {name}: no such file or folder")
@@ -148,10 +148,10 @@ def _open_file(path: Path, field: Field, end_of_text: int, vocab_size: int) -> D
         if name.endswith(".arrayrecord"):
             return _ArrayRecords(path, field)
         if name.endswith(".npy"):
-            return _TokenFile(path, end_of_text, vocab_size)
+            return _TokenFile(path, end_of_text, vocab_size, field.flag)
     except OSError as error:
-        raise UserError(f"--text {path}: cannot be read ({error.strerror or error})") from error
-    raise UserError(f"--text {path}: unknown kind of file, use one of {' '.join(EXTENSIONS)}")
+        raise UserError(f"{field.flag} {path}: cannot be read ({error.strerror or error})") from error
+    raise UserError(f"{field.flag} {path}: unknown kind of file, use one of {' '.join(EXTENSIONS)}")
 
 
 def _value_of(record: Any, field: Field, where: str) -> Any:
@@ -276,7 +276,7 @@ class _ArrayRecords:
         try:
             self._records = grain.sources.ArrayRecordDataSource([str(path)])
         except Exception as error:  # array_record raises bare RuntimeErrors
-            raise UserError(f"--text {path}: not a readable ArrayRecord file ({_line_of(error)})") from error
+            raise UserError(f"{field.flag} {path}: not a readable ArrayRecord file ({_line_of(error)})") from error
 
     def __len__(self) -> int:
         return len(self._records)
@@ -293,14 +293,14 @@ class _ArrayRecords:
 class _TokenFile:
     """A .npy file of token ids, one dimension, where an end-of-text token closes each document."""
 
-    def __init__(self, path: Path, end_of_text: int, vocab_size: int) -> None:
-        self._path, self._end_of_text, self._tokens = path, end_of_text, None
+    def __init__(self, path: Path, end_of_text: int, vocab_size: int, flag: str) -> None:
+        self._path, self._end_of_text, self._flag, self._tokens = path, end_of_text, flag, None
         tokens, ends = self._map(), []
         for start in range(0, len(tokens), SCAN_TOKENS):
             part = np.asarray(tokens[start : start + SCAN_TOKENS])
             if (largest := int(part.max())) >= vocab_size:
                 raise UserError(
-                    f"--text {path}: token {largest} is outside the vocabulary of {vocab_size}; prepare it again"
+                    f"{flag} {path}: token {largest} is outside the vocabulary of {vocab_size}; prepare it again"
                 )
             ends.append(start + np.flatnonzero(part == end_of_text) + 1)
         if len(tokens) and tokens[-1] != end_of_text:
@@ -311,10 +311,10 @@ class _TokenFile:
         try:
             tokens = np.load(self._path, mmap_mode="r")
         except ValueError as error:
-            raise UserError(f"--text {self._path}: not a readable .npy file ({error})") from error
+            raise UserError(f"{self._flag} {self._path}: not a readable .npy file ({error})") from error
         if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
             found = f"{tokens.dtype}{list(tokens.shape)}"
-            raise UserError(f"--text {self._path}: expected one dimension of uint16 or uint32, found {found}")
+            raise UserError(f"{self._flag} {self._path}: expected one dimension of uint16 or uint32, found {found}")
         return tokens
 
     def __getstate__(self) -> dict[str, Any]:
@@ -419,7 +419,7 @@ def _tfds(name: str, field: Field) -> Documents:
         records = builder.as_data_source(split="train")  # pyright: ignore[reportCallIssue]  # a decorator hides it
         return _Records(records, field, name)
     except Exception as error:
-        raise UserError(f"--text {name}: cannot be opened ({_line_of(error)})") from error
+        raise UserError(f"{field.flag} {name}: cannot be opened ({_line_of(error)})") from error
 
 
 @dataclass(frozen=True)

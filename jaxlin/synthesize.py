@@ -102,16 +102,13 @@ def conversations(name: str, field: str) -> Iterator[list[Message]]:
     if field == "messages" or _holds_messages(name):
         yield from map(_up_to_last_user, read_conversations([name], "--prompts"))
         return
-    try:
-        opened = sources.open_text([name], field, end_of_text=-1, vocab_size=1 << 32)
-        parts = [shard.read(0) for shard in opened] if isinstance(opened, list) else [_documents(opened)]
-        for text in itertools.chain.from_iterable(parts):
-            if not isinstance(text, str):
-                raise UserError(f"--text {name}: holds tokens; give the text itself")
-            yield [{"role": "user", "content": text.strip()}]
-    except UserError as error:  # sources name the flags of training
-        message = str(error).replace("--text ", "--prompts ").replace("--data.text-field", "--prompt-field")
-        raise UserError(message) from None
+    read = sources.Field(field, flag="--prompts", remedy="; set --prompt-field")
+    opened = sources.open_text([name], read, end_of_text=-1, vocab_size=1 << 32)
+    parts = [shard.read(0) for shard in opened] if isinstance(opened, list) else [_documents(opened)]
+    for text in itertools.chain.from_iterable(parts):
+        if not isinstance(text, str):
+            raise UserError(f"--prompts {name}: holds tokens; give the text itself")
+        yield [{"role": "user", "content": text.strip()}]
 
 
 def _documents(documents: sources.Documents) -> Iterator[sources.Document]:

@@ -27,7 +27,7 @@ class TrainingData:
         """The same in a line."""
         self.epoch_tokens: int | None = None
         """Token positions of all conversations' rows."""
-        kinds = {n: "conversations" if run.on_conversations(n) else "text" for n in stages}
+        kinds = {n: run.kind(n) for n in stages}
         self._iterators: dict[str, grain.DatasetIterator] = {}
         heldout: dict[str, list[Batch]] = {}
         if "text" in kinds.values():
@@ -82,7 +82,7 @@ def _prepare(run: RunConfig, folder: Path, tokenizer: Any, *, resuming: bool) ->
 
 def heldout_of_last_stage(run: RunConfig, folder: Path, tokenizer: Any) -> list[Batch]:
     """What a run in `folder` measured its last stage on; conversations that are not there are prepared again."""
-    if run.on_conversations(max(run.stages())):
+    if run.kind(max(run.stages())) == "conversations":
         prepared = _prepare(run, folder, tokenizer, resuming=True)
         return packing.heldout_rows(prepared, run.data, batch_size=heldout_size(run))
     return heldout_batches(run.text, run.data, tokenizer, batch_size=heldout_size(run))

@@ -62,8 +62,7 @@ def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None =
     if run is not None:
         held_out = results.get("held_out") or quick.held_out(subject, samples)
         initial = run.read("fidelity.json") or {}
-        on_conversations = subject.config.on_conversations(max(subject.config.stages()))
-        if initial.get("measured_on", "text") != ("conversations" if on_conversations else "text"):
+        if initial.get("measured_on", "text") != subject.config.kind(max(subject.config.stages())):
             initial = {}  # nothing to compare with
         found["stage_losses"] = run.stage_losses()
         found["kl"] = {"initialisation": initial.get("kl"), "now": held_out["student"]["kl"]}

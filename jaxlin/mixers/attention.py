@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import jax
@@ -83,14 +82,10 @@ def _has_cudnn_attention(q, k, dtype: str) -> bool:
     )
 
 
-def _interpreted() -> bool:
-    return os.environ.get("JAXLIN_INTERPRET") == "tpu"
-
-
 def _has_splash_attention(q, dtype: str) -> bool:
     """Whether jax's splash attention takes these: on TPUs, whole sequences of whole blocks, in bfloat16."""
     length = q.shape[1]
-    on_tpu = ops.platform() == "tpu" or _interpreted()
+    on_tpu = "tpu" in (ops.platform(), ops.interpreted())
     return on_tpu and dtype == "bfloat16" and length % TPU_BLOCK == 0 and sharding.time_axis(length) is None
 
 
@@ -110,7 +105,7 @@ def _splash(q, k, v, segment_ids):
         heads = q.shape[2]
         mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
         kernel = splash.make_splash_mha(
-            mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=_interpreted()
+            mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=ops.interpreted() == "tpu"
         )
         q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * jnp.asarray(d**-0.5, q.dtype), k, v))
         ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
