@@ -1,0 +1,58 @@
+"""One layer's place in the states of all layers, which stay where they are while a token passes through the model.
+
+The scan over layers carries the stacked states, and each layer reads and overwrites its own part: nothing else of them
+is copied. As the scan's inputs and outputs they would be written anew, whole, for every token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+
+@jax.tree_util.register_pytree_node_class
+class LayerState:
+    """The states that a mixer keeps, by name, each stacked over layers: [L, B, ...].
+
+    `fresh` promises that nothing was read yet: what they hold is zeros.
+    """
+
+    def __init__(self, stacked: dict[str, Any], layer: Int[Array, ""], fresh: bool = False) -> None:
+        self.stacked, self._layer, self.fresh = stacked, layer, fresh
+
+    def __getitem__(self, name: str) -> Any:
+        """This layer's own, without the axis of layers."""
+        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, self._layer, 0, keepdims=False), self.stacked[name])
+
+    def replace(self, **new: Any) -> LayerState:
+        """With these states for this layer."""
+
+        def put(stack: Array, value: Array) -> Array:
+            return lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), self._layer, 0)
+
+        return self._with({name: jax.tree.map(put, self.stacked[name], value) for name, value in new.items()})
+
+    def write(self, places: Int[Array, "B T"], **new: Array) -> LayerState:
+        """With new entries [B, T, ...] of caches [L, B, S, ...] at these places of S; those out of range are dropped."""
+        rows = jnp.arange(places.shape[0])[:, None]
+        written = {
+            name: self.stacked[name].at[self._layer, rows, places].set(a.astype(self.stacked[name].dtype), mode="drop")
+            for name, a in new.items()
+        }
+        return self._with(written)
+
+    def _with(self, new: dict[str, Any]) -> LayerState:
+        return LayerState({**self.stacked, **new}, self._layer, self.fresh)
+
+    def tree_flatten(self) -> tuple[Any, bool]:
+        """For jax: the arrays, and what is static."""
+        return (self.stacked, self._layer), self.fresh
+
+    @classmethod
+    def tree_unflatten(cls, fresh: bool, arrays: Any) -> LayerState:
+        """For jax: the reverse."""
+        return cls(*arrays, fresh)
