@@ -25,6 +25,8 @@ def attend_within(
     """Every token attends to the past of its own segment; padding (id 0) to padding, to stay finite."""
     if _has_splash_attention(q, dtype):
         return _splash(q, k, v, segment_ids)
+    if segment_ids is None and _has_cudnn_attention(q, k, dtype):  # a mask would be read, T x T
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     return attend(q, k, v, causal_mask(q.shape[1], segment_ids), dtype)
 
 

@@ -37,13 +37,13 @@ class LayerState:
         return self._with({name: jax.tree.map(put, self.stacked[name], value) for name, value in new.items()})
 
     def write(self, places: Int[Array, "B T"], **new: Array) -> LayerState:
-        """With new entries [B, T, ...] of caches [L, B, S, ...] at these places of S; those out of range are dropped."""
+        """With new entries [B, T, ...] of caches [L, B, S, ...] at these places of S, those out of range dropped."""
         rows = jnp.arange(places.shape[0])[:, None]
-        written = {
-            name: self.stacked[name].at[self._layer, rows, places].set(a.astype(self.stacked[name].dtype), mode="drop")
-            for name, a in new.items()
-        }
-        return self._with(written)
+
+        def put(stack: Array, value: Array) -> Array:
+            return stack.at[self._layer, rows, places].set(value.astype(stack.dtype), mode="drop")
+
+        return self._with({name: put(self.stacked[name], value) for name, value in new.items()})
 
     def _with(self, new: dict[str, Any]) -> LayerState:
         return LayerState({**self.stacked, **new}, self._layer, self.fresh)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
+from jaxtyping import Array
 
 from jaxlin import sharding
 from jaxlin.config import MixerOptions, ModelConfig
@@ -45,20 +49,21 @@ class SoftmaxAttention(nn.Module):
         """Attend to the cache (as far as it is the same segment) and to this call; then cache its last segment."""
         c, (batch, length) = self.config, q.shape[:2]
         if length == 1 and segment_ids is None:  # what a decoding step does: caches are read where they are
-            state = state.write(positions, k=k, v=v).replace(length=positions[:, 0] + 1)
-            return attend_to_cache(q, state["k"], state["v"], state["length"]), state
+            state = state.write(positions, k=_bits(k), v=_bits(v)).replace(length=positions[:, 0] + 1)
+            keys, values = (_floats(state[name], q.dtype) for name in ("k", "v"))
+            return attend_to_cache(q, keys, values, state["length"]), state
 
         ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
         number = jnp.cumsum(first_of_segment(ids), axis=1)  # 1 for the segment that continues the cache
         if state.fresh:
             y = attend_within(q, k, v, segment_ids, c.dtype)
         else:
-            old = {name: state[name] for name in ("k", "v", "length")}
-            slots = jnp.arange(old["k"].shape[1])
-            cached = (slots < old["length"][:, None])[:, None, :] & (number == 1)[:, :, None]
+            old = [_floats(state[name], q.dtype) for name in ("k", "v")]
+            slots = jnp.arange(old[0].shape[1])
+            cached = (slots < state["length"][:, None])[:, None, :] & (number == 1)[:, :, None]
             causal = jnp.broadcast_to(causal_mask(length, ids), (batch, 1, length, length))
             mask = jnp.concatenate([cached[:, None], causal], axis=-1)
-            keys, values = (jnp.concatenate([old[n].astype(a.dtype), a], axis=1) for n, a in (("k", k), ("v", v)))
+            keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(old, (k, v), strict=True))
             y = attend(q, keys, values, mask, c.dtype)
         y = jnp.where((ids != 0)[:, :, None, None], y, 0)
 
@@ -66,11 +71,21 @@ class SoftmaxAttention(nn.Module):
         end = jnp.max(jnp.where(keep, positions + 1, 0), axis=1)
         end = jnp.where(jnp.any(keep, axis=1), end, state["length"])
         places = jnp.where(keep, positions, jnp.iinfo(jnp.int32).max)  # out of range: dropped
-        return y, state.write(places, k=k, v=v).replace(length=end)
+        return y, state.write(places, k=_bits(k), v=_bits(v)).replace(length=end)
 
     @staticmethod
     def init_state(config: ModelConfig, options: MixerOptions, batch: int, max_len: int) -> State:
-        """An empty cache, [B, max_len, KV, d] for keys and values."""
+        """An empty cache, [B, max_len, KV, d] for keys and values; bfloat16 as its bits."""
         shape = (batch, max_len, config.num_key_value_heads, config.head_dim)
-        zeros = jnp.zeros(shape, config.dtype)
+        zeros = _bits(jnp.zeros(shape, config.dtype))
         return {"k": zeros, "v": zeros, "length": jnp.zeros(batch, jnp.int32)}
+
+
+def _bits(x: Array) -> Array:
+    """bfloat16 as integers: compilers that cannot scatter it would widen a whole cache to write one entry."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _floats(x: Array, dtype: Any) -> Array:
+    """The reverse, where `dtype` is bfloat16."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if dtype == jnp.bfloat16 else x
