@@ -178,9 +178,8 @@ def cells(settings: Settings, found: dict[Cell, dict[str, Any]]) -> Iterator[Cel
                 yield from (Cell(mixer, marks.long, 1 << i) for mixer in settings.mixers)
                 break
     rest = [Cell(mixer, *at) for mixer in settings.mixers for at in asked]
-    yield from sorted(
-        rest, key=lambda c: (c.length * c.batch > LARGE, settings.mixers.index(c.mixer), c.batch, c.length)
-    )
+    place = settings.mixers.index
+    yield from sorted(rest, key=lambda c: (c.length * c.batch > LARGE, place(c.mixer), c.batch, c.length))
 
 
 def too_large(cell: Cell, found: dict[Cell, dict[str, Any]]) -> bool:

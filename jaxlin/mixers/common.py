@@ -323,7 +323,7 @@ def heads_of_kv(config: ModelConfig, options: ResolvedOptions) -> int:
 
 def memory_of(state: LayerState | None) -> Any:
     """The recurrence's state inside a mixer's state; None stands for zeros."""
-    return None if state is None or state.fresh else state["memory"]
+    return None if state is None or state.fresh else state.part_of_stack("memory")
 
 
 def next_state(state: LayerState | None, memory: Any, tails: dict[str, Array]) -> LayerState | None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Int
+
+from jaxlin.kernels.in_stack import InStack
 
 
 @jax.tree_util.register_pytree_node_class
@@ -26,13 +27,22 @@ class LayerState:
 
     def __getitem__(self, name: str) -> Any:
         """This layer's own, without the axis of layers."""
-        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, self._layer, 0, keepdims=False), self.stacked[name])
+        return jax.tree.map(self._own, self.stacked[name])
+
+    def _own(self, a: Array) -> Array:
+        return InStack(a, self._layer).read()
+
+    def part_of_stack(self, name: str) -> Any:
+        """This layer's own, the largest array where it is: for what can overwrite it there."""
+        first, *rest = jax.tree.leaves(self.stacked[name])
+        own = InStack(first, self._layer)
+        return own if not rest else (own, *(self._own(a) for a in rest))
 
     def replace(self, **new: Any) -> LayerState:
         """With these states for this layer."""
 
-        def put(stack: Array, value: Array) -> Array:
-            return lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), self._layer, 0)
+        def put(stack: Array, value: Array | InStack) -> Array:
+            return value.stack if isinstance(value, InStack) else InStack(stack, self._layer).write(value).stack
 
         return self._with({name: jax.tree.map(put, self.stacked[name], value) for name, value in new.items()})
 

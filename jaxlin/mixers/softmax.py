@@ -51,7 +51,7 @@ class SoftmaxAttention(nn.Module):
         if length == 1 and segment_ids is None:  # what a decoding step does: caches are read where they are
             state = state.write(positions, k=_bits(k), v=_bits(v)).replace(length=positions[:, 0] + 1)
             keys, values = (_floats(state[name], q.dtype) for name in ("k", "v"))
-            return attend_to_cache(q, keys, values, state["length"]), state
+            return attend_to_cache(q, keys, values, state["length"], c.dtype), state
 
         ids = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
         number = jnp.cumsum(first_of_segment(ids), axis=1)  # 1 for the segment that continues the cache
