@@ -93,10 +93,9 @@ class Model:
 
     def __init__(self, mixer: str, settings: Settings) -> None:
         run = load_config_file(settings.config, preset("recommended"))
-        if run.teacher_config is None:
+        if (teacher := run.teacher_config) is None:
             raise UserError(f"--config {settings.config}: gives no teacher_config")
-        run = replace(run, mixer=mixer, dtype=settings.dtype)
-        self.config = student_config(run, run.teacher_config)
+        self.config = student_config(replace(run, mixer=mixer, dtype=settings.dtype), teacher)
         self.params = _random_params(self.config)
         self._chunk = settings.chunk
 

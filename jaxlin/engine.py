@@ -165,6 +165,8 @@ class Engine:
         known = [self._prefixes.longest(request.prompt) for request in group]
         rests = [request.prompt[n:] for request, (n, _) in zip(group, known, strict=True)]
         tokens, segment_ids = left_pad([*rests, *[[]] * blank], self._config.vocab_size, *self._padding)
+        if not any(self._rows):
+            self._carry = None  # its memory, before the next one's is asked for
         state = init_state(self._config, size, self._room or 1)
         for row, (length, prefix) in enumerate(known):
             if length:

@@ -27,7 +27,7 @@ from jaxlin import recurrence, sequence_parallel, sharding
 from jaxlin.kernels import gated_delta_rule as _delta_rule_kernel
 from jaxlin.kernels import gated_linear_attention as _linear_attention_kernel
 from jaxlin.kernels import mlstm as _mlstm_kernel
-from jaxlin.kernels.in_stack import InStack, is_in_stack, on_copy
+from jaxlin.kernels.in_stack import is_in_stack, on_copy
 
 Implementation = Literal["scan", "chunked", "pallas"]
 State = Float[Array, "B HV K V"]
@@ -382,9 +382,14 @@ def _sharded(op: str, function: Callable, arrays: dict, state: Any, options: dic
         specs["g"] = P(layout.heads)
     if "segment_ids" in arrays:
         specs["segment_ids"] = layout.by_token()
-    by_row = P(layout.batch, layout.heads)
-    in_stack = InStack(P(None, layout.batch, layout.heads), P())
-    state_specs = jax.tree.map(lambda s: in_stack if is_in_stack(s) else by_row, state, is_leaf=is_in_stack)
+    state_specs = jax.tree.map(lambda s: _state_spec(s, layout), state, is_leaf=is_in_stack)
     out_specs = specs["q"], state_specs
     mapped = jax.shard_map(local, in_specs=(specs, state_specs), out_specs=out_specs, check_vma=False)
     return mapped(arrays, state)
+
+
+def _state_spec(state: Any, layout: sharding.Layout) -> Any:
+    """How one array of a state is laid out, which may be in the stack of all layers'."""
+    if not is_in_stack(state):
+        return P(layout.batch, layout.heads)
+    return state._replace(stack=P(None, layout.batch, layout.heads), layer=P())

@@ -86,6 +86,7 @@ def choose(
     `seen`: the tokens that the repetition penalty concerns; see `tokens_seen`.
     """
     if sampling.penalizes:
+        assert seen is not None
         penalty = sampling.repetition_penalty
         logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
     if sampling.temperature == 0:

@@ -94,7 +94,9 @@ class Session:
         numbers, held = session_file.read(Path(path), config, params)
         session = cls(config, params, room=numbers["room"])
         session.length, session._drawn = numbers["length"], numbers["drawn"]
-        session._state = jax.tree.map(lambda empty, a: jnp.asarray(a.view(empty.dtype)), session._state, held["state"])
+        session._state = jax.tree.map_with_path(
+            lambda path, empty: jnp.asarray(held[f"state/{session_file.name(path)}"].view(empty.dtype)), session._state
+        )
         session._keys = jax.random.wrap_key_data(jnp.asarray(held["keys"]))
         session._seen = np.unpackbits(held["seen"], count=config.vocab_size).astype(bool)[None]
         session.logits = jnp.asarray(held["logits"]) if "logits" in held else None
@@ -161,6 +163,7 @@ def prefill(config: ModelConfig, params, state, tokens, segment_ids, chunk: int,
         if ids is not None and tokens.shape[1] > chunk and ids.all():
             ids = None  # nothing has to be stepped over: convolutions are quicker
         logits, state = _read(config, fresh and start == 0, params, state, tokens[:, part], ids)
+    assert logits is not None
     return logits, state
 
 

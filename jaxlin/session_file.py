@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -24,7 +24,7 @@ FORMAT = "jaxlin session 1"
 
 def write(path: Path, config: ModelConfig, params: Any, numbers: dict[str, int], held: Any) -> None:
     """Write `numbers` and the arrays `held`, a nested dict, beside what `read` compares; whole or not at all."""
-    tensors = {name: _bits(a) for name, a in _flatten(held).items()}
+    tensors = {name(path): _bits(np.asarray(a)) for path, a in jax.tree.leaves_with_path(held)}
     about = {
         "format": FORMAT,
         "config": json.dumps(dataclasses.asdict(config)),
@@ -38,19 +38,20 @@ def write(path: Path, config: ModelConfig, params: Any, numbers: dict[str, int],
         part.write_bytes(data)
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise UserError(f"--save-state {path}: cannot be written ({error.strerror})") from None
 
 
-def read(path: Path, config: ModelConfig, params: Any) -> tuple[dict[str, int], Any]:
-    """What `write` was given; floats of two bytes as their bits."""
+def read(path: Path, config: ModelConfig, params: Any) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """What `write` was given, arrays by their names; bfloat16 as its bits."""
     flag = f"--load-state {path}"
     if not path.is_file():
         raise UserError(f"{flag}: no file there; --save-state writes one")
     try:
         with safe_open(path, framework="numpy") as file:
             about = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{flag}: is damaged, or no saved session ({error}); save it again") from None
     if about.get("format") != FORMAT:
@@ -59,18 +60,18 @@ def read(path: Path, config: ModelConfig, params: Any) -> tuple[dict[str, int], 
     if checksum != _checksum(about, tensors):
         raise UserError(f"{flag}: is damaged (its checksum differs); save it again")
     old, new = json.loads(about["config"]), json.loads(json.dumps(dataclasses.asdict(config)))
-    if different := [name for name in new if old.get(name) != new[name]]:
-        name = different[0]
-        raise UserError(f"{flag}: was saved by another model ({name} {old.get(name)}, here {new[name]})")
+    if different := [field for field in new if old.get(field) != new[field]]:
+        field = different[0]
+        raise UserError(f"{flag}: was saved by another model ({field} {old.get(field)}, here {new[field]})")
     if about["params"] != fingerprint(params):
         raise UserError(f"{flag}: was saved by this architecture with other parameters; give the model that wrote it")
-    return json.loads(about["numbers"]), unflatten_dict(tensors, sep="/")
+    return json.loads(about["numbers"]), tensors
 
 
 def fingerprint(params: Any) -> str:
     """A hash of all parameters, bit for bit: their sums as integers, each weighted by its place, computed in place."""
     sums = jax.device_get(_sums(params))
-    shapes = {"/".join(path): (a.shape, str(a.dtype)) for path, a in flatten_dict(params).items()}
+    shapes = {name(path): (a.shape, str(a.dtype)) for path, a in jax.tree.leaves_with_path(params)}
     return hashlib.sha256(json.dumps([shapes, [int(s) for s in sums]]).encode()).hexdigest()
 
 
@@ -83,10 +84,9 @@ def _sums(params):
     return [weighted(a) for a in jax.tree.leaves(params)]
 
 
-def _flatten(held: Any) -> dict[str, np.ndarray]:
-    """Arrays by their paths; tuples by their numbers."""
-    paths, _ = jax.tree.flatten_with_path(held)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(a) for path, a in paths}
+def name(path: Any) -> str:
+    """What an array is called that has this path in a tree: state/layers/block_0/memory/0."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _bits(a: np.ndarray) -> np.ndarray:
@@ -97,7 +97,7 @@ def _bits(a: np.ndarray) -> np.ndarray:
 
 def _checksum(about: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
-        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    for key in sorted(tensors):
+        digest.update(f"{key} {tensors[key].dtype} {tensors[key].shape}".encode())
+        digest.update(np.ascontiguousarray(tensors[key]).tobytes())
     return digest.hexdigest()

@@ -66,7 +66,7 @@ def check_in_stack(form: tuple[str, str]):
     first, *rest = jax.tree.leaves(state)
     stack = jnp.stack([first + 1, first, first - 1])
     stacked = InStack(stack, jnp.int32(1))
-    step = functools.partial(getattr(ops, op), **args, implementation="pallas")
+    step = jax.jit(functools.partial(getattr(ops, op), **args, implementation="pallas"))
     o, new = step(initial_state=state)
     o_in_stack, new_in_stack = step(initial_state=(stacked, *rest) if rest else stacked)
     np.testing.assert_array_equal(o_in_stack, o)

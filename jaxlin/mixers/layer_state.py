@@ -65,4 +65,5 @@ class LayerState:
     @classmethod
     def tree_unflatten(cls, fresh: bool, arrays: Any) -> LayerState:
         """For jax: the reverse."""
-        return cls(*arrays, fresh)
+        stacked, layer = arrays
+        return cls(stacked, layer, fresh)
