@@ -153,7 +153,7 @@ class Settings(GenerationSettings):
     batch_size: int = 16
     """Prompts of --prompts that are continued together."""
     save_state: str = ""
-    """Write what the model keeps of the text to this file, at the end."""
+    """Write what the model keeps of the text to this file, at the end; a stop string that ended it is part of it."""
     load_state: str = ""
     """Go on from such a file; --prompt, if any, is read first."""
 
@@ -277,12 +277,15 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 def continue_text(model: runs.Teacher, settings: Settings, prompt: str, out: TextIO) -> None:
     """Write the prompt and what follows, piece by piece; the session comes from a file and goes to one where asked."""
-    params = serving_params(model.params, model.config)
+    params, tokens = serving_params(model.params, model.config), _encode(model.tokenizer, prompt)
     if settings.load_state:
         session = Session.load(settings.load_state, model.config, params)
     else:
-        session = Session(model.config, params, seed=settings.seed)
-    session.read(_encode(model.tokenizer, prompt))
+        room = -(-(len(tokens) + settings.max_new_tokens) // PAD_TO) * PAD_TO  # few sizes are compiled
+        session = Session(model.config, params, seed=settings.seed, room=room)
+    session.read(tokens)
+    if session.logits is None:
+        raise UserError("--prompt: it is empty; give at least one token")
     print(prompt, end="", file=out, flush=True)
     pieces = stream(
         session,
