@@ -28,15 +28,9 @@ LARGEST = 256
 """Of the head sizes, which are multiples of 16."""
 
 
+@chunk.custom_vjp
 def step(scale: float, x: Token, s: Any, z: Array | None) -> tuple[Array, Any, Any]:
     """A `recurrent_step.Step`, whose S may be `InStack`. Raises NotImplementedError for what it does not serve."""
-    if isinstance(s, InStack):
-        return _call(scale, x, s, z)
-    return _differentiable(scale, x, s, z)
-
-
-@chunk.custom_vjp
-def _differentiable(scale: float, x: Token, s: Array, z: Array | None) -> tuple[Array, Array, Any]:
     return _call(scale, x, s, z)
 
 
@@ -45,10 +39,16 @@ def _forward(scale, x, s, z):
 
 
 def _backward(scale, primals, cotangents):
-    return jax.vjp(functools.partial(compose, definition, scale), *primals)[1](cotangents)
+    return jax.vjp(functools.partial(_definition, scale), *primals)[1](cotangents)
 
 
-_differentiable.defvjp(_forward, _backward)
+def _definition(scale: float, x: Token, s: Any, z: Array | None) -> tuple[Array, Any, Any]:
+    """What the kernel computes."""
+    o, new, z = compose(definition, scale, x, s.read() if isinstance(s, InStack) else s, z)
+    return o, s.write(new) if isinstance(s, InStack) else new, z
+
+
+step.defvjp(_forward, _backward)
 
 
 def check(x: Token, s: Array) -> None:
