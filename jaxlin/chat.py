@@ -18,7 +18,8 @@ from typing import Any, TextIO
 
 from jaxlin.command_line import parse, run_main
 from jaxlin.config import UserError
-from jaxlin.generate import Detokenizer, GenerationSettings
+from jaxlin.detokenizer import Detokenizer
+from jaxlin.generate import GenerationSettings
 from jaxlin.runs import Teacher
 from jaxlin.session import Session, serving_params
 from jaxlin.turns import Conversation, answer_ends

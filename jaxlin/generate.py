@@ -1,29 +1,35 @@
 """Text from a model: the prompt in one pass, then token by token from a state of constant size.
 
-Command: `python -m jaxlin.generate --run DIR --prompt "..."`; without `--prompt` it reads standard input.
+Command: `python -m jaxlin.generate --run DIR --prompt "..."`; without `--prompt` it reads standard input. With
+`--prompts FILE` it continues many, `--batch-size` at a time, and writes a line of JSON for each.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
 from jaxlin import convert, runs
 from jaxlin.command_line import parse, run_main
 from jaxlin.config import ModelConfig, RunConfig, UserError
-from jaxlin.model import forward, init_state
-from jaxlin.session import PAD_TO, PREFILL_CHUNK, Sampling, Session, choose, left_pad, prefill, row_keys, serving_params
-from jaxlin.sharding import on_every_device
+from jaxlin.decoding import BLOCK
+from jaxlin.detokenizer import TextUntil, check_stops
+from jaxlin.engine import Completion, Engine, check_budget
+from jaxlin.prefix_cache import common_prefix
+from jaxlin.sampling import GREEDY, Sampling
+from jaxlin.session import PAD_TO, PREFILL_CHUNK, Session, serving_params
 
-BLOCK = 16  # tokens decoded between two looks at what came out
+WORTH_REMEMBERING = 64  # tokens that all prompts of a file begin with
 
 
 def generate(
@@ -32,12 +38,11 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     stop_ids: Sequence[int] = (),
     finished: Callable[[list[int]], bool] | None = None,
+    batch_size: int | None = None,
     pad_to: int = PAD_TO,
     prefill_chunk: int = PREFILL_CHUNK,
     streams: Sequence[int] | None = None,
@@ -45,143 +50,52 @@ def generate(
     """Continue each prompt (token ids) by up to `max_new_tokens` tokens; a token in `stop_ids` ends it and is left out.
 
     `finished` is asked now and then whether a continuation, so far, may end too; what it has by then is kept.
-    Prompts of different lengths go through together, padded on the left. A prompt's continuation does not depend on
-    the prompts beside it; sampling draws from stream `streams[row]` of the seed's random numbers, by default `row`.
+    `batch_size` prompts go through together, by default all; where one ends, the next takes its place. A prompt's
+    continuation does not depend on the prompts beside it; sampling draws from stream `streams[i]` of the seed's random
+    numbers, by default `i`. See `Engine` for more.
     Raises UserError for an empty prompt or an impossible setting, ValueError for ids outside the vocabulary.
     """
-    answers: list[list[int]] = [[] for _ in prompts]
-    live = set(range(len(prompts)))
+    check_budget(max_new_tokens)
     if not prompts:
-        return answers
-    sampling, padding = Sampling(temperature, top_k, top_p), (pad_to, prefill_chunk)
-    for block in _blocks(config, params, prompts, max_new_tokens, sampling, seed, padding, streams):
-        for row in sorted(live):
-            for token in block[row].tolist():
-                if token in stop_ids:
-                    live.discard(row)
-                    break
-                answers[row].append(token)
-            if finished is not None and row in live and finished(answers[row]):
-                live.discard(row)
-        if not live:
-            break
-    return answers
+        return []
+    longest = -(-max(map(len, prompts)) // pad_to) * pad_to  # few sizes of caches are compiled
+    engine = Engine(
+        config,
+        params,
+        slots=min(batch_size or len(prompts), len(prompts)),
+        room=longest + -(-max_new_tokens // BLOCK) * BLOCK,
+        sampling=sampling,
+        seed=seed,
+        stop_ids=stop_ids,
+        finished=finished,
+        pad_to=pad_to,
+        prefill_chunk=prefill_chunk,
+    )
+    return [completion.tokens for completion in engine.run(prompts, max_new_tokens, streams)]
 
 
 def stream(
-    config: ModelConfig,
-    params: Any,
+    session: Session,
     tokenizer: Any,
-    prompt: Sequence[int],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] = (),
+    stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """The continuation of one prompt, as pieces of text that come as soon as their characters are complete."""
-    sampling, text = Sampling(temperature, top_k, top_p), Detokenizer(tokenizer)
+    """What follows in a session that has read a prompt, as pieces of text that come as soon as they are certain.
+
+    That is, when their characters are complete, and no string of `stop`, which ends the text, may begin in them.
+    """
     check_budget(max_new_tokens)
-    room = -(-(len(prompt) + max_new_tokens) // PAD_TO) * PAD_TO  # few sizes are compiled
-    session = Session(config, serving_params(params, config), seed=seed, room=room)
-    if not prompt:
-        raise UserError("--prompt: it is empty; give at least one token")
-    session.read(prompt)
+    text = TextUntil(tokenizer, stop)
     for token in session.stream(sampling, max_new_tokens, stop_ids):
         if piece := text.push(token):
             yield piece
+        if text.stopped:
+            return
     if piece := text.flush():
         yield piece
-
-
-class Detokenizer:
-    """Tokens to text, one at a time. A token may hold a part of a character: it waits for the rest."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []  # the last complete piece, for what comes after it, and what is not yet complete
-        self._context = 0  # how many of them are that piece
-        self._shown = 0  # characters of their text that were given out
-
-    def push(self, token: int) -> str:
-        """The text that `token` completes."""
-        self._tokens.append(token)
-        text = self._decode(self._tokens)
-        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")  # what an unfinished character decodes to
-        piece = text[self._shown : len(text) if whole else -1]
-        self._shown += len(piece)
-        if whole:
-            self._tokens = self._tokens[self._context :]
-            self._context, self._shown = len(self._tokens), len(self._decode(self._tokens))
-        return piece
-
-    def flush(self) -> str:
-        """What is left: a character that never became complete."""
-        return self._decode(self._tokens)[self._shown :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _blocks(
-    config: ModelConfig,
-    params,
-    prompts,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    padding: tuple[int, int] = (PAD_TO, PREFILL_CHUNK),
-    streams: Sequence[int] | None = None,
-) -> Iterator[np.ndarray]:
-    """New tokens [B, n]: one after the prompts, then BLOCK at a time, `max_new_tokens` in all.
-
-    `padding`: prompts are padded to a multiple of the first, and longer ones than the second read in such chunks.
-    The next block is already being computed when one is given out, so the device never waits for the caller.
-    """
-    check_budget(max_new_tokens)
-    pad_to, chunk = padding
-    if chunk < 1 or pad_to < 1:
-        raise ValueError(f"pad_to={pad_to}, prefill_chunk={chunk}: must be at least 1")
-    tokens, segment_ids = left_pad(prompts, config.vocab_size, pad_to, chunk)
-    params = serving_params(params, config)
-    rounds = -(-(max_new_tokens - 1) // BLOCK)
-    state = init_state(config, len(prompts), tokens.shape[1] + rounds * BLOCK)
-    logits, state = prefill(config, params, state, tokens, segment_ids, chunk)
-    keys = row_keys(seed, range(len(prompts)) if streams is None else streams)
-    token = choose(sampling, keys, jnp.uint32(0), logits)
-    ready, left = token[:, None], max_new_tokens
-    carry = (token, jnp.uint32(1), state)
-    for done in range(rounds + 1):
-        following = None
-        if done < rounds:
-            following, carry = _decode(config, sampling, BLOCK, params, keys, carry)
-        block = np.asarray(ready)[:, :left]
-        left -= block.shape[1]
-        yield block
-        ready = following
-
-
-@jax.jit(static_argnums=(0, 1, 2), donate_argnums=5)
-def _decode(config: ModelConfig, sampling: Sampling, steps: int, params, keys, carry):
-    """`steps` more tokens of each row, [B, steps]; carry = (last token [B], its number + 1, state)."""
-
-    def step(carry, _):
-        token, number, state = carry
-        out = forward(config, params, token[:, None], state=state)
-        assert out.logits is not None
-        token = choose(sampling, keys, number, out.logits[:, 0])
-        return (token, number + 1, out.state), token
-
-    carry, tokens = jax.lax.scan(step, carry, length=steps)
-    return on_every_device(tokens.T), carry
-
-
-def check_budget(max_new_tokens: int) -> None:
-    """Refuse to write less than a token."""
-    if max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -202,13 +116,17 @@ class GenerationSettings:
     """Choose among this many likeliest tokens; 0 means all."""
     top_p: float = 1.0
     """Choose among the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Choose among tokens of at least this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Makes tokens that were there before less likely, above 1; see jaxlin/sampling.py."""
     seed: int = 0
     """Seed of the choice."""
 
     @property
     def sampling(self) -> Sampling:
         """How the next token is chosen. Raises UserError for values out of range."""
-        return Sampling(self.temperature, self.top_k, self.top_p)
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
     def check(self) -> None:
         """Refuse values out of range, before the model is loaded."""
@@ -222,10 +140,34 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class Settings(GenerationSettings):
-    """Continue a text with a student, or with its teacher."""
+    """Continue a text, or many, with a student or with its teacher."""
 
     prompt: str | None = None
     """The text to continue; read from standard input where it is absent."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a continuation, and are left out."""
+    prompts: str = ""
+    """Instead of one prompt, a file of them: one a line, or .jsonl with a field "prompt"."""
+    out: str = ""
+    """Where the continuations of --prompts go, .jsonl; standard output where it is absent."""
+    batch_size: int = 16
+    """Prompts of --prompts that are continued together."""
+    save_state: str = ""
+    """Write what the model keeps of the text to this file, at the end; a stop string that ended it is part of it."""
+    load_state: str = ""
+    """Go on from such a file; --prompt, if any, is read first."""
+
+    def check(self) -> None:
+        """Refuse values out of range, before the model is loaded."""
+        super().check()
+        check_stops(self.stop)
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
+        alone = dict(prompt=self.prompt, save_state=self.save_state, load_state=self.load_state)
+        if self.prompts and (given := [name for name, value in alone.items() if value]):
+            raise UserError(f"--{given[0].replace('_', '-')}: only for a single text, not with --prompts")
+        if self.out and not self.prompts:
+            raise UserError(f"--out {self.out}: only with --prompts FILE; a single text goes to standard output")
 
 
 def load_model(run: str, teacher: str, *, teacher_model: bool = False) -> runs.Teacher:
@@ -253,30 +195,129 @@ def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(i for i in ids if i is not None))
 
 
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a file: its lines, or the field "prompt" of each line of a .jsonl. Raises UserError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"--prompts {path}: cannot be read ({reason})") from None
+    numbered = [(n, line.removesuffix("\r")) for n, line in enumerate(lines, 1) if line.strip()]
+    if path.endswith(".jsonl"):
+        numbered = [(n, _prompt_of(line, f"--prompts {path}, line {n}")) for n, line in numbered]
+    if not numbered:
+        raise UserError(f"--prompts {path}: holds no prompt")
+    return [prompt for _, prompt in numbered]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        raise UserError(f"{where}: is no JSON") from None
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(prompt, str) or not prompt:
+        raise UserError(f'{where}: has no text "prompt"')
+    return prompt
+
+
+def continue_file(model: runs.Teacher, settings: Settings, prompts: Sequence[str], out: TextIO) -> None:
+    """Write a line of JSON for each prompt, in their order, as soon as those before it are there too."""
+    tokens = [_encode(model.tokenizer, prompt) for prompt in prompts]
+    longest = max(map(len, tokens)) + settings.max_new_tokens
+    engine = Engine(
+        model.config,
+        model.params,
+        slots=min(settings.batch_size, len(prompts)),
+        room=-(-longest // PAD_TO) * PAD_TO,
+        sampling=settings.sampling,
+        seed=settings.seed,
+        stop_ids=stop_tokens(model.tokenizer),
+        stop=settings.stop,
+        tokenizer=model.tokenizer,
+    )
+    shared = common_prefix([*tokens, min(tokens, key=len)[:-1]])
+    if len(tokens) > 1 and len(shared) >= WORTH_REMEMBERING:
+        engine.remember(shared)
+    for prompt in tokens:
+        engine.submit(prompt, settings.max_new_tokens)
+    done: dict[int, Completion] = {}
+    written = 0
+    for piece in engine.stream():
+        if piece.completion is not None:
+            done[piece.number] = piece.completion
+        while written in done:
+            found = done.pop(written)
+            record = {"prompt": prompts[written], "text": found.text, "tokens": found.tokens, "reason": found.reason}
+            print(json.dumps(record, ensure_ascii=False), file=out, flush=True)
+            written += 1
+
+
+@contextlib.contextmanager
+def _written(path: str) -> Iterator[TextIO]:
+    """A file that appears when it is complete; standard output for no path."""
+    if not path:
+        yield sys.stdout
+        return
+    part = Path(f"{path}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def continue_text(model: runs.Teacher, settings: Settings, prompt: str, out: TextIO) -> None:
+    """Write the prompt and what follows, piece by piece; the session comes from a file and goes to one where asked."""
+    params, tokens = serving_params(model.params, model.config), _encode(model.tokenizer, prompt)
+    if settings.load_state:
+        session = Session.load(settings.load_state, model.config, params)
+    else:
+        room = -(-(len(tokens) + settings.max_new_tokens) // PAD_TO) * PAD_TO  # few sizes are compiled
+        session = Session(model.config, params, seed=settings.seed, room=room)
+    session.read(tokens)
+    if session.logits is None:
+        raise UserError("--prompt: it is empty; give at least one token")
+    print(prompt, end="", file=out, flush=True)
+    pieces = stream(
+        session,
+        model.tokenizer,
+        max_new_tokens=settings.max_new_tokens,
+        sampling=settings.sampling,
+        stop_ids=stop_tokens(model.tokenizer),
+        stop=settings.stop,
+    )
+    for piece in pieces:
+        print(piece, end="", file=out, flush=True)
+    print(file=out)
+    if settings.save_state:
+        session.save(settings.save_state)
+
+
 def main() -> None:
     """Entry point of `python -m jaxlin.generate`."""
     settings = parse(Settings)
     settings.check()
-    prompt = sys.stdin.read() if settings.prompt is None else settings.prompt
-    if not prompt:
+    if settings.prompts:
+        prompts = read_prompts(settings.prompts)
+        model = settings.load()
+        with _written(settings.out) as out:
+            continue_file(model, settings, prompts, out)
+        return
+    prompt = settings.prompt
+    if prompt is None:
+        prompt = "" if settings.load_state else sys.stdin.read()
+    if not prompt and not settings.load_state:
         raise UserError("the prompt is empty: give --prompt or text on standard input")
-    model = settings.load()
-    pieces = stream(
-        model.config,
-        model.params,
-        model.tokenizer,
-        model.tokenizer(prompt, add_special_tokens=False)["input_ids"],
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        seed=settings.seed,
-        stop_ids=stop_tokens(model.tokenizer),
-    )
-    print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    continue_text(settings.load(), settings, prompt, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxlin.config import MixerOptions, ModelConfig
 from jaxlin.mixers import MIXERS
 from jaxlin.mixers.common import Dense, RMSNorm, partitioned, positions_in_segments, precision
+from jaxlin.mixers.layer_state import LayerState
 from jaxlin.sharding import by_tokens
 
 # What a period of blocks keeps of its forward pass for the backward one, by `RunConfig.remat`; its input always.
@@ -82,25 +83,27 @@ def blocks(config: ModelConfig, packed: bool = False) -> list[Block]:
 
 
 class Period(nn.Module):
-    """One period of the mixer pattern: the body of the scan over layers."""
+    """One period of the mixer pattern: the body of the scan over layers, which carries x and the states of all."""
 
     config: ModelConfig
     collect: tuple[str, ...] = ()
     packed: bool = False
+    fresh: bool = False
 
     @nn.compact
-    def __call__(self, x, positions, segment_ids, states):
+    def __call__(self, carry, positions, segment_ids, number):
+        x, states = carry
+        states = None if states is None else dict(states)
         seen = []
-        states = states or {}
-        new_states = {}
         for block in blocks(self.config, self.packed):
             before = x
-            x, mixed, state = block(x, positions=positions, segment_ids=segment_ids, state=states.get(block.name))
-            if state is not None:
-                new_states[block.name] = state
+            state = None if states is None else LayerState(states[block.name], number, self.fresh)
+            x, mixed, state = block(x, positions=positions, segment_ids=segment_ids, state=state)
+            if states is not None:
+                states[block.name] = state.stacked
             seen.append({"hidden_states": before, "mixer_outputs": mixed})
         collected = {name: jnp.stack([s[name] for s in seen]) for name in self.collect}
-        return x, (collected, new_states)
+        return (x, states), collected
 
 
 class LanguageModel(nn.Module):
@@ -113,6 +116,7 @@ class LanguageModel(nn.Module):
     config: ModelConfig
     remat: str = "none"
     packed: bool = False
+    fresh: bool = False
 
     @nn.compact
     def __call__(
@@ -138,7 +142,7 @@ class LanguageModel(nn.Module):
             embedding_init=partitioned(nn.initializers.normal(0.02), ("vocab", "embed")),
             name="embed_tokens",
         )
-        body = Period
+        body, repeats = Period, c.num_hidden_layers // c.period
         if self.remat != "none":
             body = nn.remat(Period, prevent_cse=False, policy=KEPT[self.remat])
         layers = nn.scan(
@@ -146,12 +150,11 @@ class LanguageModel(nn.Module):
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]  # flax leaves it untyped
-            length=c.num_hidden_layers // c.period,
+            length=repeats,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, collect, self.packed, name="layers")
-        x, (collected, states) = layers(
-            embed(tokens), positions, segment_ids, None if state is None else state["layers"]
-        )
+        )(c, collect, self.packed, self.fresh, name="layers")
+        carry = embed(tokens), None if state is None else state["layers"]
+        (x, states), collected = layers(carry, positions, segment_ids, jnp.arange(repeats))
 
         collected = {name: a.reshape(-1, *a.shape[2:]) for name, a in collected.items()}
         if "hidden_states" in collected:
@@ -183,13 +186,15 @@ def forward(
     logits: bool = True,
     remat: str = "none",
     packed: bool = False,
+    fresh: bool = False,
 ) -> Output:
     """The language model with `params`, on tokens [B, T]; see `LanguageModel`.
 
     `packed` promises what batches of the data pipeline keep, padding at the ends of rows only; see `short_conv`.
+    `fresh` promises that `state` is that of `init_state`, which then need not be read.
     """
     return apply(
-        LanguageModel(config, remat, packed),
+        LanguageModel(config, remat, packed, fresh),
         params,
         tokens,
         segment_ids=segment_ids,

@@ -27,6 +27,7 @@ from jaxlin import recurrence, sequence_parallel, sharding
 from jaxlin.kernels import gated_delta_rule as _delta_rule_kernel
 from jaxlin.kernels import gated_linear_attention as _linear_attention_kernel
 from jaxlin.kernels import mlstm as _mlstm_kernel
+from jaxlin.kernels.in_stack import is_in_stack, on_copy
 
 Implementation = Literal["scan", "chunked", "pallas"]
 State = Float[Array, "B HV K V"]
@@ -236,11 +237,12 @@ def _state(state: Any, shapes: dict[str, tuple[int, ...]], *inputs: Array, name:
     if state is None:
         parts = tuple(jnp.zeros(shape, dtype) for shape in shapes.values())
     else:
-        found = jax.tree.map(jnp.shape, state)
+        found = jax.tree.map(lambda a: a.stack.shape[1:] if is_in_stack(a) else a.shape, state, is_leaf=is_in_stack)
         if found != (tuple(shapes.values()) if len(shapes) > 1 else shapes["S"]):
             expected = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
             raise ValueError(f"{name} has shape {found}, expected {expected}")
-        parts = tuple(part.astype(dtype) for part in jax.tree.leaves(state))
+        parts = jax.tree.leaves(state, is_leaf=is_in_stack)
+        parts = tuple(part if is_in_stack(part) else part.astype(dtype) for part in parts)
     return parts[0] if len(shapes) == 1 else parts
 
 
@@ -253,7 +255,15 @@ def _run(
     """The op by the named implementation or the best one; `fresh` says that the state is zeros nobody gave."""
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1")
-    fresh &= sharding.time_axis(arrays["q"].shape[1]) is None  # all pieces but the first start from a state
+    if sharding.time_axis(arrays["q"].shape[1]) is not None:
+        fresh = False  # all pieces but the first start from a state
+        return on_copy(lambda s: _choose(op, arrays, s, options, chunk_size, implementation, fresh), state)
+    return _choose(op, arrays, state, options, chunk_size, implementation, fresh)
+
+
+def _choose(
+    op: str, arrays: dict, state: Any, options: dict, chunk_size: int | None, implementation: str | None, fresh: bool
+):
     if implementation is not None:
         return _sharded(op, _find(op, implementation, fresh), arrays, state, options, chunk_size)
     for name in _preference(arrays):
@@ -288,11 +298,13 @@ def _find(op: str, implementation: str, fresh: bool) -> Callable:
     """The function (arrays, state, options, chunk_size) -> (o, final_state) of a named implementation."""
     if implementation == "scan":
         definition = getattr(recurrence, op)
-        return lambda arrays, state, options, _: definition(**arrays, **options, initial_state=state)
+        return lambda arrays, state, options, _: on_copy(
+            lambda s: definition(**arrays, **options, initial_state=s), state
+        )
     if implementation == "chunked":
-        by_block = platform() == "cpu"
-        return lambda arrays, state, options, chunk_size: _CHUNKED[op](
-            **arrays, **options, initial_state=state, chunk_size=chunk_size, by_block=by_block
+        chunked = functools.partial(_CHUNKED[op], by_block=platform() == "cpu")
+        return lambda arrays, state, options, size: on_copy(
+            lambda s: chunked(**arrays, **options, initial_state=s, chunk_size=size), state
         )
     if implementation == "pallas":
         kernel = _pallas(op, fresh)
@@ -310,10 +322,17 @@ def _pallas(op: str, fresh: bool) -> Callable:
     target = interpreted() or platform()
     if target == "tpu":
         kernel = importlib.import_module(f"jaxlin.kernels.{op}_tpu_op").pallas
-        return lambda *, state, **arguments: kernel(**arguments, initial_state=state)
+        return lambda *, state, **arguments: on_copy(lambda s: kernel(**arguments, initial_state=s), state)
     if target == "gpu" and (interpreted() or compute_capability().startswith("9.")):
         kernel = importlib.import_module(f"jaxlin.kernels.{op}_gpu_op").pallas  # Mosaic GPU is not on every platform
-        return lambda *, state, **arguments: kernel(**arguments, initial_state=None if fresh else state)
+
+        def run(*, state, **arguments):
+            call = functools.partial(kernel, **arguments)
+            if arguments["q"].shape[1] == 1:  # the step overwrites states where they are
+                return call(initial_state=None if fresh else state)
+            return on_copy(lambda s: call(initial_state=None if fresh else s), state)
+
+        return run
     capability = f" of compute capability {compute_capability()}" if target == "gpu" and compute_capability() else ""
     raise NotImplementedError(f"{op} has no Pallas kernel for {target}{capability}")
 
@@ -363,7 +382,14 @@ def _sharded(op: str, function: Callable, arrays: dict, state: Any, options: dic
         specs["g"] = P(layout.heads)
     if "segment_ids" in arrays:
         specs["segment_ids"] = layout.by_token()
-    state_specs = jax.tree.map(lambda _: P(layout.batch, layout.heads), state)
+    state_specs = jax.tree.map(lambda s: _state_spec(s, layout), state, is_leaf=is_in_stack)
     out_specs = specs["q"], state_specs
     mapped = jax.shard_map(local, in_specs=(specs, state_specs), out_specs=out_specs, check_vma=False)
     return mapped(arrays, state)
+
+
+def _state_spec(state: Any, layout: sharding.Layout) -> Any:
+    """How one array of a state is laid out, which may be in the stack of all layers'."""
+    if not is_in_stack(state):
+        return P(layout.batch, layout.heads)
+    return state._replace(stack=P(None, layout.batch, layout.heads), layer=P())

@@ -1,12 +1,12 @@
 """One text or conversation that goes on: what a model keeps of it, and the tokens that it adds.
 
-What generation shares is here too: the first pass over a prompt, and the choice of the next token.
+What generation shares is here too: parameters as they are served, and the first pass over prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,31 +15,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from jaxlin.config import ModelConfig, UserError
+from jaxlin import session_file
+from jaxlin.config import ModelConfig
 from jaxlin.model import forward, head_kernel, init_state, project
+from jaxlin.sampling import Sampling, choose, mark, row_keys
 from jaxlin.sharding import on_every_device
 from jaxlin.student import is_new
 
-PAD_TO = 32  # prompts are padded to a multiple of this, so that few lengths are compiled
+PAD_TO = 32  # prompts are padded to this times a power of two, so that few lengths are compiled
 PREFILL_CHUNK = 2048  # tokens of a prompt read in one call
 ROOM = 1024  # tokens that a conversation's cache has place for at first
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 takes the likeliest, whatever top_k and top_p are."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UserError(f"--temperature {self.temperature}: must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise UserError(f"--top-k {self.top_k}: must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p}: must be above 0 and at most 1 (all tokens)")
 
 
 class Session:
@@ -58,17 +43,17 @@ class Session:
         self._state, self._room = init_state(config, 1, room), room
         self._keys = row_keys(seed, [0])
         self._drawn = 0  # tokens chosen so far: their numbers keep two turns from the same random numbers
+        self._seen = np.zeros((1, config.vocab_size), bool)  # what was read, for the repetition penalty
 
     def read(self, tokens: Sequence[int]) -> None:
         """Continue the text with given tokens. Raises ValueError for ids outside the vocabulary, having read none."""
         if not tokens:
             return
-        size = PAD_TO
-        while size < len(tokens):  # powers of two: turns of a conversation are of any length, programs are few
-            size *= 2
-        padded = left_pad([tokens], self._config.vocab_size, size, PREFILL_CHUNK)
+        padded = left_pad([tokens], self._config.vocab_size, PAD_TO, PREFILL_CHUNK)
+        fresh = self.length == 0
         self._make_room(len(tokens))
-        self.logits, self._state = prefill(self._config, self._params, self._state, *padded, PREFILL_CHUNK)
+        self.logits, self._state = prefill(self._config, self._params, self._state, *padded, PREFILL_CHUNK, fresh)
+        self._seen[0, list(tokens)] = True
 
     def stream(self, sampling: Sampling, max_new_tokens: int, stop_ids: Sequence[int] = ()) -> Iterator[int]:
         """New tokens, at most `max_new_tokens`, up to one in `stop_ids`, which is neither given out nor read.
@@ -77,19 +62,49 @@ class Session:
         """
         if self.logits is None:
             raise ValueError("nothing was read that could be continued")
-        token = self._choose(sampling)
+        seen = jnp.asarray(self._seen) if sampling.penalizes else None
+        token = self._choose(sampling, seen)
         for _ in range(max_new_tokens):
             value = int(token[0])
             if value in stop_ids:
                 return
             self._make_room(1)
             self.logits, self._state = _read_token(self._config, self._params, self._state, token)
-            token = self._choose(sampling)  # the device is at it while the caller shows the last one
+            self._seen[0, value] = True
+            seen = None if seen is None else mark(seen, token)
+            token = self._choose(sampling, seen)  # the device is at it while the caller shows the last one
             yield value
 
-    def _choose(self, sampling: Sampling) -> jax.Array:
+    def save(self, path: str | Path) -> None:
+        """Write the session to a file, whole or not at all; `load` continues it bit for bit.
+
+        Raises UserError where it cannot be written.
+        """
+        held = {"keys": jax.random.key_data(self._keys), "seen": np.packbits(self._seen)}
+        held |= {} if self.logits is None else {"logits": self.logits}
+        numbers = {"length": self.length, "room": self._room, "drawn": self._drawn}
+        session_file.write(Path(path), self._config, self._params, numbers, {**held, "state": self._state})
+
+    @classmethod
+    def load(cls, path: str | Path, config: ModelConfig, params: Any) -> Session:
+        """The session that `save` wrote, of the same model; `params` as for a new one.
+
+        Raises UserError where there is none, where it is damaged, and where another model or other parameters wrote it.
+        """
+        numbers, held = session_file.read(Path(path), config, params)
+        session = cls(config, params, room=numbers["room"])
+        session.length, session._drawn = numbers["length"], numbers["drawn"]
+        session._state = jax.tree.map_with_path(
+            lambda path, empty: jnp.asarray(held[f"state/{session_file.name(path)}"].view(empty.dtype)), session._state
+        )
+        session._keys = jax.random.wrap_key_data(jnp.asarray(held["keys"]))
+        session._seen = np.unpackbits(held["seen"], count=config.vocab_size).astype(bool)[None]
+        session.logits = jnp.asarray(held["logits"]) if "logits" in held else None
+        return session
+
+    def _choose(self, sampling: Sampling, seen: jax.Array | None) -> jax.Array:
         number, self._drawn = self._drawn, self._drawn + 1
-        return choose(sampling, self._keys, jnp.uint32(number), self.logits)
+        return choose(sampling, self._keys, np.array([number], np.uint32), self.logits, seen)
 
     def _make_room(self, count: int) -> None:
         """Before `count` more tokens: a larger cache, where there is one and it would overflow."""
@@ -117,12 +132,16 @@ def serving_params(params: Any, config: ModelConfig) -> Any:
 def left_pad(
     prompts: Sequence[Sequence[int]], vocab_size: int, pad_to: int, chunk: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segment ids [B, T]; 0 before each prompt, so that all of them end together."""
-    if short := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
-        raise UserError(f"--prompt: prompt {short[0]} is empty; give at least one token")
+    """Tokens and segment ids [B, T]; 0 before each prompt, so that all of them end together.
+
+    T is `pad_to` times a power of two, at most `chunk`, or a multiple of `chunk`: few lengths are compiled. Raises
+    ValueError for ids outside the vocabulary.
+    """
     longest = max(map(len, prompts))
-    unit = min(pad_to, chunk) if longest <= chunk else chunk
-    length = -(-longest // unit) * unit
+    length = min(pad_to, chunk)
+    while length < min(longest, chunk):
+        length = min(2 * length, chunk)
+    length *= -(-longest // length) or 1
     tokens, segment_ids = np.zeros((2, len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, length - len(prompt) :] = prompt
@@ -132,18 +151,25 @@ def left_pad(
     return tokens, segment_ids
 
 
-def prefill(config: ModelConfig, params, state, tokens, segment_ids, chunk: int):
-    """Read tokens [B, T] into `state`, `chunk` at a time; the logits after the last one [B, V], and the state."""
+def prefill(config: ModelConfig, params, state, tokens, segment_ids, chunk: int, fresh: bool):
+    """Read tokens [B, T] into `state`, `chunk` at a time; the logits after the last one [B, V], and the state.
+
+    `fresh`: the state is that of `init_state`. `segment_ids` as `left_pad` gives them; None where nothing is padding.
+    """
     logits = None
     for start in range(0, tokens.shape[1], chunk):
         part = slice(start, start + chunk)  # all are of one size
-        logits, state = _read(config, params, state, tokens[:, part], segment_ids[:, part])
+        ids = None if segment_ids is None else segment_ids[:, part]
+        if ids is not None and tokens.shape[1] > chunk and ids.all():
+            ids = None  # nothing has to be stepped over: convolutions are quicker
+        logits, state = _read(config, fresh and start == 0, params, state, tokens[:, part], ids)
+    assert logits is not None
     return logits, state
 
 
-@jax.jit(static_argnums=0, donate_argnums=2)
-def _read(config: ModelConfig, params, state, tokens, segment_ids):
-    out = forward(config, params, tokens, segment_ids=segment_ids, state=state, logits=False)
+@jax.jit(static_argnums=(0, 1), donate_argnums=3)
+def _read(config: ModelConfig, fresh: bool, params, state, tokens, segment_ids):
+    out = forward(config, params, tokens, segment_ids=segment_ids, state=state, logits=False, fresh=fresh)
     return on_every_device(project(out.hidden[:, -1], head_kernel(params), config)), out.state
 
 
@@ -152,28 +178,3 @@ def _read_token(config: ModelConfig, params, state, token):
     out = forward(config, params, token[:, None], state=state)
     assert out.logits is not None
     return on_every_device(out.logits[:, 0]), out.state
-
-
-def row_keys(seed: int, streams: Sequence[int]) -> jax.Array:
-    """The key of each row's random numbers: stream `streams[row]` (32 bits) of those that `seed` begins."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.asarray(streams, np.uint32))
-
-
-@jax.jit(static_argnums=0)
-def choose(sampling: Sampling, keys, number, logits):
-    """The next token of each row, [B], from logits [B, V]; top_k narrows first, then top_p among those left."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scores = logits / sampling.temperature
-    vocabulary = scores.shape[-1]
-    narrow = sampling.top_k or sampling.top_p < 1
-    if narrow:
-        scores, tokens = jax.lax.top_k(scores, min(sampling.top_k or vocabulary, vocabulary))
-        before = jnp.cumsum(jax.nn.softmax(scores), axis=-1) - jax.nn.softmax(scores)
-        # The likeliest token always stays: nothing is before it.
-        scores = jnp.where(before < sampling.top_p, scores, -jnp.inf)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-    choice = jax.vmap(jax.random.categorical)(keys, scores)
-    if narrow:
-        choice = jnp.take_along_axis(tokens, choice[:, None], axis=-1)[:, 0]
-    return choice.astype(jnp.int32)

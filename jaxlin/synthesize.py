@@ -208,7 +208,7 @@ class Output:
                 raise UserError(f"--out {out}: exists, and {self._report.name} does not; choose another file")
             return
         old = json.loads(self._report.read_text())["settings"]
-        if different := [name for name in new if name not in FREE and old.get(name) != new[name]]:
+        if different := [name for name in new if name not in FREE and old.get(name, new[name]) != new[name]]:
             name = different[0]
             raise UserError(
                 f"--out {out}: was written with another --{name.replace('_', '-')} ({old.get(name)}, now {new[name]}); "
@@ -294,9 +294,7 @@ def _answers(model: Teacher, params: Any, batch: list[Job], ends: tuple[int, ...
         params,
         [job.tokens for job in rows],
         max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
+        sampling=settings.sampling,
         seed=settings.seed,
         stop_ids=ends,
         finished=ends_in_loop,

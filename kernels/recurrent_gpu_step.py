@@ -1,5 +1,7 @@
 """One token on Hopper, all recurrences, in one launch: the state is read once, updated in registers, written in place.
 
+The place may be inside the states of all layers: a copy of one layer's, out and back in, would be twice its traffic.
+
 A program has one (b, value head) and a block of the values' columns, which are independent of each other. It loads
 everything straight from global memory: that the loads take long is hidden by the programs beside it, several an SM.
 Bound by bandwidth: 32 KiB of traffic for a state of 64 x 64, 16 KiB of it in flight for every program; the rest (q, k,
@@ -19,6 +21,7 @@ from jax.experimental import pallas as pl
 from jaxlin.kernels import chunk
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_linear_attention import NORMALIZER_EPS
+from jaxlin.kernels.in_stack import InStack
 from jaxlin.kernels.recurrent_step import Token, compose, definition
 
 LARGEST = 256
@@ -26,8 +29,8 @@ LARGEST = 256
 
 
 @chunk.custom_vjp
-def step(scale: float, x: Token, s: Array, z: Array | None) -> tuple[Array, Array, Any]:
-    """A `recurrent_step.Step`. Raises NotImplementedError for what the kernel does not serve."""
+def step(scale: float, x: Token, s: Any, z: Array | None) -> tuple[Array, Any, Any]:
+    """A `recurrent_step.Step`, whose S may be `InStack`. Raises NotImplementedError for what it does not serve."""
     return _call(scale, x, s, z)
 
 
@@ -36,22 +39,28 @@ def _forward(scale, x, s, z):
 
 
 def _backward(scale, primals, cotangents):
-    return jax.vjp(functools.partial(compose, definition, scale), *primals)[1](cotangents)
+    return jax.vjp(functools.partial(_definition, scale), *primals)[1](cotangents)
+
+
+def _definition(scale: float, x: Token, s: Any, z: Array | None) -> tuple[Array, Any, Any]:
+    """What the kernel computes."""
+    o, new, z = compose(definition, scale, x, s.read() if isinstance(s, InStack) else s, z)
+    return o, s.write(new) if isinstance(s, InStack) else new, z
 
 
 step.defvjp(_forward, _backward)
 
 
 def check(x: Token, s: Array) -> None:
-    """Raise NotImplementedError, with the reason, for inputs that the kernel does not take."""
+    """Raise NotImplementedError, with the reason, for inputs that the kernel does not take; s [L, B, HV, K, V]."""
     if any(a.dtype not in (jnp.bfloat16, jnp.float32) for a in (x.q, x.k, x.v)) or s.dtype != jnp.float32:
         raise NotImplementedError(
             f"q, k, v and the state are {x.q.dtype}, {x.k.dtype}, {x.v.dtype} and {s.dtype}; the GPU step takes"
             " bfloat16 or float32, and a float32 state"
         )
-    if any(n % 16 or n > LARGEST for n in s.shape[2:]):
+    if any(n % 16 or n > LARGEST for n in s.shape[3:]):
         raise NotImplementedError(
-            f"head sizes of keys and values are {s.shape[2]} and {s.shape[3]}; the GPU step takes multiples of 16 up"
+            f"head sizes of keys and values are {s.shape[3]} and {s.shape[4]}; the GPU step takes multiples of 16 up"
             f" to {LARGEST}"
         )
 
@@ -62,19 +71,21 @@ def columns_of(key: int, value: int) -> int:
     return next(n for n in sizes if value % n == 0)
 
 
-def _call(scale: float, x: Token, s: Array, z: Array | None) -> tuple[Array, Array, Any]:
-    check(x, s)
-    batch, heads, key, value = s.shape
+def _call(scale: float, x: Token, s: Any, z: Array | None) -> tuple[Array, Any, Any]:
+    own = s if isinstance(s, InStack) else InStack(s[None], jnp.zeros((), jnp.int32))
+    check(x, own.stack)
+    _, batch, heads, key, value = own.stack.shape
     strip = gpu.Strip(key, columns_of(key, value))
-    named = {n: a for n, a in (x._asdict() | dict(z=z)).items() if a is not None}
+    named = {n: a for n, a in (x._asdict() | dict(z=z, layer=own.layer[None])).items() if a is not None}
     out = [jax.ShapeDtypeStruct(x.v.shape, x.v.dtype)]
     if z is not None:
         out.append(jax.ShapeDtypeStruct(z.shape, z.dtype))
     body = functools.partial(_kernel, scale, strip, heads // x.q.shape[1], tuple(named))
     body.__name__ = "recurrent_step"
     grid = (batch, heads, value // strip.columns)
-    o, *z_new, s = gpu.launch(body, list(named.values()), out, grid, state=s)
-    return o, s, z_new[0] if z_new else None
+    o, *z_new, stack = gpu.launch(body, list(named.values()), out, grid, state=own.stack)
+    new = InStack(stack, own.layer) if isinstance(s, InStack) else stack[0]
+    return o, new, z_new[0] if z_new else None
 
 
 def _kernel(scale: float, strip: gpu.Strip, group: int, names: tuple, index: Any, inputs: Any, out: Any, _: Any):
@@ -83,7 +94,7 @@ def _kernel(scale: float, strip: gpu.Strip, group: int, names: tuple, index: Any
     x = dict(zip(names, arrays, strict=True))
     columns = pl.ds(block * strip.columns, strip.columns)
     key_head = jax.lax.div(head, jnp.int32(group))
-    own = state.at[batch, head, :, columns]
+    own = state.at[x["layer"][0], batch, head, :, columns]
 
     s = strip.load(own)
     q, k = (strip.load_rows(x[n].at[batch, key_head]) for n in "qk")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from dataclasses import replace
 
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlin import convert, generate, session
+from jaxlin import convert, generate
 from jaxlin.config import UserError
-from jaxlin.generate import Detokenizer, Sampling, serving_params
 from jaxlin.model import LanguageModel
+from jaxlin.runs import Teacher
+from jaxlin.sampling import Sampling
+from jaxlin.session import Session, serving_params
 from tests.models import TEACHER, random_params, student_of
 
 LENGTHS = (3, 9, 6)
@@ -51,42 +54,23 @@ def test_the_batch_does_not_matter(teacher):
     config, params, prompts = teacher
     together = generate.generate(config, params, prompts, max_new_tokens=NEW)
     assert together == [generate.generate(config, params, [p], max_new_tokens=NEW)[0] for p in prompts]
-    sampled = generate.generate(config, params, prompts, max_new_tokens=NEW, temperature=1.0, seed=3)
-    assert sampled[:1] == generate.generate(config, params, prompts[:1], max_new_tokens=NEW, temperature=1.0, seed=3)
+    warm = dict(max_new_tokens=NEW, sampling=Sampling(1.0), seed=3)
+    sampled = generate.generate(config, params, prompts, **warm)
+    assert sampled[:1] == generate.generate(config, params, prompts[:1], **warm)
     assert generate.generate(config, params, [], max_new_tokens=NEW) == []
 
 
 def test_sampling(teacher):
     config, params, prompts = teacher
 
-    def sample(**kw):
-        return generate.generate(config, params, prompts, max_new_tokens=NEW, **kw)
+    def sample(seed=0, **kw):
+        return generate.generate(config, params, prompts, max_new_tokens=NEW, sampling=Sampling(**kw), seed=seed)
 
     greedy, warm = sample(), dict(temperature=5.0)
     assert sample(**warm, seed=1) == sample(**warm, seed=1) != sample(**warm, seed=2)
-    assert sample(**warm, top_k=1) == sample(**warm, top_p=1e-6) == greedy
-
-
-@pytest.mark.parametrize(
-    "sampling, allowed",
-    [
-        (Sampling(1.0), [0, 1, 2, 3]),
-        (Sampling(1.0, top_k=2), [0, 1]),
-        (Sampling(1.0, top_p=0.8), [0, 1, 2]),
-        (Sampling(1.0, top_p=0.5), [0]),
-        (Sampling(1.0, top_k=3, top_p=0.6), [0, 1]),  # 0.5 of 0.9, then 0.25 of 0.9
-    ],
-)
-def test_who_may_be_chosen(sampling, allowed):
-    """Frequencies are the renormalised probabilities of those that top_k and top_p leave."""
-    probabilities = np.array([0.5, 0.25, 0.15, 0.1])
-    count = 2000
-    keys = jax.random.split(jax.random.key(0), count)
-    logits = jnp.log(jnp.broadcast_to(probabilities, (count, 4)))
-    drawn = np.bincount(session.choose(sampling, keys, jnp.uint32(0), logits), minlength=4) / count
-    expected = np.where(np.isin(np.arange(4), allowed), probabilities, 0)
-    assert not drawn[expected == 0].any()
-    np.testing.assert_allclose(drawn, expected / expected.sum(), atol=0.04)
+    assert sample(**warm, top_k=1) == sample(**warm, top_p=1e-6) == sample(**warm, min_p=1.0) == greedy
+    unlike = sample(repetition_penalty=1e6)  # nothing comes twice while the scores of something new are positive
+    assert all(len({*p, *a}) == len(set(p)) + NEW for p, a in zip(prompts, unlike, strict=True))
 
 
 def test_stop_ids(teacher):
@@ -111,29 +95,19 @@ def test_stream_is_generate(teacher):
     config, params, _ = teacher
     tokenizer = convert.byte_tokenizer()
     prompt = [5, 6, 7]
-    settings = dict(max_new_tokens=20, temperature=1.0, seed=4)
-    pieces = list(generate.stream(config, params, tokenizer, prompt, **settings))
-    (tokens,) = generate.generate(config, params, [prompt], **settings)
-    assert "".join(pieces) == tokenizer.decode(tokens)
-    assert len(pieces) > 5
-    stopped = list(generate.stream(config, params, tokenizer, prompt, **settings, stop_ids=[tokens[3]]))
-    assert "".join(stopped) == tokenizer.decode(tokens[: tokens.index(tokens[3])])
+    settings = dict(max_new_tokens=20, sampling=Sampling(1.0, repetition_penalty=1.2))
 
+    def pieces(**kw):
+        session = Session(config, params, seed=4)
+        session.read(prompt)
+        return list(generate.stream(session, tokenizer, **settings, **kw))
 
-def test_characters_come_whole():
-    tokenizer = convert.byte_tokenizer()
-    text = "naïve 🦙, \N{REPLACEMENT CHARACTER} 漢字!"
-    detokenizer = Detokenizer(tokenizer)
-    pieces = [detokenizer.push(token) for token in tokenizer(text)["input_ids"]]
-    assert "".join(pieces) == text and detokenizer.flush() == ""
-    assert [p for p in pieces if p][:6] == ["n", "a", "ï", "v", "e", " "]
-
-    llama = tokenizer("🦙")["input_ids"]
-    broken = [llama[0], llama[1], *tokenizer("a")["input_ids"], llama[0]]  # two that never become complete
-    detokenizer = Detokenizer(tokenizer)
-    pieces = [detokenizer.push(token) for token in broken]
-    assert pieces == ["", "", "\N{REPLACEMENT CHARACTER}a", ""]
-    assert detokenizer.flush() == "\N{REPLACEMENT CHARACTER}"
+    (tokens,) = generate.generate(config, params, [prompt], **settings, seed=4)
+    assert "".join(pieces()) == tokenizer.decode(tokens)
+    assert len(pieces()) > 5
+    assert "".join(pieces(stop_ids=[tokens[3]])) == tokenizer.decode(tokens[: tokens.index(tokens[3])])
+    text = tokenizer.decode(tokens)
+    assert "".join(pieces(stop=[text[4:6]])) == text.partition(text[4:6])[0]
 
 
 def test_serving_params_change_nothing(teacher):
@@ -152,10 +126,6 @@ def test_serving_params_change_nothing(teacher):
     "change, words",
     [
         (dict(max_new_tokens=0), "--max-new-tokens 0"),
-        (dict(temperature=-1.0), "--temperature -1.0"),
-        (dict(temperature=float("nan")), "--temperature nan"),
-        (dict(top_k=-1), "--top-k -1"),
-        (dict(top_p=0.0), "--top-p 0.0"),
         (dict(prompts=[[1], []]), "prompt 1 is empty"),
     ],
 )
@@ -190,8 +160,64 @@ def call(monkeypatch, *args, stdin=""):
         (["--teacher", "demo", "--prompt", "a", "--teacher-model"], "--teacher-model: only with --run"),
         (["--run", "missing", "--prompt", "a", "--temperature", "-1"], "--temperature -1.0"),
         (["--run", "missing", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["--run", "missing", "--prompt", "a", "--min-p", "2"], "--min-p 2.0"),
+        (["--run", "missing", "--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty 0.0"),
+        (["--run", "missing", "--prompt", "a", "--stop", ""], '--stop ""'),
+        (["--run", "missing", "--prompts", "missing"], "--prompts missing: cannot be read"),
+        (["--run", "missing", "--prompts", "p", "--prompt", "a"], "--prompt: only for a single text"),
+        (["--run", "missing", "--prompts", "p", "--save-state", "s"], "--save-state: only for a single text"),
+        (["--run", "missing", "--prompts", "p", "--batch-size", "0"], "--batch-size 0"),
+        (["--run", "missing", "--prompt", "a", "--out", "o"], "--out o: only with --prompts"),
     ],
 )
 def test_command_refuses(monkeypatch, args, words):
     with pytest.raises(UserError, match=words):
         call(monkeypatch, *args)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("p.txt", "\n  \n", "holds no prompt"),
+        ("p.txt", b"\xff", "not UTF-8"),
+        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}', 'line 2: has no text "prompt"'),
+        ("p.jsonl", '{"prompt": ""}', 'line 1: has no text "prompt"'),
+        ("p.jsonl", "a", "line 1: is no JSON"),
+    ],
+)
+def test_prompts_that_cannot_be_read(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=words):
+        generate.read_prompts(str(tmp_path / name))
+
+
+@pytest.fixture
+def speaker(monkeypatch):
+    """What every command line opens: a tiny student that knows all bytes."""
+    config = student_of("gla", teacher=replace(TEACHER, vocab_size=264))
+    model = Teacher(config, random_params(config), convert.byte_tokenizer())
+    monkeypatch.setattr(generate, "load_model", lambda *args, **kw: model)
+    return model
+
+
+def test_command(monkeypatch, capsys, tmp_path, speaker):
+    """One text whole, or in two parts through a saved state; many prompts to a file, of which none is half-written."""
+    warm = ["--run", "x", "--temperature", "1", "--max-new-tokens"]
+    call(monkeypatch, *warm, "12", "--prompt", "ab")
+    whole = capsys.readouterr().out
+    state = str(tmp_path / "state")
+    call(monkeypatch, *warm, "6", "--prompt", "ab", "--save-state", state)
+    first = capsys.readouterr().out
+    call(monkeypatch, *warm, "5", "--load-state", state)
+    assert (first[:-1] + capsys.readouterr().out)[:4] == whole[:4]
+
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    texts = ["ab", "c\nd", "efghi"]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    call(monkeypatch, *warm, "12", "--prompts", str(prompts), "--out", str(out), "--batch-size", "2")
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["prompt"] for record in records] == texts
+    assert whole == f"ab{records[0]['text']}\n" and not capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl", "state"]
+    with pytest.raises(UserError, match="cannot be written"):
+        call(monkeypatch, *warm, "1", "--prompts", str(prompts), "--out", str(tmp_path / "no" / "out"))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlin import ops
+from jaxlin.kernels.in_stack import InStack, is_in_stack
 from tests import grid, hopper
 from tests.grid import Case
 
@@ -53,6 +54,33 @@ def test_interpreted(form, dtype, monkeypatch):
 def test_interpreted_shapes(form, change, monkeypatch):
     hopper.interpret(monkeypatch)
     run(form, jnp.float32, replace(CASE, **change))
+
+
+def check_in_stack(form: tuple[str, str]):
+    """A state among those of three layers changes as it would alone, and no other does."""
+    op, gate = form
+    normalize = gate == "normalize"
+    args = grid.inputs(op, replace(CASE, gate="scalar" if normalize else gate), normalize)
+    args = {n: x if n == "normalize" or x is None else jax.tree.map(jnp.asarray, x) for n, x in args.items()}
+    state = args.pop("initial_state")
+    first, *rest = jax.tree.leaves(state)
+    stack = jnp.stack([first + 1, first, first - 1])
+    stacked = InStack(stack, jnp.int32(1))
+    step = jax.jit(functools.partial(getattr(ops, op), **args, implementation="pallas"))
+    o, new = step(initial_state=state)
+    o_in_stack, new_in_stack = step(initial_state=(stacked, *rest) if rest else stacked)
+    np.testing.assert_array_equal(o_in_stack, o)
+    (found, _), *others = jax.tree.leaves(new_in_stack, is_leaf=is_in_stack)
+    np.testing.assert_array_equal(found[1], jax.tree.leaves(new)[0])
+    np.testing.assert_array_equal(found[::2], stack[::2])
+    for one, other in zip(others, jax.tree.leaves(new)[1:], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("form", [(A, "normalize"), (B, "scalar"), (M, "none")])
+def test_interpreted_in_a_stack(form, monkeypatch):
+    hopper.interpret(monkeypatch)
+    check_in_stack(form)
 
 
 # ---- on the CPU, lowered for CUDA ----
@@ -129,6 +157,12 @@ def test_what_is_not_served_is_scanned(monkeypatch, caplog):
 @pytest.mark.parametrize("form,dtype", FORMS_OF_TYPES)
 def test_grid(form, dtype, case):
     run(form, dtype, case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_in_a_stack(form):
+    check_in_stack(form)
 
 
 @pytest.mark.gpu

@@ -25,6 +25,8 @@ def attend_within(
     """Every token attends to the past of its own segment; padding (id 0) to padding, to stay finite."""
     if _has_splash_attention(q, dtype):
         return _splash(q, k, v, segment_ids)
+    if segment_ids is None and _has_cudnn_attention(q, k, dtype):  # a mask would be read, T x T
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     return attend(q, k, v, causal_mask(q.shape[1], segment_ids), dtype)
 
 
@@ -61,6 +63,29 @@ def attend(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     y = jnp.einsum("bkgts,bskd->btkgd", weights, v, precision=precision(dtype))
     return lax.reshape(y, (batch, length, heads, d))
+
+
+def attend_to_cache(
+    q: Float[Array, "B 1 H d"], k: Float[Array, "B S KV d"], v: Float[Array, "B S KV d"], length: Int[Array, " B"],
+    dtype: str,
+) -> Float[Array, "B 1 H d"]:  # fmt: skip
+    """One query a row to the first `length` entries of its cache; scores, softmax and sums in float32.
+
+    On accelerators products and sums of vectors, not of matrices: a query is too little for those, which want another
+    layout, and a copy of the cache with it. So the cache is read once, in its own dtype, at the speed of memory. CPUs
+    would write the products down.
+    """
+    valid = jnp.arange(k.shape[1]) < length[:, None]
+    if ops.platform() == "cpu":
+        return attend(q, k, v, valid[:, None, None], dtype)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    batch, _, heads, d = q.shape
+    grouped = q.reshape(batch, 1, k.shape[2], heads // k.shape[2], d).astype(wide) * jnp.asarray(d**-0.5, wide)
+    scores = jnp.sum(grouped * k[:, :, :, None].astype(wide), axis=-1)  # [B, S, KV, H / KV]
+    scores = jnp.where(valid[:, :, None, None], scores, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=1)
+    y = jnp.sum(weights[..., None] * v[:, :, :, None].astype(wide), axis=1)
+    return y.reshape(q.shape).astype(v.dtype)
 
 
 def _has_cudnn_attention(q, k, dtype: str) -> bool:

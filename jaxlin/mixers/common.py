@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxlin.config import MixerOptions, ModelConfig, UserError
+from jaxlin.mixers.layer_state import LayerState
 from jaxlin.mixers.short_conv import previous_valid, short_conv
 
 State = dict[str, Any]
@@ -320,11 +321,11 @@ def heads_of_kv(config: ModelConfig, options: ResolvedOptions) -> int:
     return config.num_attention_heads if options.expand_kv or merged else config.num_key_value_heads
 
 
-def memory_of(state: State | None) -> Any:
-    """The recurrence's state inside a mixer's state."""
-    return None if state is None else state["memory"]
+def memory_of(state: LayerState | None) -> Any:
+    """The recurrence's state inside a mixer's state; None stands for zeros."""
+    return None if state is None or state.fresh else state.part_of_stack("memory")
 
 
-def next_state(state: State | None, memory: Any, tails: dict[str, Array]) -> State | None:
+def next_state(state: LayerState | None, memory: Any, tails: dict[str, Array]) -> LayerState | None:
     """The mixer's state after a call: none comes out where none went in."""
-    return None if state is None else {"memory": memory, **tails}
+    return None if state is None else state.replace(memory=memory, **tails)
