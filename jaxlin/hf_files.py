@@ -83,7 +83,7 @@ def config_from_hf(hf: dict[str, Any], where: str, model_type: str = "llama") ->
         values: dict[str, Any] = {n: number(n, rope[n]) for n in names}
         scaling = RopeScaling(**{**values, names[-1]: int(values[names[-1]])})
 
-    return ModelConfig(
+    fields: dict[str, Any] = dict(
         vocab_size=integer("vocab_size"),
         hidden_size=width,
         intermediate_size=integer("intermediate_size"),
@@ -99,6 +99,10 @@ def config_from_hf(hf: dict[str, Any], where: str, model_type: str = "llama") ->
         attention_bias=bool(hf.get("attention_bias", False)),
         mlp_bias=bool(hf.get("mlp_bias", False)),
     )
+    try:
+        return ModelConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from jaxlin.hf_files import SAFETENSORS_DTYPES
 from jaxlin.hf_table import Entry
 
 SHARD_BYTES = 5_000_000_000
+HOW_LOADED = ("is_local", "local_files_only", "name_or_path", "_commit_hash")
+"""What transformers writes of where a tokenizer came from, beside what it is."""
 
 
 def require_new(path: Path) -> None:
@@ -124,4 +126,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_tokenizer(tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Write a tokenizer's files; what config.json has to say of it."""
     tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    saved = json.loads(path.read_text())
+    write_json(path, {key: value for key, value in saved.items() if key not in HOW_LOADED})
     return {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

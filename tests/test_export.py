@@ -141,9 +141,8 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 def test_a_mesh_leaves_no_trace(tmp_path):
     """Parameters spread over eight devices, and a run that saved them so, give the bytes of one device."""
-    config = runs.new_run(
-        flags := parse_run(["--config", "tiny", "--mixer", "gated_deltanet"]), _teacher(flags)
-    ).student
+    run = parse_run(["--config", "tiny", "--mixer", "gated_deltanet"])
+    config = student_config(run, runs.teacher_config(run))
     params = random_params(config)
     mesh = jax.make_mesh((1, 4, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     spread = jax.device_put(params, param_shardings(abstract_params(config), mesh))
@@ -175,7 +174,7 @@ def test_model_card(tmp_path):
     assert "| held_out | perplexity | 12.5000 | 9.2500 |" in text
     assert "base_model: some-org/Some-1B" in text
     assert "in each 2 layers in turn" in text and "- `gla`: S_t = diag(exp(g_t)) S_{t-1}" in text
-    assert "arc_easy" not in text and "decode" not in text
+    assert "arc_easy" not in text and "speed" not in text
 
 
 def test_generate_writes_the_same_text(tmp_path, monkeypatch, capsys):
@@ -352,7 +351,3 @@ def test_push_leaves_the_folder(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--push some-org/name: huggingface_hub is not installed"):
         push(folder, "some-org/name")
     assert contents(folder) == before
-
-
-def _teacher(run):
-    return runs.teacher_config(run)
