@@ -85,7 +85,7 @@ def _loading(kind: str) -> str:
     return (
         "## Use\n\n```python\n"
         f"{imports} import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{options})\n'
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{options})\n'
         'inputs = tokenizer("The capital of France is", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))\n```\n\n"
