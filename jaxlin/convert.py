@@ -1,14 +1,8 @@
-"""Hugging Face Llama checkpoints to parameters and back: one table of names serves both directions."""
+"""Checkpoints of others, and exported students, to parameters; and softmax models back."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,80 +11,13 @@ import jax
 import ml_dtypes  # noqa: F401  (teaches numpy the name "bfloat16")
 import numpy as np
 
-from jaxlin import gguf_teacher, hf_files
+from jaxlin import gguf_teacher, hf_files, hf_student, hf_writer
 from jaxlin.config import ModelConfig, UserError
+from jaxlin.hf_table import Entry, table
 
 # Left in some old checkpoints; computed from the config instead.
 _IGNORED = ("rotary_emb.inv_freq",)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_SHARD_BYTES = 5_000_000_000
-
-
-# ---- the table of names ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One parameter: where it is in the tree, what Hugging Face calls it, and its shape in both (of one layer)."""
-
-    path: tuple[str, ...]
-    name: str
-    hf_shape: tuple[int, ...]
-    shape: tuple[int, ...]
-    layers: int
-    """Layers stacked on a leading axis; 0 for a parameter outside the layers."""
-
-    @property
-    def names(self) -> list[str]:
-        """The HF tensors of this parameter, one a layer."""
-        return [self.name.format(layer=i) for i in range(self.layers)] if self.layers else [self.name]
-
-    @property
-    def stacked_shape(self) -> tuple[int, ...]:
-        """The shape of the parameter in the tree."""
-        return (self.layers, *self.shape) if self.layers else self.shape
-
-    @property
-    def transposed(self) -> bool:
-        """HF keeps linear maps as [out, in]; kernels are [in, out]."""
-        return self.path[-1] == "kernel"
-
-    def from_hf(self, tensor: np.ndarray) -> np.ndarray:
-        """HF's layout to ours, one layer."""
-        return (tensor.T if self.transposed else tensor).reshape(self.shape)
-
-    def to_hf(self, leaf: np.ndarray) -> np.ndarray:
-        """Our layout to HF's, one layer."""
-        return leaf.reshape(self.hf_shape[::-1]).T if self.transposed else leaf.reshape(self.hf_shape)
-
-
-def table(config: ModelConfig) -> list[Entry]:
-    """Every parameter of a softmax model, in the order of the forward pass."""
-    d, f, v, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
-    h, kv, k = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    entries = [Entry(("embed_tokens", "embedding"), "model.embed_tokens.weight", (v, d), (v, d), 0)]
-
-    def add(path: str, name: str, hf_shape: tuple[int, ...], shape: tuple[int, ...]) -> None:
-        where = ("layers", "block_0", *path.split("."))
-        entries.append(Entry(where, f"model.layers.{{layer}}.{name}", hf_shape, shape, layers))
-
-    def linear(group: str, hf_group: str, name: str, into: tuple[int, ...], out: tuple[int, ...], bias: bool) -> None:
-        n_in, n_out = math.prod(into), math.prod(out)
-        add(f"{group}.{name}.kernel", f"{hf_group}.{name}.weight", (n_out, n_in), (*into, *out))
-        if bias:
-            add(f"{group}.{name}.bias", f"{hf_group}.{name}.bias", (n_out,), out)
-
-    add("input_layernorm.weight", "input_layernorm.weight", (d,), (d,))
-    for name, n in (("q_proj", h), ("k_proj", kv), ("v_proj", kv)):
-        linear("mixer", "self_attn", name, (d,), (n, k), config.attention_bias)
-    linear("mixer", "self_attn", "o_proj", (h, k), (d,), config.attention_bias)
-    add("post_attention_layernorm.weight", "post_attention_layernorm.weight", (d,), (d,))
-    for name, n_in, n_out in (("gate_proj", d, f), ("up_proj", d, f), ("down_proj", f, d)):
-        linear("mlp", "mlp", name, (n_in,), (n_out,), config.mlp_bias)
-    entries.append(Entry(("norm", "weight"), "model.norm.weight", (d,), (d,), 0))
-    if not config.tie_word_embeddings:
-        entries.append(Entry(("lm_head", "kernel"), "lm_head.weight", (v, d), (d, v), 0))
-    return entries
 
 
 # ---- tensors to parameters -------------------------------------------------------------------------------------------
@@ -99,7 +26,7 @@ def table(config: ModelConfig) -> list[Entry]:
 def params_from_tensors(
     reader: hf_files.Reader, config: ModelConfig, *, dtype: Any = None, shardings: Any = None
 ) -> dict[str, Any]:
-    """The parameters of a softmax model, read one tensor at a time.
+    """The parameters of a model, read one tensor at a time.
 
     Besides the result, at most one stacked parameter and one tensor are in host memory.
 
@@ -188,16 +115,17 @@ def load_config(source: str) -> ModelConfig:
 
 
 def load_teacher(source: str, *, dtype: Any = None, shardings: Any = None) -> tuple[ModelConfig, dict[str, Any], Any]:
-    """A pretrained Llama-family model.
+    """A pretrained Llama-family model, or a student that was exported.
 
     Args:
         source: a local HF folder, "org/name" on the hub, a .gguf file, or "demo" (SmolLM2-135M-Instruct, fetched once).
-        dtype: of the parameters; None is bfloat16 where every tensor is stored so, otherwise float32.
+        dtype: of the parameters; None is bfloat16 where every tensor is stored so, otherwise float32. Or a function
+            that gives either for the config.
         shardings: a tree like the parameters' of `jax.sharding.Sharding`, or a function that makes one from the
             config; None for the default device.
 
     Returns:
-        The config (its compute dtype is left at the default), the parameters, and the tokenizer.
+        The config (with the default compute dtype, but a student's with its own), the parameters, and the tokenizer.
 
     Raises:
         UserError: whatever is wrong with the files, naming the file or tensor, what was expected and what was found.
@@ -205,8 +133,8 @@ def load_teacher(source: str, *, dtype: Any = None, shardings: Any = None) -> tu
     config, reader, path = _open(source)
     tokenizer = _tokenizer(path, reader)
     _check_vocabulary(tokenizer, config, str(path))
-    if callable(shardings):
-        shardings = shardings(config)
+    shardings = shardings(config) if callable(shardings) else shardings
+    dtype = dtype(config) if callable(dtype) else dtype
     return config, params_from_tensors(reader, config, dtype=dtype, shardings=shardings), tokenizer
 
 
@@ -218,7 +146,9 @@ def _open(source: str) -> tuple[ModelConfig, hf_files.Reader, Path]:
         return hf_files.config_from_hf(reader.hf_config(), str(path)), reader, path
     path = hf_files.locate(source)
     file = path / "config.json"
-    return hf_files.config_from_hf(hf_files.read_json(file), str(file)), hf_files.open_folder(path), path
+    hf = hf_files.read_json(file)
+    read = hf_student.config_from_hf if hf.get("model_type") == hf_student.MODEL_TYPE else hf_files.config_from_hf
+    return read(hf, str(file)), hf_files.open_folder(path), path
 
 
 def _in_gguf(source: str) -> bool:
@@ -279,7 +209,7 @@ def export_hf(
     path: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = hf_writer.SHARD_BYTES,
 ) -> None:
     """Write a softmax model as an HF folder that `LlamaForCausalLM.from_pretrained` loads.
 
@@ -294,62 +224,26 @@ def export_hf(
         UserError: another mixer, or `path` exists already.
         ValueError: `params` is not what `config` describes.
     """
-    from safetensors.numpy import save_file
-
     if config.mixer != ("softmax",):
         raise UserError(f"mixer={'+'.join(config.mixer)} cannot be written as an HF Llama folder, only softmax")
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists already: give a folder that does not")
-    flat: dict[tuple[str, ...], Any] = dict(flax.traverse_util.flatten_dict(params))
     entries = table(config)
+    check_params(params, entries)
+    dtype = params["embed_tokens"]["embedding"].dtype
+    with hf_writer.new_folder(Path(path)) as folder:
+        hf_writer.write_tensors(params, entries, folder, dtype=dtype, shard_bytes=shard_bytes)
+        hf = hf_files.config_to_hf(config, dtype.name)
+        if tokenizer is not None:
+            hf |= hf_writer.write_tokenizer(tokenizer, folder)
+        hf_writer.write_json(folder / "config.json", hf)
+
+
+def check_params(params: dict[str, Any], entries: list[Entry]) -> None:
+    """Raise ValueError where a tree of parameters is not what `entries` describe."""
+    flat: dict[tuple[str, ...], Any] = dict(flax.traverse_util.flatten_dict(params))
     _check_tree("params", flat, entries)
     for entry in entries:
         if (found := flat[entry.path].shape) != entry.stacked_shape:
             raise ValueError(f"params: {'/'.join(entry.path)} has shape {found}, expected {entry.stacked_shape}")
-    dtype = flat[entries[0].path].dtype
-
-    temporary = path.parent / f".{path.name}-{uuid.uuid4().hex}"
-    temporary.mkdir(parents=True)
-    try:
-        shards = list(_shards(entries, dtype.itemsize, shard_bytes))
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            tensors = {}
-            for entry, layer in shard:
-                leaf = flat[entry.path]
-                name = entry.names[layer]
-                tensors[name] = np.ascontiguousarray(entry.to_hf(np.asarray(leaf[layer] if entry.layers else leaf)))
-                weight_map[name] = file
-            save_file(tensors, temporary / file, metadata={"format": "pt"})
-        if len(shards) > 1:
-            total = sum(dtype.itemsize * math.prod(e.stacked_shape) for e in entries)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        hf = hf_files.config_to_hf(config, dtype.name)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-            hf |= {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        (temporary / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _shards(entries: list[Entry], itemsize: int, limit: int) -> Iterator[list[tuple[Entry, int]]]:
-    """(entry, layer) of each tensor, in groups of at most `limit` bytes (or one tensor)."""
-    shard, size = [], 0
-    for entry in entries:
-        for layer in range(entry.layers or 1):
-            nbytes = itemsize * math.prod(entry.shape)
-            if shard and size + nbytes > limit:
-                yield shard
-                shard, size = [], 0
-            shard.append((entry, layer))
-            size += nbytes
-    yield shard
 
 
 def byte_tokenizer() -> Any:

@@ -18,20 +18,21 @@ import numpy as np
 from jaxlin.config import ModelConfig, RopeScaling, UserError
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
-_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
 
-def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
-    """The `ModelConfig` of an HF Llama config, in the spellings of transformers 4 and 5.
+def config_from_hf(hf: dict[str, Any], where: str, model_type: str = "llama") -> ModelConfig:
+    """The `ModelConfig` of an HF Llama config, in the spellings of transformers 4 and 5; mixers are not looked at.
 
     Args:
         hf: the contents of config.json.
         where: what error messages call it.
+        model_type: what it has to be.
 
     Raises:
         UserError: another architecture, a feature this decoder lacks, a missing or senseless value.
@@ -51,7 +52,7 @@ def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
             raise UserError(f"{where}: {key}={value!r} should be a positive number")
         return float(value)
 
-    if (kind := hf.get("model_type")) != "llama":
+    if (kind := hf.get("model_type")) != model_type:
         raise UserError(f"{where}: model_type={kind!r} is not supported; teachers are of the Llama family (llama)")
     if (activation := hf.get("hidden_act", "silu")) != "silu":
         raise UserError(f"{where}: hidden_act={activation!r} is not supported, only silu")
@@ -82,7 +83,7 @@ def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
         values: dict[str, Any] = {n: number(n, rope[n]) for n in names}
         scaling = RopeScaling(**{**values, names[-1]: int(values[names[-1]])})
 
-    return ModelConfig(
+    fields: dict[str, Any] = dict(
         vocab_size=integer("vocab_size"),
         hidden_size=width,
         intermediate_size=integer("intermediate_size"),
@@ -98,6 +99,10 @@ def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
         attention_bias=bool(hf.get("attention_bias", False)),
         mlp_bias=bool(hf.get("mlp_bias", False)),
     )
+    try:
+        return ModelConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -158,7 +163,7 @@ class SafetensorsReader:
     def spec(self, name: str) -> tuple[tuple[int, ...], str]:
         view = self._file.get_slice(name)
         dtype = str(view.get_dtype())
-        return tuple(view.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype)
+        return tuple(view.get_shape()), SAFETENSORS_DTYPES.get(dtype, dtype)
 
     def get(self, name: str) -> np.ndarray:
         return self._file.get_tensor(name)
@@ -253,7 +258,7 @@ def locate(source: str) -> Path:
         return path
     if path.is_file():
         raise UserError(f"teacher {source} is a file: give the folder that holds it, or a .gguf file")
-    if not _HUB_NAME.fullmatch(source):
+    if not HUB_NAME.fullmatch(source):
         raise UserError(f'teacher {source}: no such folder, and not "demo", a .gguf file or a hub name "org/name"')
     return _download(source)
 

@@ -48,7 +48,7 @@ def teacher_config(run: RunConfig) -> ModelConfig:
 
 
 def load_teacher(run: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Teacher:
-    """The run's teacher, in the run's compute dtype, sharded over `mesh`.
+    """The run's teacher, in the run's compute dtype, sharded over `mesh`; an exported student keeps its own dtypes.
 
     Raises UserError where its architecture is not the config file's.
     """
@@ -60,8 +60,11 @@ def load_teacher(run: RunConfig, mesh: jax.sharding.Mesh | None = None) -> Teach
             _require_same(run, config)
         return None if mesh is None else param_shardings(abstract_params(config), mesh)
 
-    config, params, tokenizer = convert.load_teacher(run.teacher, dtype=run.dtype, shardings=place)
-    return Teacher(replace(config, dtype=run.dtype), params, tokenizer)
+    def dtype(config: ModelConfig) -> str | None:
+        return run.dtype if config.mixer == ("softmax",) else None
+
+    config, params, tokenizer = convert.load_teacher(run.teacher, dtype=dtype, shardings=place)
+    return Teacher(replace(config, dtype=dtype(config) or config.dtype), params, tokenizer)
 
 
 def _random_teacher(run: RunConfig, mesh: jax.sharding.Mesh | None) -> Teacher:
@@ -145,6 +148,11 @@ class Run:
         """The student's parameters at `step`, by default at the newest checkpoint."""
         return load_params(self.folder / "checkpoints", step)
 
+    def tokenizer(self) -> Any:
+        """The teacher's tokenizer, which is the student's."""
+        name = self.config.teacher
+        return convert.byte_tokenizer() if name == "random" else convert.load_tokenizer(name)
+
     def write(self, name: str, value: Any) -> None:
         """Write `value` as JSON into the folder."""
         write_text(self.folder / name, json.dumps(value, indent=1))
@@ -173,6 +181,8 @@ class Run:
 def open_run(folder: str | Path, flag: str = "--run") -> Run:
     """The run in `folder`, which the setting `flag` names. Raises UserError where there is none."""
     folder = Path(folder)
+    if (folder / "run_card.json").is_file():
+        raise UserError(f"{flag} {folder}: an exported student, not a run; give it as --teacher {folder}")
     try:
         config = from_dict(RunConfig, json.loads((folder / "config.json").read_text()))
         student = from_dict(ModelConfig, json.loads((folder / "model.json").read_text()))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxlin.config import ModelConfig, RunConfig
+from jaxlin.config import ModelConfig, RunConfig, UserError
 from jaxlin.mixers import MIXERS, resolve_options
 from jaxlin.mixers.common import heads_of_kv
 from jaxlin.model import LanguageModel, init_params
@@ -20,7 +20,11 @@ COPIED_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def student_config(run: RunConfig, teacher: ModelConfig) -> ModelConfig:
-    """The teacher's architecture with the run's mixers."""
+    """The teacher's architecture with the run's mixers. Raises UserError where the teacher is a student itself."""
+    if teacher.mixer != ("softmax",):
+        raise UserError(
+            f"--teacher {run.teacher}: a student ({'+'.join(teacher.mixer)}), teachers have softmax attention"
+        )
     options = tuple(resolve_options(mixer, run.preset, run.model) for mixer in run.period)
     student = replace(teacher, mixer=run.period, options=options, dtype=run.dtype)
     for mixer, chosen in zip(student.mixer, student.options, strict=True):

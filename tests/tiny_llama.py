@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlin.config import ModelConfig
-from jaxlin.convert import table
+from jaxlin.hf_table import table
 
 CONFIG = ModelConfig(
     vocab_size=48,

@@ -159,16 +159,17 @@ def print_results(found: dict[str, Any], console: Console | None = None) -> None
             table.add_row(task, metric.replace("_", " "), *cells)
     console.print(table)
     if "kl" in found:
-        losses = [f"{n} {_number(v['start'])} -> {_number(v['end'])}" for n, v in found["stage_losses"].items()]
-        changes = [*losses, f"KL {_number(found['kl']['initialisation'])} -> {_number(found['kl']['now'])}"]
+        losses = [f"{n} {number(v['start'])} -> {number(v['end'])}" for n, v in found["stage_losses"].items()]
+        changes = [*losses, f"KL {number(found['kl']['initialisation'])} -> {number(found['kl']['now'])}"]
         console.print("start -> end: " + ", ".join(changes), highlight=False)
 
 
 def _cell(values: dict[str, Any], metric: str) -> str:
-    return _number(values[metric]) if metric in values else ""
+    return number(values[metric]) if metric in values else ""
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A measured value as people read it."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
