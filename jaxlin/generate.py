@@ -184,9 +184,7 @@ def load_model(run: str, teacher: str, *, teacher_model: bool = False) -> runs.T
     opened = runs.open_run(Path(run))
     if teacher_model:
         return runs.load_teacher(opened.config)
-    name = opened.config.teacher
-    tokenizer = convert.byte_tokenizer() if name == "random" else convert.load_tokenizer(name)
-    return runs.Teacher(opened.student, jax.tree.map(jnp.asarray, opened.params()), tokenizer)
+    return runs.Teacher(opened.student, jax.tree.map(jnp.asarray, opened.params()), opened.tokenizer())
 
 
 def stop_tokens(tokenizer: Any) -> tuple[int, ...]:
