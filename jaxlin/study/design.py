@@ -182,7 +182,9 @@ def check(study: Study, name: str) -> Study:
     for contrast in study.contrasts:
         for cell in (contrast.a, contrast.b):
             if cell not in known:
-                raise UserError(f"--config {name}: contrast {contrast.name}: {cell} is none of {', '.join(sorted(known))}")
+                raise UserError(
+                    f"--config {name}: contrast {contrast.name}: {cell} is none of {', '.join(sorted(known))}"
+                )
     return study
 
 

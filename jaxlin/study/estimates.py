@@ -1,8 +1,8 @@
 """Numbers of cells and differences between them, with intervals over examples and seeds.
 
 A cell's value is the mean over its seeds. Its draws are bootstrap resamples of the benchmark's examples, the same ones
-for all runs that answered the same prompts; with n >= 2 seeds they also move by t(n - 1) s / sqrt(n), s the standard
-deviation over seeds: what Student's interval allows so few of them. With one seed an interval says nothing about others.
+for all runs that answered the same prompts; with n >= 2 seeds they also move by t(n - 1) s / sqrt(n), s the deviation
+over seeds: what Student's interval allows so few of them. With one seed an interval says nothing about others.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ class Estimates:
     confidence: float = 0.95
     _resampled: dict[tuple[Cell, int], dict[tuple[str, str], np.ndarray]] = field(default_factory=dict)
 
-    def of(self, cell: Cell, metric: str) -> Estimate | None:
-        """The metric of a cell, or of TEACHER; None where it was not measured."""
+    def of(self, cell: Cell, metric: str, seeds: Sequence[int] | None = None) -> Estimate | None:
+        """The metric of a cell, or of TEACHER, over `seeds` or all; None where it was not measured."""
         runs = self._runs(cell, metric)
+        runs = {seed: run for seed, run in runs.items() if seeds is None or seed in seeds}
         values = {seed: self._value(run, cell, metric) for seed, run in runs.items()}
         drawn = {seed: self._drawn(run, cell, metric) for seed, run in runs.items()}
         return self._estimate(values, drawn, metric, [(cell, run) for run in runs.values()])
@@ -147,7 +148,7 @@ class Estimates:
         if metric in HELD_OUT:
             return [self.found.source(run.folder / "evaluation.json")]
         tasks = dict.fromkeys(task for task, _, _ in COLUMN[metric].parts)
-        return [self.found.source(run.kept[task, _model(cell)].path) for task in tasks]
+        return [self.found.source(run.kept[_model(cell)][task].path) for task in tasks]
 
 
 def _model(cell: Cell) -> str:

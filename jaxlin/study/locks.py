@@ -1,4 +1,4 @@
-"""Who is at work on a run: a file beside its folder, created in one instant, so that two jobs never take the same run."""
+"""Who is at work on a run: a file beside its folder, created in one instant: two jobs never take the same run."""
 
 from __future__ import annotations
 

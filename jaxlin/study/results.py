@@ -59,13 +59,13 @@ class TrialResults:
         return held_out_lines(self.folder)
 
     @cached_property
-    def kept(self) -> dict[tuple[str, str], KeptResult]:
-        """Results of benchmarks by task and model."""
-        return kept_results(self.folder)
+    def kept(self) -> dict[str, dict[str, KeptResult]]:
+        """Results of benchmarks: {model: {task: kept}}."""
+        return {model: kept_results(self.folder, model) for model in ("student", "teacher")}
 
-    def results(self, model: str = "student") -> dict[str, Result]:
+    def results(self, model: str) -> dict[str, Result]:
         """Results of benchmarks of "student" or "teacher", by task."""
-        return {task: kept.result for (task, name), kept in self.kept.items() if name == model}
+        return {task: kept.result for task, kept in self.kept[model].items()}
 
 
 @dataclass(frozen=True)
@@ -110,17 +110,17 @@ def held_out_lines(folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def kept_results(folder: Path) -> dict[tuple[str, str], KeptResult]:
-    """Results of benchmarks by task and model ("student", "teacher"); of several, what was measured last."""
-    paths = sorted((folder / "evaluation").glob("*-*-*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+def kept_results(folder: Path, model: str) -> dict[str, KeptResult]:
+    """Results of benchmarks of `model` ("student" or "teacher") by task; of several, what was measured last."""
+    paths = (folder / "evaluation").glob(f"*-{model}-*.json")
     found = {}
-    for path in paths:
+    for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name)):
         try:
             content = json.loads(path.read_text())
             kept = KeptResult(Result(**content["result"]), content["key"], path)
         except (ValueError, KeyError, TypeError):
             continue  # damaged: eval.py measures it again
-        found[kept.result.task, content["model"]] = kept
+        found[kept.result.task] = kept
     return found
 
 

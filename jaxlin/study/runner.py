@@ -20,7 +20,8 @@ from jaxlin.command_line import CONFIG_DIR, parse_run
 from jaxlin.config import RunConfig, UserError
 from jaxlin.evaluation.report import choose_tasks
 from jaxlin.runs import check_folder
-from jaxlin.study.design import Study, Suite, Trial
+from jaxlin.study.design import HELD_OUT, Study, Suite, Trial
+from jaxlin.study.estimates import COLUMN
 from jaxlin.study.locks import Lock, take
 from jaxlin.study.results import held_out_lines, kept_results
 
@@ -35,6 +36,8 @@ class Runner:
     out: Path
     say: Callable[[str], Any] = print
     failures: list[str] = field(default_factory=list)
+    _planned: set[Suite] = field(default_factory=set)
+    """Suites that `commands` has measured the teacher on."""
 
     def check(self, trials: Iterable[Trial]) -> None:
         """Refuse settings that train.py or eval.py would, and folders that hold runs with others. Writes nothing."""
@@ -42,6 +45,11 @@ class Runner:
             if suite.name == "quick":
                 raise UserError("suite quick: train.py measures it at the end of every run; leave it out")
             choose_tasks(suite.name, suite.tasks)
+        for contrast in self.study.contrasts:
+            if contrast.metric not in (*HELD_OUT, *COLUMN):
+                raise UserError(
+                    f"contrast {contrast.name}: {contrast.metric} is none of {', '.join((*HELD_OUT, *COLUMN))}"
+                )
         for trial in trials:
             run = self._run(trial)
             run.stages()
@@ -63,7 +71,11 @@ class Runner:
             suites = [suite for suite in self.study.suites if not self._is_measured(trial, suite)]
             if trial in done and not suites:
                 yield f"# {trial.name}: done"
-            yield from (shlex.join(self._evaluate(trial, suite)) for suite in suites)
+            for suite in suites:
+                first = self._with_teacher(suite) and suite not in self._planned
+                self._planned.add(suite)
+                if first or not self._has(trial, suite, "student"):
+                    yield shlex.join(self._evaluate(trial, suite, with_teacher=first))
 
     def work(self, trials: Sequence[Trial]) -> None:
         """Train what is not trained, then measure what is not measured. Runs that others work on are left to them."""
@@ -100,10 +112,12 @@ class Runner:
         for suite in self.study.suites:
             if self._is_measured(trial, suite):
                 continue
-            command = self._evaluate(trial, suite)
+            command = self._evaluate(trial, suite, with_teacher=self._with_teacher(suite))
             code, last, log = self._call(command, [trial], locks, suite.name)
             if code != 0:
-                self._fail(f"{trial.name}: eval.py --suite {suite.name} ended with exit code {code}: {last} (log: {log})")
+                self._fail(
+                    f"{trial.name}: eval.py --suite {suite.name} ended with exit code {code}: {last} (log: {log})"
+                )
 
     def _fail(self, line: str) -> None:
         self.failures.append(line)
@@ -156,19 +170,19 @@ class Runner:
         return not any(line["stage"] == last for line in held_out_lines(folder))
 
     def _is_measured(self, trial: Trial, suite: Suite) -> bool:
-        kept = kept_results(self.out / trial.name)
-        models = ("teacher", "student") if self._with_teacher(trial) else ("student",)
-        wanted = {"limit": suite.limit, "chat": suite.chat, "predict_only": False}
-        for task in choose_tasks(suite.name, suite.tasks):
-            for model in models:
-                found = kept.get((task, model))
-                if found is None or any(found.key.get(name) != value for name, value in wanted.items()):
-                    return False
-        return True
+        return self._has(trial, suite, "student") and not self._with_teacher(suite)
 
-    def _with_teacher(self, trial: Trial) -> bool:
-        """All runs have the same teacher: it is measured beside the study's first run alone."""
-        return trial == self.study.trials()[0]
+    def _with_teacher(self, suite: Suite) -> bool:
+        """Whether the teacher is still to be measured: all runs have the same, so beside one of them is enough."""
+        return not any(self._has(trial, suite, "teacher") for trial in self.study.trials())
+
+    def _has(self, trial: Trial, suite: Suite, model: str) -> bool:
+        kept = kept_results(self.out / trial.name, model)
+        wanted = {"limit": suite.limit, "chat": suite.chat, "predict_only": False}
+        return all(
+            task in kept and all(kept[task].key.get(name) == value for name, value in wanted.items())
+            for task in choose_tasks(suite.name, suite.tasks)
+        )
 
     def _run(self, trial: Trial) -> RunConfig:
         return parse_run(self._flags([trial], str(self.out / trial.name)))
@@ -186,12 +200,12 @@ class Runner:
             flags += [flag, *values] if values else []
         return flags
 
-    def _evaluate(self, trial: Trial, suite: Suite) -> list[str]:
+    def _evaluate(self, trial: Trial, suite: Suite, *, with_teacher: bool) -> list[str]:
         command = [sys.executable, str(ROOT / "eval.py"), "--run", str(self.out / trial.name), "--suite", suite.name]
         command += ["--tasks", *suite.tasks] if suite.tasks else []
         command += ["--limit", str(suite.limit)] if suite.limit is not None else []
         command += ["--data", self.study.data] if self.study.data else []
-        return command + ["--chat"] * suite.chat + ["--student-only"] * (not self._with_teacher(trial))
+        return command + ["--chat"] * suite.chat + ["--student-only"] * (not with_teacher)
 
 
 def _interrupt(*_: Any) -> None:

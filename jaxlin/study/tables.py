@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxlin.evaluation import longbench, paper, ruler
-from jaxlin.study.design import HELD_OUT, Cell
+from jaxlin.study.design import HELD_OUT
 from jaxlin.study.estimates import COLUMN, TEACHER, Estimate, Estimates
 from jaxlin.study.results import TrialResults, number
 
@@ -103,7 +103,7 @@ def fidelity(estimates: Estimates) -> Table:
                 file = estimates.found.source(run.folder / "fidelity.json")
                 perplexities.setdefault(f"{run.fidelity['teacher_perplexity']:.2f}", []).append(file)
     for value, files in perplexities.items():
-        rows.append([Entry("teacher"), *[Entry("")] * 3, Entry("0"), Entry(value, tuple(files)), Entry("100.0 %")])
+        rows.append([Entry("teacher"), *[Entry("")] * 4, Entry(value, tuple(files)), Entry("")])
     headings = ("student", "after", "tokens", "seeds", "KL, nats a token", "perplexity", "agreement")
     note = (
         "On held-out text; initialisation is the student before training. Brackets: 95 % over seeds (Student's t); a "
@@ -183,8 +183,9 @@ def questions(estimates: Estimates) -> Table:
     cells = {cell.name: cell for cell in estimates.found.study.cells()}
     rows = []
     for contrast in estimates.found.study.contrasts:
-        of_a, of_b = (estimates.of(cells[name], contrast.metric) for name in (contrast.a, contrast.b))
         found = estimates.difference(cells[contrast.a], cells[contrast.b], contrast.metric)
+        shared = found.seeds if found else None
+        of_a, of_b = (estimates.of(cells[name], contrast.metric, shared) for name in (contrast.a, contrast.b))
         show = _signed(contrast.metric)
         answer, limits, difference, sources, seeds = "not measured", "", "", (), ""
         if found is not None:
@@ -211,7 +212,7 @@ def questions(estimates: Estimates) -> Table:
         )  # fmt: skip
     headings = ("question", "in words", "a", "b", "metric", "of a", "of b", "a - b", "95 %", "seeds", "answer")
     note = (
-        f"Intervals of differences: paired by prompts and by seeds. \"{UNDECIDED}\" where the interval holds 0, or there "
+        f'Intervals of differences: paired by prompts and by seeds. "{UNDECIDED}" where the interval holds 0, or there '
         "is none: one seed of what is one number a run, or scores that are all alike."
     )
     return Table("Questions", headings, rows, note)
@@ -246,13 +247,17 @@ def _signed(metric: str) -> Callable[[float], str]:
 
 ZERO_SHOT = ("lambada", "winogrande", "arc_easy", "arc_challenge", "piqa", "hellaswag")
 NOTE = (
-    "Per cent; brackets: 95 % over examples (bootstrap) and, of several seeds, over seeds as well. A rank is a range where "
-    "the intervals of differences hold 0. Paper: arXiv 2504.14366"
+    "Per cent; brackets: 95 % over examples (bootstrap) and, of several seeds, over seeds as well. A rank is a range "
+    "where the intervals of differences hold 0. Paper: arXiv 2504.14366"
 )
 SCORES = (
     ("Zero-shot", (*ZERO_SHOT, "average without bear"), f"{NOTE}, table 2 (its averages are over seven tasks)."),
     ("BEAR", ("bear", "average"), f"{NOTE}, tables 2 and 5."),
-    ("Needles", (*(name for name in COLUMN if name in ruler.TASKS), "niah"), f"{NOTE}, tables 3 and 7: of 1.7B models."),
+    (
+        "Needles",
+        (*(name for name in COLUMN if name in ruler.TASKS), "niah"),
+        f"{NOTE}, tables 3 and 7: of 1.7B models.",
+    ),
     ("Longer needles", tuple(ruler.LONG_TASKS), f"{NOTE} has none of them."),
     ("Instructions", ("ifeval", "gsm8k", "swde"), f"{NOTE}, table 4: of post-trained 1.7B models."),
     ("LongBench", (*longbench.TASKS, "longbench"), f"{NOTE}, table 4: of post-trained 1.7B models."),
