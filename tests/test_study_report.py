@@ -58,7 +58,7 @@ def write_run(folder, trial):
     card = {"student_parameters": 140_000_000, "teacher_parameters": 135_000_000, "state_elements_per_layer": [64] * 4,
             "devices": "1 x cpu", "git_commit": "abcdef0123"}  # fmt: skip
     kl = 1 - SHARES[mixer] + 0.001 * seed + (1e-5 if (mixer, seed) == ("retnet", 1) else 0)
-    found = {"kl": kl, "perplexity": 30 * math.exp(kl), "agreement": SHARES[mixer]}
+    found = {"kl": kl, "perplexity": 30 * math.exp(kl), "agreement": 1 - kl}
     lines = [
         {"step": 10 * n, "stage": n, "tokens": 20_000_000 * n, **{f"heldout_{k}": v for k, v in found.items()}}
         for n in (1, 2, 3)
@@ -66,7 +66,7 @@ def write_run(folder, trial):
     for name, value in {
         "card.json": card,
         "fidelity.json": {**found, "kl": 9.0, "teacher_perplexity": 30.0, "measured_on": "text"},
-        "evaluation.json": {"results": {"held_out": {"student": found}}},
+        "evaluation.json": {"results": {"held_out": {"student": found}}, "held_out_sums": sums_of(found, mixer)},
         "evaluation/bear.json": {},
     }.items():
         write_text(folder / name, json.dumps(value))
@@ -77,6 +77,22 @@ def write_run(folder, trial):
         kept.put(
             model, {"task": "bear", "limit": 200}, Result("bear", {"acc": float(np.mean(hits))}, {"acc": hits}, 200)
         )
+
+
+def sums_of(found, mixer):
+    """24 batches, which differ in difficulty for all students alike; of KDA too few for an interval."""
+    ease = np.linspace(0.5, 1.5, 24 if mixer != "kda" else 4)
+    loss = math.log(found["perplexity"])
+    return [
+        {
+            "tokens": 100,
+            "next_tokens": 90,
+            "kl": 100 * found["kl"] * e,
+            "agree": 100 * found["agreement"],
+            "ce": 90 * loss,
+        }
+        for e in ease
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -107,19 +123,27 @@ def test_over_examples(estimates):
 
 
 def test_over_seeds(estimates):
-    """What is one number a run has Student's interval over its seeds, and none of one seed."""
-    found = estimates.of(cell(GOOD), "kl")
+    """Where all batches of text are alike the interval is Student's over the seeds; there is none of one seed."""
+    found = estimates.of(cell(GOOD), "agreement")
     half = 4.303 * 0.001 / 3**0.5
-    assert found.value == pytest.approx(0.201) and found.seeds == (0, 1, 2)
-    assert found.interval == pytest.approx((0.201 - half, 0.201 + half), rel=0.002)
+    assert found.value == pytest.approx(0.799) and found.seeds == (0, 1, 2) and found.examples == 24
+    assert found.interval == pytest.approx((0.799 - half, 0.799 + half), abs=2e-4)
+    assert estimates.of(cell(FAIR), "agreement").interval is None
+
+
+def test_over_batches_of_text(estimates):
+    """KL has the interval of a mean over batches; of fewer than are enough, with one seed, none."""
+    low, high = estimates.of(cell(GOOD), "kl").interval
+    error = 0.201 * float(np.std(np.linspace(0.5, 1.5, 24))) / 24**0.5
+    assert 2 * 1.96 * error < high - low < 2.6 * 1.96 * error
     assert estimates.of(cell(FAIR), "kl").interval is None
 
 
 def test_differences_are_paired(estimates):
     """By seed: a shift that all seeds share counts for nothing. By prompt: a model differs from itself by nothing."""
-    found = estimates.difference(cell(GOOD), cell(POOR), "kl")
-    assert found.value == pytest.approx(-0.5, abs=1e-5) and found.is_decided
-    assert found.interval == pytest.approx((-0.5, -0.5), abs=3e-5)
+    found = estimates.difference(cell(GOOD), cell(POOR), "agreement")
+    assert found.value == pytest.approx(0.5, abs=1e-5) and found.is_decided
+    assert found.interval == pytest.approx((0.5, 0.5), abs=3e-5)
     assert estimates.difference(cell(GOOD), cell(FAIR), "kl").seeds == (0,)
     same = estimates.difference(cell(FAIR), cell(FAIR), "bear")
     assert same.value == 0 and same.interval is None and not same.is_decided
@@ -154,7 +178,7 @@ def test_questions(estimates):
 def test_fidelity(estimates):
     """Before training and after each stage, with intervals over seeds."""
     rows = [row for row in rows_of(estimates, "Fidelity to the teacher") if row["student"] == GOOD]
-    assert [row["after"] for row in rows] == ["initialisation", "stage 1", "stage 2", "stage 3"]
+    assert [row["after"] for row in rows] == ["initialisation", "stage 1", "stage 2", "stage 3", "the end"]
     assert rows[0]["KL, nats a token"].startswith("9.0000 [") and rows[3]["tokens"] == "60,000,000"
     assert re.match(r"0\.2010 \[0\.198., 0\.203.\]", rows[3]["KL, nats a token"])
 

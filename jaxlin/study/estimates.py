@@ -1,8 +1,9 @@
 """Numbers of cells and differences between them, with intervals over examples and seeds.
 
-A cell's value is the mean over its seeds. Its draws are bootstrap resamples of the benchmark's examples, the same ones
-for all runs that answered the same prompts; with n >= 2 seeds they also move by t(n - 1) s / sqrt(n), s the deviation
-over seeds: what Student's interval allows so few of them. With one seed an interval says nothing about others.
+A cell's value is the mean over its seeds. Its draws are bootstrap resamples of a benchmark's examples, or of the
+batches of held-out text, the same ones for all runs that read the same. With n >= 2 seeds they also move by
+t(n - 1) s / sqrt(n), s the deviation over seeds: what Student's interval allows so few. With one seed an interval says
+nothing about others.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.special import stdtrit
 
-from jaxlin.evaluation.bootstrap import DRAWS, interval, resample
-from jaxlin.evaluation.columns import COLUMNS, series
+from jaxlin.evaluation.bootstrap import DRAWS, Series, interval, resample
+from jaxlin.evaluation.columns import COLUMNS, FEWEST, series
 from jaxlin.study.design import HELD_OUT, Cell
 from jaxlin.study.results import StudyResults, TrialResults, number
 
@@ -33,7 +35,7 @@ class Estimate:
     """None without scores of examples where there is one seed, with too few examples, and where all are alike."""
     seeds: tuple[int, ...]
     examples: int
-    """0 for what is one number a run."""
+    """Of held-out text, batches; 0 for what is one number a run."""
     sources: tuple[str, ...]
     """Files, relative to the study's folder."""
 
@@ -106,11 +108,22 @@ class Estimates:
     def _drawn(self, run: TrialResults, cell: Cell, metric: str) -> np.ndarray | None:
         """The metric of one run over resamples of the examples."""
         if metric in HELD_OUT:
-            return None
+            return self._held_out(run, metric)
         key = (cell, run.trial.seed)
         if key not in self._resampled:
             self._resampled[key] = resample(series(run.results(_model(cell))), draws=self.draws)
         return COLUMN[metric].draws(self._resampled[key])
+
+    def _held_out(self, run: TrialResults, metric: str) -> np.ndarray | None:
+        """A held-out metric over resamples of the batches of text; None of too few."""
+        sums = run.held_out_sums
+        if len(sums) < FEWEST:
+            return None
+        pairing = ("held-out text", *(batch["tokens"] for batch in sums))
+        means = resample({key: Series([batch[key] for batch in sums], pairing) for key in sums[0]}, draws=self.draws)
+        if metric == "perplexity":
+            return np.exp(means["ce"] / means["next_tokens"])
+        return means["kl" if metric == "kl" else "agree"] / means["tokens"]
 
     def _estimate(
         self,
@@ -128,18 +141,22 @@ class Estimates:
             deviation = float(np.std(list(values.values()), ddof=1))
             name = repr((metric, sorted(values), sorted({cell.name for cell, _ in used})))
             rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]))
-            draws = draws + rng.standard_t(len(values) - 1, self.draws) * deviation / math.sqrt(len(values))
+            # Student's quantiles themselves, in a random order: as many draws would have ragged tails.
+            moves = stdtrit(len(values) - 1, (np.arange(self.draws) + 0.5) / self.draws)
+            draws = draws + rng.permutation(moves) * deviation / math.sqrt(len(values))
         sources = dict.fromkeys(file for cell, run in used for file in self.sources(run, cell, metric))
         return Estimate(
             value,
             interval(draws, self.confidence) if np.ptp(draws) > 0 else None,
             tuple(sorted(values)),
-            0 if metric in HELD_OUT else self._examples(used, metric),
+            self._examples(used, metric),
             tuple(sources),
         )
 
     def _examples(self, used: Sequence[tuple[Cell, TrialResults]], metric: str) -> int:
-        """Of the tasks of a run together; where runs differ, the fewest."""
+        """Of the tasks of a run together, or batches of held-out text; where runs differ, the fewest."""
+        if metric in HELD_OUT:
+            return min(len(run.held_out_sums) for _, run in used)
         tasks = [task for task, _, _ in COLUMN[metric].parts]
         return min(sum(run.results(_model(cell))[task].n for task in tasks) for cell, run in used)
 

@@ -54,6 +54,12 @@ class TrialResults:
         return _read(self.folder / "evaluation.json").get("results", {}).get("held_out", {}).get("student", {})
 
     @cached_property
+    def held_out_sums(self) -> list[dict[str, float]]:
+        """What `held_out` is made of, batch by batch; empty where one was not finite."""
+        sums = _read(self.folder / "evaluation.json").get("held_out_sums", [])
+        return [] if any(value is None for batch in sums for value in batch.values()) else sums
+
+    @cached_property
     def lines(self) -> list[dict[str, Any]]:
         """What was measured at the end of each stage."""
         return held_out_lines(self.folder)

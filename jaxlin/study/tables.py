@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtrit
 
 from jaxlin.evaluation import longbench, paper, ruler
 from jaxlin.study.design import HELD_OUT
@@ -98,6 +99,11 @@ def fidelity(estimates: Estimates) -> Table:
             seeds = ", ".join(str(run.trial.seed) for run, _, _ in values)
             row = [Entry(cell.name), Entry(place), Entry(f"{tokens:,}", files), Entry(seeds)]
             rows.append(row + [Entry(text, files) for text in texts])
+        ends = [estimates.of(cell, metric) for metric in HELD_OUT]
+        if ends[0]:
+            seeds = ", ".join(map(str, ends[0].seeds))
+            row = [Entry(cell.name), Entry("the end"), Entry(f"{cell.tokens:,}", ends[0].sources), Entry(seeds)]
+            rows.append(row + [_measured(end, _format(name)) for name, end in zip(HELD_OUT, ends, strict=True)])
         for run in runs:
             if "teacher_perplexity" in run.fidelity:
                 file = estimates.found.source(run.folder / "fidelity.json")
@@ -106,8 +112,8 @@ def fidelity(estimates: Estimates) -> Table:
         rows.append([Entry("teacher"), *[Entry("")] * 4, Entry(value, tuple(files)), Entry("")])
     headings = ("student", "after", "tokens", "seeds", "KL, nats a token", "perplexity", "agreement")
     note = (
-        "On held-out text; initialisation is the student before training. Brackets: 95 % over seeds (Student's t); a "
-        "single seed has none, and its row ranks nothing."
+        "On held-out text; initialisation is the student before training. Brackets: 95 % over seeds (Student's t), at "
+        "the end over batches of text as well (bootstrap); none where one seed or few batches are all there is."
     )
     return Table("Fidelity to the teacher", headings, rows, note)
 
@@ -129,14 +135,8 @@ def over_seeds(values: Sequence[float], show: Callable[[float], str]) -> str:
     mean = float(np.mean(values))
     if len(values) < 2:
         return show(mean)
-    half = t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    half = float(stdtrit(len(values) - 1, 0.975)) * float(np.std(values, ddof=1)) / len(values) ** 0.5
     return f"{show(mean)} [{show(mean - half)}, {show(mean + half)}]"
-
-
-def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t distribution."""
-    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-    return table[min(freedom, len(table)) - 1]  # beyond, the last is on the safe side
 
 
 def scores(estimates: Estimates, title: str, columns: Sequence[str], note: str) -> Table:
@@ -165,12 +165,17 @@ def scores(estimates: Estimates, title: str, columns: Sequence[str], note: str) 
     return Table(title, tuple(headings), rows, note)
 
 
-def entry(found: Estimate | None) -> Entry:
-    """A score in percent with its interval."""
+def _measured(found: Estimate | None, show: Callable[[float], str]) -> Entry:
+    """A number and its interval."""
     if found is None:
         return Entry("")
-    limits = f" [{100 * found.interval[0]:.1f}, {100 * found.interval[1]:.1f}]" if found.interval else ""
-    return Entry(f"{100 * found.value:.2f}{limits}", found.sources)
+    limits = f" [{show(found.interval[0])}, {show(found.interval[1])}]" if found.interval else ""
+    return Entry(show(found.value) + limits, found.sources)
+
+
+def entry(found: Estimate | None) -> Entry:
+    """A score in percent with its interval."""
+    return _measured(found, lambda value: f"{100 * value:.2f}")
 
 
 def rank_text(rank: tuple[int, int]) -> str:
