@@ -156,6 +156,7 @@ def test_no_rank_where_intervals_overlap(estimates):
     rows = {row["student"]: row for row in rows_of(estimates, "BEAR")}
     assert rows[GOOD]["rank by BEAR"] == rows[FAIR]["rank by BEAR"] == "1 to 2" and rows[POOR]["rank by BEAR"] == "3"
     assert rows[GOOD]["paper"] == "18.17" and rows["teacher"]["paper"] == "21.84"
+    assert rows[GOOD]["recovery"].startswith("88.89 [") and rows[GOOD]["paper's recovery"] == "83.20"
 
 
 def test_lower_is_better_for_kl(estimates):
@@ -245,7 +246,7 @@ def test_every_number_has_its_files(out):
     assert LIMITS in markdown and UNDECIDED in markdown and "report.html: Figure 1" in markdown
 
 
-PAPERS = {"18.17", "23.11", "21.54", "21.84", "18.35"}  # table 5, BEAR at 135M
+PAPERS = {"18.17", "23.11", "21.54", "21.84", "83.20", "105.82", "98.63"}  # table 5, BEAR at 135M: scores, recoveries
 
 
 def test_a_folder_without_a_study(tmp_path):

@@ -69,6 +69,8 @@ def main() -> None:
             runner.work(group)
     for path in write_report(out, settings.speed):
         print(f"wrote {path}")
+    if runner.left:
+        print("left to other jobs:", *runner.left, sep="\n  ")
     if runner.failures:
         print("failed:", *runner.failures, sep="\n  ", file=sys.stderr)
         sys.exit(1)

@@ -73,6 +73,18 @@ class Estimates:
         used = [(cell, runs[seed]) for cell, runs in ((a, of_a), (b, of_b)) for seed in values]
         return self._estimate(values, drawn, metric, used)
 
+    def recovery(self, cell: Cell, metric: str) -> Estimate | None:
+        """The metric of a cell over the teacher's; None where one was not measured, or the teacher's is 0."""
+        runs, (teacher,) = self._runs(cell, metric), list(self._runs(TEACHER, metric).values()) or [None]
+        if teacher is None or not (base := self._value(teacher, TEACHER, metric)):
+            return None
+        under, values, drawn = self._drawn(teacher, TEACHER, metric), {}, {}
+        for seed, run in runs.items():
+            over = self._drawn(run, cell, metric)
+            values[seed] = self._value(run, cell, metric) / base
+            drawn[seed] = None if over is None or under is None or not under.all() else over / under
+        return self._estimate(values, drawn, metric, [*((cell, run) for run in runs.values()), (TEACHER, teacher)])
+
     def ranks(self, cells: Sequence[Cell], metric: str) -> dict[Cell, tuple[int, int]]:
         """Best and worst rank that each of the cells may have, 1 for the best; one is above another only where the
         interval of their difference does not hold 0."""

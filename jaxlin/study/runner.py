@@ -36,6 +36,8 @@ class Runner:
     out: Path
     say: Callable[[str], Any] = print
     failures: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    """Who has the runs that this job left alone."""
     _planned: set[Suite] = field(default_factory=set)
     """Suites that `commands` has measured the teacher on."""
 
@@ -84,7 +86,7 @@ class Runner:
             for trial in trials:
                 lock = take(self.out / f"{trial.name}.lock")
                 if isinstance(lock, str):
-                    self.say(f"left alone: {lock}")
+                    self.left.append(lock)
                 else:
                     locks[trial] = lock
             for batch in self._in_step([trial for trial in locks if self._untrained(trial)]):

@@ -154,6 +154,8 @@ def scores(estimates: Estimates, title: str, columns: Sequence[str], note: str) 
             row += [entry(estimates.of(cell, name)), Entry(f"{cited.value:.2f}" if cited else "")]
         found = estimates.of(cell, last)
         rank = ranks.get(cell)
+        row.append(entry(estimates.recovery(cell, last)) if cell != TEACHER else Entry(""))
+        row.append(Entry(_cited_recovery(last, cell, parameters)))
         row.append(Entry(rank_text(rank) if rank else "", found.sources if found and rank else ()))
         row.append(Entry(", ".join(map(str, found.seeds)) if found and cell != TEACHER else ""))
         if any(e.sources for e in row):
@@ -161,8 +163,18 @@ def scores(estimates: Estimates, title: str, columns: Sequence[str], note: str) 
     headings = ["student"]
     for name in columns:
         headings += [_title(name), "paper"]
-    headings += [f"rank by {_title(last)}", "seeds"]
+    headings += ["recovery", "paper's recovery", f"rank by {_title(last)}", "seeds"]
     return Table(title, tuple(headings), rows, note)
+
+
+def _cited_recovery(metric: str, cell: Cell, parameters: int | None) -> str:
+    """The paper's score over its teacher's, where one table has both."""
+    own, teacher = (
+        paper.reference(metric, name, parameters) if parameters else None for name in (cell.mixer, "teacher")
+    )
+    if own is None or teacher is None or own.table != teacher.table or cell == TEACHER:
+        return ""
+    return f"{100 * own.value / teacher.value:.2f}"
 
 
 def _measured(found: Estimate | None, show: Callable[[float], str]) -> Entry:
@@ -252,8 +264,8 @@ def _signed(metric: str) -> Callable[[float], str]:
 
 ZERO_SHOT = ("lambada", "winogrande", "arc_easy", "arc_challenge", "piqa", "hellaswag")
 NOTE = (
-    "Per cent; brackets: 95 % over examples (bootstrap) and, of several seeds, over seeds as well. A rank is a range "
-    "where the intervals of differences hold 0. Paper: arXiv 2504.14366"
+    "Per cent; brackets: 95 % over examples (bootstrap) and, of several seeds, over seeds as well. Recovery: the last "
+    "column over the teacher's. A rank is a range where the intervals of differences hold 0. Paper: arXiv 2504.14366"
 )
 SCORES = (
     ("Zero-shot", (*ZERO_SHOT, "average without bear"), f"{NOTE}, table 2 (its averages are over seven tasks)."),
