@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,10 @@ import pytest
 from jaxlin.config import UserError
 from jaxlin.study.design import Arm, Contrast, Study, check, chosen, load_study
 from jaxlin.study.locks import Owner, take
+from jaxlin.study.report import write_report
 from jaxlin.study.results import write_design
 from jaxlin.study.runner import Runner, read_shard
+from jaxlin.study.tables import UNDECIDED
 from tests import tiny_study
 from tests.test_train import ROOT
 
@@ -26,13 +29,19 @@ GROUP = "recommended-384-s0"
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def environment(tmp_path_factory):
+    """Of the study's processes."""
+    return tiny_study.environment(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, environment):
     """(runner, what it said) of a study that ran to its end, good runs and bad ones."""
     folder = tmp_path_factory.mktemp("study")
     study, said = tiny_study.study(tiny_study.write_bear(folder / "data")), []
     runner = Runner(study, folder / "out", say=said.append)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in tiny_study.environment(tmp_path_factory.mktemp("compiled")).items():
+        for name, value in environment.items():
             patch.setenv(name, value)
         runner.check(study.trials())
         write_design(study, runner.out)
@@ -155,6 +164,18 @@ def test_a_rerun_measures_nothing_twice(done):
     assert said == [] and runner.failures == [] and not list(runner.out.rglob("*.lock*"))
 
 
+def test_report_of_real_runs(done):
+    """Numbers of the folders' files, the benchmark with its interval, and what was not run."""
+    out = done[0].out
+    markdown, _ = (path.read_text() for path in write_report(out))
+    found = json.loads((out / GROUP / "retnet/evaluation.json").read_text())
+    assert f"| {found['results']['held_out']['student']['kl']:.4f} |" in markdown
+    assert sum(batch["kl"] for batch in found["held_out_sums"]) > 0
+    assert re.search(rf"\| {tiny_study.RETNET} \| \d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\] \|", markdown)
+    assert f"Not run: {GROUP}/nonsense, {GROUP}/folly." in markdown and UNDECIDED in markdown
+    assert f"`{GROUP}/retnet/metrics.jsonl`" in markdown
+
+
 # ---- locks
 
 
@@ -195,7 +216,7 @@ def test_stale_locks(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_run_again(done, tmp_path):
+def test_killed_and_run_again(done, environment, tmp_path):
     """The study and its commands are killed in the middle of training; the same command ends as without the kill."""
     runner, _ = done
     config = tmp_path / "study.py"
@@ -205,7 +226,7 @@ def test_killed_and_run_again(done, tmp_path):
     )
     out = tmp_path / "out"
     command = [sys.executable, "-m", "jaxlin.study", "--config", str(config), "--out", str(out)]
-    environment = {**os.environ, **tiny_study.environment(tmp_path / "compiled")}
+    environment = {**os.environ, **environment}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     while not list(out.glob("*/linear_attention/checkpoints/*/manifest.json")):
         assert process.poll() is None
