@@ -108,16 +108,15 @@ class _Axis:
         return self.start + (self.end - self.start) * (value - low) / (high - low)
 
     def ticks(self) -> list[float]:
-        """Round values between the ends."""
+        """Round values between the ends; on a logarithmic axis that spans little, those of a linear one."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             every = [m * 10.0**d for d in decades for m in (1, 2, 5)]
-        else:
-            step = 10.0 ** math.floor(math.log10((self.high - self.low) / 2))
-            step *= next(m for m in (1, 2, 5, 10, 20) if (self.high - self.low) / (m * step) <= 8)
-            first = math.ceil(self.low / step)
-            every = [n * step for n in range(first, math.floor(self.high / step) + 1)]
-        return [value for value in every if self.low <= value <= self.high]
+            if len(inside := [value for value in every if self.low <= value <= self.high]) > 2:
+                return inside
+        step = 10.0 ** math.floor(math.log10((self.high - self.low) / 2))
+        step *= next(m for m in (1, 2, 5, 10, 20) if (self.high - self.low) / (m * step) <= 8)
+        return [n * step for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
 
 def _padded(values: Sequence[float], log: bool = False) -> tuple[float, float]:
