@@ -22,6 +22,8 @@ TITLES = {
     "piqa": "PIQA",
     "hellaswag": "HellaSwag",
     "bear": "BEAR",
+    "kl": "KL (lower is better)",
+    "perplexity": "perplexity (lower is better)",
     "average": "average of seven",
     "average without bear": "average of six",
     "niah": "all lengths",
