@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxlin.command_line import run_main
 from jaxlin.config import UserError
+from jaxlin.study.__main__ import main
 from jaxlin.study.design import Arm, Contrast, Study, check, chosen, load_study
 from jaxlin.study.locks import Owner, take
 from jaxlin.study.report import write_report
@@ -215,15 +217,47 @@ def test_stale_locks(tmp_path):
 # ---- the command
 
 
+def config_file(folder: Path, data: str, kind: str) -> Path:
+    """A study config with `kind` (good, study) of tiny_study."""
+    config = folder / "study.py"
+    whole = f"tiny_study.study(Path({data!r}))"
+    config.write_text(
+        "from pathlib import Path\nfrom tests import tiny_study\n\n\n"
+        f"def study():\n    return {f'tiny_study.good({whole})' if kind == 'good' else whole}\n"
+    )
+    return config
+
+
+def test_the_command(done, environment, tmp_path, monkeypatch, capsys):
+    """A finished run starts nothing and ends with a report; a failing one ends with its line and exit code 1."""
+    shutil.copytree(done[0].out, out := tmp_path / "out")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    command = [
+        "study",
+        "--config",
+        str(config_file(tmp_path, done[0].study.data, "study")),
+        "--out",
+        str(out),
+        "--only",
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, "retnet"])
+    run_main(main)
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f"wrote {out}/report.md", f"wrote {out}/report.html"] and said.err == ""
+    monkeypatch.setattr(sys, "argv", [*command, "folly", "linear_attention"])
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and "wrote" in said.out
+    assert said.err.startswith(f"failed:\n  {GROUP}/folly: train.py ended with exit code ")
+
+
 @pytest.mark.slow
 def test_killed_and_run_again(done, environment, tmp_path):
     """The study and its commands are killed in the middle of training; the same command ends as without the kill."""
     runner, _ = done
-    config = tmp_path / "study.py"
-    config.write_text(
-        "from pathlib import Path\nfrom tests import tiny_study\n\n\n"
-        f"def study():\n    return tiny_study.good(tiny_study.study(Path({runner.study.data!r})))\n"
-    )
+    config = config_file(tmp_path, runner.study.data, "good")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "jaxlin.study", "--config", str(config), "--out", str(out)]
     environment = {**os.environ, **environment}
