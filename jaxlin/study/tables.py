@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from jaxlin.evaluation import longbench, paper, ruler
-from jaxlin.study.design import HELD_OUT
+from jaxlin.study.design import HELD_OUT, Cell
 from jaxlin.study.estimates import COLUMN, TEACHER, Estimate, Estimates
 from jaxlin.study.results import TrialResults, number
 
