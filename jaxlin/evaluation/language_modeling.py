@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -34,11 +34,29 @@ def compare(
     (KL(teacher || student) in nats per token), agreement (how often both put the same token first), and the counts
     that these are over: tokens, and next_tokens for the perplexities.
     """
-    totals: dict[str, float] = {}
+    return summary(batch_sums(teacher, teacher_params, student, student_params, batches, mesh=mesh))
+
+
+def batch_sums(
+    teacher: ModelConfig,
+    teacher_params: Any,
+    student: ModelConfig,
+    student_params: Any,
+    batches: Iterable[Batch],
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+) -> list[dict[str, float]]:
+    """What `compare` is made of, for each batch: sums over its tokens (ce, teacher_ce, kl, agree) and their counts."""
     with on_mesh(mesh):
-        for batch in batches:
-            sums = _sums(teacher, student, teacher_params, student_params, put(batch, mesh))
-            totals = {k: totals.get(k, 0.0) + float(v) for k, v in sums.items()}
+        found = (_sums(teacher, student, teacher_params, student_params, put(batch, mesh)) for batch in batches)
+        return [{k: float(v) for k, v in sums.items()} for sums in found]
+
+
+def summary(sums: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """What `compare` returns, from the sums of batches."""
+    totals: dict[str, float] = {}
+    for of_batch in sums:
+        totals = {k: totals.get(k, 0.0) + v for k, v in of_batch.items()}
     _require_tokens(totals)
     return {
         "perplexity": math.exp(totals["ce"] / totals["next_tokens"]),

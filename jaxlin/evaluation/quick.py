@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxlin.evaluation import niah
-from jaxlin.evaluation.language_modeling import compare, perplexity
+from jaxlin.evaluation.language_modeling import perplexity, summary
 from jaxlin.evaluation.speed import speed
 from jaxlin.evaluation.subject import Subject, answerer
 
@@ -20,8 +20,7 @@ def held_out(subject: Subject, limit: int) -> dict[str, dict[str, Any]]:
     if subject.run is None:
         found = perplexity(teacher.config, teacher.params, subject.batches, mesh=subject.mesh)
         return {"teacher": {"perplexity": found["perplexity"]}}
-    student = subject.models["student"]
-    found = compare(teacher.config, teacher.params, student.config, student.params, subject.batches, mesh=subject.mesh)
+    found = summary(subject.held_out_sums)
     return {
         "teacher": {"perplexity": found["teacher_perplexity"]},
         "student": {name: found[name] for name in ("perplexity", "kl", "agreement")},

@@ -51,7 +51,8 @@ def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None =
     """Measure `subject` with the quick suite; a run's results go to its evaluation.json as well.
 
     Returns what was measured (suite, teacher, and for a run preset and mixer), params_sha256, for a run stage_losses
-    ({stage: {start, end}}) and kl ({initialisation, now}), and results ({task: {model: {metric: value}}}).
+    ({stage: {start, end}}), kl ({initialisation, now}) and held_out_sums (of each batch, for intervals),
+    and results ({task: {model: {metric: value}}}).
     Values that are not finite numbers are None.
     """
     chosen = choose_tasks("quick", tasks)
@@ -66,6 +67,7 @@ def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None =
             initial = {}  # nothing to compare with
         found["stage_losses"] = run.stage_losses()
         found["kl"] = {"initialisation": initial.get("kl"), "now": held_out["student"]["kl"]}
+        found["held_out_sums"] = subject.held_out_sums
     found["results"] = results
     found = _finite(found)
     if run is not None:
@@ -179,4 +181,6 @@ def _finite(value: Any) -> Any:
     """JSON knows neither NaN nor infinity."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from jaxlin import generate, processes
 from jaxlin.config import RunConfig, UserError
 from jaxlin.distill import Batch
-from jaxlin.evaluation.language_modeling import on_mesh
+from jaxlin.evaluation.language_modeling import batch_sums, on_mesh
 from jaxlin.runs import Run, Teacher, load_teacher, open_run
 from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params
@@ -48,6 +48,12 @@ class Subject:
         """Held-out text or conversations: what the run measured its last stage on, unless a text was asked for."""
         folder = self.run.folder if self.run else Path()
         return heldout_of_last_stage(self.config, folder, self.models["teacher"].tokenizer)
+
+    @functools.cached_property
+    def held_out_sums(self) -> list[dict[str, float]]:
+        """The student beside its teacher on each of `batches`, see `batch_sums`."""
+        teacher, student = self.models["teacher"], self.models["student"]
+        return batch_sums(teacher.config, teacher.params, student.config, student.params, self.batches, mesh=self.mesh)
 
 
 def open_subject(

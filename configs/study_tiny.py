@@ -1,0 +1,33 @@
+"""A random tiny teacher, two mixers, a few steps a stage: a study from end to end.
+
+Command:  python -m jaxlin.study --config study_tiny
+Hardware: any CPU. Time: a minute. Result: a report whose numbers mean nothing.
+"""
+
+from jaxlin.study.design import Arm, Contrast, Study
+
+SETTINGS = (
+    "--config", "tiny", "--data.seq-len", "32", "--data.eval-tokens", "256", "--stage1.batch-size", "4",
+    "--stage2.batch-size", "4", "--stage3.batch-size", "4", "--log-every", "1", "--save-every", "1",
+)  # fmt: skip
+
+
+def study() -> Study:
+    """Two students, one of them with two seeds."""
+    return Study(
+        name="A study in seconds",
+        settings=SETTINGS,
+        arms=(
+            Arm(mixers=("retnet", "gated_deltanet"), tokens=(384,)),
+            Arm(mixers=("retnet",), tokens=(384,), seeds=(1,)),
+        ),
+        contrasts=(
+            Contrast(
+                name="delta rule",
+                question="Is Gated DeltaNet nearer to its teacher than RetNet?",
+                a="recommended-384/gated_deltanet",
+                b="recommended-384/retnet",
+                metric="kl",
+            ),
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Studies: grids of runs that are trained, measured and reported together."""

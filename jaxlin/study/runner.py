@@ -1,0 +1,223 @@
+"""Train and measure the trials of a study, each group of students a process: what is there is not done again.
+
+A process that dies costs its own runs, not the study: train.py resumes a run folder by the same command, and eval.py
+keeps every finished task.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxlin.checkpoint import Checkpoints
+from jaxlin.command_line import CONFIG_DIR, parse_run
+from jaxlin.config import RunConfig, UserError
+from jaxlin.evaluation.report import choose_tasks
+from jaxlin.runs import check_folder
+from jaxlin.study.design import HELD_OUT, Study, Suite, Trial
+from jaxlin.study.estimates import COLUMN
+from jaxlin.study.locks import Lock, take
+from jaxlin.study.results import held_out_lines, kept_results
+
+ROOT = CONFIG_DIR.parent  # where train.py and eval.py are
+
+
+@dataclass
+class Runner:
+    """Works on trials of `study` in the folder `out`; `failures` has a line for each that could not be finished."""
+
+    study: Study
+    out: Path
+    say: Callable[[str], Any] = print
+    failures: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    """Who has the runs that this job left alone."""
+    _planned: set[Suite] = field(default_factory=set)
+    """Suites that `commands` has measured the teacher on."""
+
+    def check(self, trials: Iterable[Trial]) -> None:
+        """Refuse settings that train.py or eval.py would, and folders that hold runs with others. Writes nothing."""
+        for suite in self.study.suites:
+            if suite.name == "quick":
+                raise UserError("suite quick: train.py measures it at the end of every run; leave it out")
+            choose_tasks(suite.name, suite.tasks)
+        for contrast in self.study.contrasts:
+            if contrast.metric not in (*HELD_OUT, *COLUMN):
+                raise UserError(
+                    f"contrast {contrast.name}: {contrast.metric} is none of {', '.join((*HELD_OUT, *COLUMN))}"
+                )
+        for trial in trials:
+            run = self._run(trial)
+            run.stages()
+            check_folder(run)
+
+    def groups(self, trials: Sequence[Trial], together: int) -> list[list[Trial]]:
+        """Trials that may be trained at once, at most `together` of them."""
+        by_group: dict[str, list[Trial]] = {}
+        for trial in trials:
+            by_group.setdefault(trial.group, []).append(trial)
+        return [found[at : at + together] for found in by_group.values() for at in range(0, len(found), together)]
+
+    def commands(self, trials: Sequence[Trial]) -> Iterator[str]:
+        """What `work` would run for this group."""
+        done = [trial for trial in trials if not self._untrained(trial)]
+        for batch in self._in_step([trial for trial in trials if trial not in done]):
+            yield shlex.join(self._train(batch))
+        for trial in trials:
+            suites = [suite for suite in self.study.suites if not self._is_measured(trial, suite)]
+            if trial in done and not suites:
+                yield f"# {trial.name}: done"
+            for suite in suites:
+                first = self._with_teacher(suite) and suite not in self._planned
+                self._planned.add(suite)
+                if first or not self._has(trial, suite, "student"):
+                    yield shlex.join(self._evaluate(trial, suite, with_teacher=first))
+
+    def work(self, trials: Sequence[Trial]) -> None:
+        """Train what is not trained, then measure what is not measured. Runs that others work on are left to them."""
+        locks: dict[Trial, Lock] = {}
+        try:
+            for trial in trials:
+                lock = take(self.out / f"{trial.name}.lock")
+                if isinstance(lock, str):
+                    self.left.append(lock)
+                else:
+                    locks[trial] = lock
+            for batch in self._in_step([trial for trial in locks if self._untrained(trial)]):
+                self._train_together(batch, locks)
+            for trial in locks:
+                if not self._untrained(trial):
+                    self._measure(trial, locks)
+        finally:
+            for lock in locks.values():
+                lock.release()
+
+    def _train_together(self, trials: list[Trial], locks: dict[Trial, Lock]) -> None:
+        """One process; where it fails, each student alone, so that one does not take the others with it."""
+        code, last, log = self._call(self._train(trials), trials, locks, "train")
+        if code == 0 and not any(map(self._untrained, trials)):
+            return
+        if len(trials) == 1:
+            self._fail(f"{trials[0].name}: train.py ended with exit code {code}: {last} (log: {log})")
+            return
+        self.say(f"{', '.join(trial.name for trial in trials)}: exit code {code}: {last}; now one by one")
+        for trial in trials:
+            self._train_together([trial], locks)
+
+    def _measure(self, trial: Trial, locks: dict[Trial, Lock]) -> None:
+        for suite in self.study.suites:
+            if self._is_measured(trial, suite):
+                continue
+            command = self._evaluate(trial, suite, with_teacher=self._with_teacher(suite))
+            code, last, log = self._call(command, [trial], locks, suite.name)
+            if code != 0:
+                self._fail(
+                    f"{trial.name}: eval.py --suite {suite.name} ended with exit code {code}: {last} (log: {log})"
+                )
+
+    def _fail(self, line: str) -> None:
+        self.failures.append(line)
+        self.say(line)
+
+    def _call(
+        self, command: list[str], trials: Sequence[Trial], locks: dict[Trial, Lock], what: str
+    ) -> tuple[int, str, Path]:
+        """Exit code, last line and log of a command."""
+        names = ",".join(trial.cell.mixer for trial in trials)
+        log = self.out / "logs" / f"{trials[0].group}--{names}--{what}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.say(f"{', '.join(trial.name for trial in trials)}: {what} (log: {log})")
+        with log.open("ab") as file:
+            file.write(f"$ {shlex.join(command)}\n".encode())
+            file.flush()
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            before = signal.signal(signal.SIGTERM, _interrupt)
+            try:
+                for trial in trials:
+                    locks[trial].share(process.pid)
+                code = process.wait()
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+                signal.signal(signal.SIGTERM, before)
+        lines = log.read_text(errors="replace").strip().splitlines()
+        return code, lines[-1].strip(), log
+
+    def _in_step(self, trials: Sequence[Trial]) -> list[list[Trial]]:
+        """The trials in groups that can go on together: all new, or with a checkpoint of one step in common."""
+        found: list[tuple[set[int], list[Trial]]] = []
+        for trial in trials:
+            steps = set(Checkpoints(self.out / trial.name / "checkpoints", keep=1).steps())
+            for at, (common, group) in enumerate(found):
+                if common & steps or not (common or steps):
+                    found[at] = (common & steps, [*group, trial])
+                    break
+            else:
+                found.append((steps, [trial]))
+        return [group for _, group in found]
+
+    def _untrained(self, trial: Trial) -> bool:
+        """Whether the run's last stage or the measurement after it is missing."""
+        folder = self.out / trial.name
+        if not (folder / "evaluation.json").exists():
+            return True
+        last = max(self._run(trial).stages())
+        return not any(line["stage"] == last for line in held_out_lines(folder))
+
+    def _is_measured(self, trial: Trial, suite: Suite) -> bool:
+        return self._has(trial, suite, "student") and not self._with_teacher(suite)
+
+    def _with_teacher(self, suite: Suite) -> bool:
+        """Whether the teacher is still to be measured: all runs have the same, so beside one of them is enough."""
+        return not any(self._has(trial, suite, "teacher") for trial in self.study.trials())
+
+    def _has(self, trial: Trial, suite: Suite, model: str) -> bool:
+        kept = kept_results(self.out / trial.name, model)
+        wanted = {"limit": suite.limit, "chat": suite.chat, "predict_only": False}
+        return all(
+            task in kept and all(kept[task].key.get(name) == value for name, value in wanted.items())
+            for task in choose_tasks(suite.name, suite.tasks)
+        )
+
+    def _run(self, trial: Trial) -> RunConfig:
+        return parse_run(self._flags([trial], str(self.out / trial.name)))
+
+    def _train(self, trials: Sequence[Trial]) -> list[str]:
+        name = trials[0].name if len(trials) == 1 else trials[0].group
+        return [sys.executable, str(ROOT / "train.py"), *self._flags(trials, str(self.out / name))]
+
+    def _flags(self, trials: Sequence[Trial], folder: str) -> list[str]:
+        """Of train.py; the trials differ in their mixers alone."""
+        first, mixers = trials[0], ",".join(trial.cell.mixer for trial in trials)
+        flags = [*self.study.settings, *first.options, "--preset", first.cell.preset, "--mixer", mixers]
+        flags += ["--tokens", str(first.cell.tokens), "--seed", str(first.seed), "--run-dir", folder]
+        for flag, values in (("--text", self.study.text), ("--data.heldout", self.study.heldout)):
+            flags += [flag, *values] if values else []
+        return flags
+
+    def _evaluate(self, trial: Trial, suite: Suite, *, with_teacher: bool) -> list[str]:
+        command = [sys.executable, str(ROOT / "eval.py"), "--run", str(self.out / trial.name), "--suite", suite.name]
+        command += ["--tasks", *suite.tasks] if suite.tasks else []
+        command += ["--limit", str(suite.limit)] if suite.limit is not None else []
+        command += ["--data", self.study.data] if self.study.data else []
+        return command + ["--chat"] * suite.chat + ["--student-only"] * (not with_teacher)
+
+
+def _interrupt(*_: Any) -> None:
+    """SIGTERM as Ctrl-C: the command ends with us."""
+    raise KeyboardInterrupt
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """I/N as (I, N), 0 <= I < N. Raises UserError."""
+    number, _, count = text.partition("/")
+    if number.isdecimal() and count.isdecimal() and int(number) < int(count):
+        return int(number), int(count)
+    raise UserError(f"--shard {text}: give I/N, this job's number from 0 and the number of jobs: 0/4")
