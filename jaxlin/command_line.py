@@ -60,16 +60,24 @@ def load_config_file(name: str, base: RunConfig) -> RunConfig:
 
     A config file is Python and defines `config(base: RunConfig) -> RunConfig`.
     """
+    return replace(config_function(name, "config", "config(base)", "*.py")(base), config=name)
+
+
+def config_function(name: str, function: str, signature: str, pattern: str) -> Callable:
+    """The function that the config file `name` (in configs/, or a path) defines.
+
+    `signature` and `pattern` are for errors: how it is called, and which files in configs/ have one. Raises UserError.
+    """
     path = Path(name)
     if path.suffix != ".py":
         path = CONFIG_DIR / f"{name}.py"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*.py")))
+        known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob(pattern)))
         raise UserError(f"--config {name}: no such file; give a path or one of {known}")
-    function = runpy.run_path(str(path)).get("config")
-    if function is None:
-        raise UserError(f"--config {name}: {path} defines no function config(base)")
-    return replace(function(base), config=name)
+    found = runpy.run_path(str(path)).get(function)
+    if found is None:
+        raise UserError(f"--config {name}: {path} defines no function {signature}")
+    return found
 
 
 def parse_run(args: Sequence[str] | None = None) -> RunConfig:

@@ -54,10 +54,7 @@ def batch_sums(
 
 def summary(sums: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """What `compare` returns, from the sums of batches."""
-    totals: dict[str, float] = {}
-    for of_batch in sums:
-        totals = {k: totals.get(k, 0.0) + v for k, v in of_batch.items()}
-    _require_tokens(totals)
+    totals = _total(sums)
     return {
         "perplexity": math.exp(totals["ce"] / totals["next_tokens"]),
         "teacher_perplexity": math.exp(totals["teacher_ce"] / totals["next_tokens"]),
@@ -72,12 +69,8 @@ def perplexity(
     config: ModelConfig, params: Any, batches: Iterable[Batch], *, mesh: jax.sharding.Mesh | None = None
 ) -> dict[str, float]:
     """One model's perplexity on `batches`, and the tokens that it is over."""
-    totals: dict[str, float] = {}
     with on_mesh(mesh):
-        for batch in batches:
-            sums = _own_sums(config, params, put(batch, mesh))
-            totals = {k: totals.get(k, 0.0) + float(v) for k, v in sums.items()}
-    _require_tokens(totals)
+        totals = _total(_own_sums(config, params, put(batch, mesh)) for batch in batches)
     return {
         "perplexity": math.exp(totals["ce"] / totals["next_tokens"]),
         "tokens": int(totals["tokens"]),
@@ -101,9 +94,14 @@ def put(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
     return {name: jax.make_array_from_callback(a.shape, place, a.__getitem__) for name, a in host.items()}
 
 
-def _require_tokens(totals: dict[str, float]) -> None:
+def _total(sums: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The sums of all batches; refused where they hold nothing to predict."""
+    totals: dict[str, float] = {}
+    for of_batch in sums:
+        totals = {k: totals.get(k, 0.0) + float(v) for k, v in of_batch.items()}
     if not totals.get("next_tokens"):
         raise ValueError("batches: no token is followed by another of its segment, so there is nothing to predict")
+    return totals
 
 
 @jax.jit(static_argnums=(0, 1))

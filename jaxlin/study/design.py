@@ -5,13 +5,11 @@ A study config is Python and defines `study() -> Study`. A trial is one run; a c
 
 from __future__ import annotations
 
-import runpy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from jaxlin.command_line import CONFIG_DIR
+from jaxlin.command_line import config_function
 from jaxlin.config import PRESETS, UserError
 
 HELD_OUT = ("kl", "perplexity", "agreement")  # what every run is measured by; columns of benchmarks besides
@@ -144,15 +142,7 @@ def short(tokens: int) -> str:
 
 def load_study(name: str) -> Study:
     """The study of the config `name` (a path, or a name in configs/). Raises UserError for what cannot be run."""
-    path = Path(name)
-    if path.suffix != ".py":
-        path = CONFIG_DIR / f"{name}.py"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("study_*.py")))
-        raise UserError(f"--config {name}: no such file; give a path or one of {known}")
-    function = runpy.run_path(str(path)).get("study")
-    if function is None:
-        raise UserError(f"--config {name}: {path} defines no function study(); run configs are for train.py")
+    function = config_function(name, "study", "study(); run configs are for train.py", "study_*.py")
     return check(function(), name)
 
 
