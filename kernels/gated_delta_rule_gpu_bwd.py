@@ -9,10 +9,11 @@ The adjoint system is solved, T itself is never differentiated; T - I and S come
 
 with ~ for "times the decays". For the gate each row i gets, in float32 and with E = stril(dP . P) + dA . A,
 
-    rows_i = sum_j E_ij + reads_i - writes_i ;  columns_j = sum_i E_ij
+    rows_i = sum_j E_ij + reads_i ;  columns_j = sum_i E_ij
 
-(reads = q.dQ + k.dK through S, writes = k.dK through dS') and each channel k keep (S dS'^T)_kk, so that
-dg = revcumsum(rows - columns) + sum(writes) + sum(channels). All is a sum over the programs that share a head.
+(reads = q.dQ + k.dK through S), writes = k.dK through dS', and each channel k keep (S dS'^T)_kk. As in family A,
+dg_t = sum_(i >= t) (rows - columns)_i + sum_(i < t) writes_i + sum(channels). All is a sum over the programs that
+share a head.
 
 A chunk is seven links of products (nine at K = 128), those of a link in flight together; before, each of twenty was
 waited for alone.
@@ -190,10 +191,9 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
             dk = by_row(d.leave, dk)
             if gate:
                 writes += jnp.sum(gpu.load(k[c]) * dk, 1)
-            dk += dk_read
-            if gate:  # both what is written and what reads
-                by_rows += jnp.sum(gpu.load(k[c]) * dk, 1) + jnp.sum(gpu.load(q[c]) * dq, 1)
+                by_rows += jnp.sum(gpu.load(k[c]) * dk_read, 1) + jnp.sum(gpu.load(q[c]) * dq, 1)
                 made_vector(CHANNELS + c)[...] = d.keep * jnp.sum(gpu.load(state[c]) * ds[c], 1)
+            dk += dk_read
             if c == 0:
                 gpu.put(da_tile, da)
             d_keys = [Product(da_tile, k[c]), Product(dp_tile, q[c], ta=True), Product(da_tile, k[c], ta=True)]
@@ -209,7 +209,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
             fetch_late(n - 1)
 
         if gate:
-            made_vector(ROWS)[...] = by_rows - 2 * writes
+            made_vector(ROWS)[...] = by_rows
             made_vector(WRITES)[...] = writes
         part = gpu.chunk_rows(n)
         copies = [

@@ -19,8 +19,8 @@ from jaxlin.kernels.gated_linear_attention_gpu_op import (
     check,
     cumulative,
     fill,
+    gradients_of_gates,
     is_primal,
-    reverse_cumulative,
     segment_codes,
     sum_group,
 )
@@ -95,8 +95,7 @@ def _delta_rule_bwd(form: Form, residuals, cotangents):
         vectors = vectors[..., : 4 * CHUNK]
     vectors = vectors.reshape(*vectors.shape[:-1], -1, CHUNK)
     if gate:
-        dg = reverse_cumulative(vectors[..., ROWS, :] - vectors[..., COLUMNS, :])
-        dg += vectors[..., WRITES, :].sum(-1, keepdims=True) + channels
+        dg = gradients_of_gates(vectors[..., ROWS, :] - vectors[..., COLUMNS, :], vectors[..., WRITES, :]) + channels
     return dq, dk, d.v, vectors[..., BETA, :], dg, None if fresh else d.s, None
 
 

@@ -7,14 +7,17 @@ With r = 1 / (what n was divided by), dn = r do, dl the cotangent of l, P and th
     dV = P^T dn + leave K dS' ;  dQ = scale enter (dn S^T + dl z^T) + A~ K ;  dK = leave (V dS'^T + dz') + A~^T Q
     dS = keep dS' + scale (enter Q)^T dn ;  dz likewise with dl
 
-so neither o nor n is read. Where V is split between programs dl would need them all, and comes in; all else is a sum
-over them (dl counts in the first). For the gates each row i gets, in float32,
+so neither o nor n is read. Where V is split between programs all is a sum over them, dl too, each program's share of
+which then comes in. For the gates each row i gets, in float32,
 
-    rows_i = sum_j E_ij - writes_i + reads_i     (strictly lower part of E; reads = q.dQ and writes = k.dK of the state)
+    rows_i = sum_j E_ij + reads_i     (strictly lower part of E; reads = q.dQ and writes = k.dK of the state)
     columns_j = sum_i E_ij ;  own_j = E_jj + writes_j
 
-and each channel k keep ((S dS'^T)_kk + z_k dz'_k), from which the caller takes, with the sums of writes and channels,
-dg = revcumsum(rows - columns) + sums and dw = columns + own.
+and each channel k keep ((S dS'^T)_kk + z_k dz'_k), from which the caller takes dw = columns + own and
+
+    dg_t = sum_(i >= t) (rows - columns)_i + sum_(i < t) writes_i + sum(channels) .
+
+(All writes less those of i >= t would be the same, but where gates are strong nothing would be left of it.)
 
 Budget at K = V = 64: dS, P (or E), A and one product are alive at once, 128 registers a thread and pieces of tiles, in
 the 255 there are. Keys of 128 are two tiles of 64 of everything, and what is a sum over values, dK and dQ, is finished
@@ -83,7 +86,7 @@ def backward(
 ) -> Gradients:
     """The gradients of `forward`, whose l and chunk states come in; with `gate` those of b and c too.
 
-    dl [B, HV, N, C], the cotangent of l, is needed with a denominator and more than one block of values.
+    dl [B, HV * V/64, N, C], each block's share of the cotangent of l, is needed with a denominator and more than one.
     """
     batch, time, _, key_dim = x.q.shape
     heads, value_dim = x.v.shape[2:]
@@ -101,7 +104,7 @@ def backward(
         s=shape((batch, heads, key_dim, value_dim), f32),
     )
     if summed:
-        out |= dict(z=shape((batch, heads, key_dim), f32))
+        out |= dict(z=shape((batch, heads * blocks, key_dim), f32))
     if gate:
         out |= dict(gates=shape((blocks, batch, heads, chunks, 4 * CHUNK + 2 * key_dim), f32))
     halves = key_dim // CHUNK
@@ -135,13 +138,15 @@ def backward(
         gated_linear_attention_bwd, list(flat.values()), list(out.values()), grid, list(scratch.values())
     )
     results = dict(zip(out, results, strict=True))
+    if summed:
+        results["z"] = results["z"].reshape(batch, heads, blocks, key_dim).sum(2)
     return Gradients(*(results.get(name) for name in ("q", "k", "v", "gates", "s", "z")))
 
 
 def _program(form: Form, index, given, made, buffer, chunks) -> None:
     b, h, w = index
     summed, gate = form.denominator is not None, "gates" in made
-    block, first, blocks = gpu.block(w), w == 0, given["v"].shape[3] // BLOCK
+    block, blocks = gpu.block(w), given["v"].shape[3] // BLOCK
     halves = range(given["q"].shape[3] // CHUNK)
 
     def dz(c):
@@ -152,7 +157,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         for c in halves:
             start = gpu.zero_columns(CHUNK)
             if "dz" in given:
-                start = jnp.where(first, gpu.load_columns(given["dz"].at[b, h, key_rows(c)]), start)
+                start = jnp.where(w == 0, gpu.load_columns(given["dz"].at[b, h, key_rows(c)]), start)
             dz(c)[...] = start
 
     def chunk(n, slot, refill, ds):
@@ -182,7 +187,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             r = 1 / denominator_of(form, l, d.floor)
             reading, a = reading * r, by_row(r, dot(do, v, tb=True))
             if "dl" in given:
-                dl = jnp.where(first, gpu.load_rows(buffer["dl"].at[slot]), 0.0)
+                dl = gpu.load_rows(buffer["dl"].at[slot])
             else:
                 dl = jnp.sum(a * p, 1)
                 for c in halves:
@@ -237,7 +242,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             q[c][...], k[c][...] = stored(d, dq), stored(d, dk)
         v[...] = dv
         if gate:
-            made_gates(ROWS)[...] = by_rows - writes
+            made_gates(ROWS)[...] = by_rows
             made_gates(OWN)[...] = own + writes
             made_gates(WRITES)[...] = writes
         part = gpu.chunk_rows(n)
@@ -254,15 +259,13 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     for c in halves:
         extra.append((lambda n, c=c: given["states"].at[b, h, n, key_rows(c), block], buffer[f"states{c}"]))
     if summed:
-        extra += [(lambda n, x=given[x]: x.at[b, h, n], buffer[x]) for x in ("l", "zs", "dl") if x in given]
+        extra += [(lambda n, x=given[x]: x.at[b, h, n], buffer[x]) for x in ("l", "zs")]
+        if "dl" in given:
+            extra += [(lambda n: given["dl"].at[b, h * blocks + w, n], buffer["dl"])]
     parts = sources(given, buffer, index, tuple(extra))
     ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES, reverse=True)
     store_state(made["s"], ds, index)
     if summed:
-
-        @pl.when(first)
-        def _():
-            for c in halves:
-                made["z"].at[b, h, key_rows(c)][...] = gpu.load_columns(dz(c))
-
+        for c in halves:
+            made["z"].at[b, h * blocks + w, key_rows(c)][...] = gpu.load_columns(dz(c))
     gpu.wait_out(0, read=False)

@@ -6,6 +6,7 @@ codes, zeros up to whole chunks and tiles of 64. Log gates arrive as [B, HV, N, 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -214,10 +215,11 @@ def cumulative(g: Array) -> Array:
     return jnp.matmul(LOG2_E * jnp.maximum(g, MIN_GATE), triangle, precision=lax.Precision.HIGHEST)
 
 
-def reverse_cumulative(x: Array) -> Array:
-    """Sums over the rest of each chunk, [..., C]: the transpose of a cumulative sum."""
-    triangle = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))
-    return jnp.matmul(x, triangle, precision=lax.Precision.HIGHEST)
+def gradients_of_gates(later: Array, earlier: Array) -> Array:
+    """At each token of a chunk [..., C] the sum of `later` from it on and of `earlier` before it."""
+    from_here = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))
+    sums = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    return sums(later, from_here) + sums(earlier, 1 - from_here)
 
 
 def _vectors(gates: Gates | None) -> Array | None:
@@ -238,8 +240,7 @@ def _gate_gradients(gates: Gates, d: Array | None, key_dims: int) -> Gates:
     d = d.sum(0)
     channels = d[..., 4 * CHUNK : 4 * CHUNK + key_dims].sum(-1, keepdims=True)
     d = d[..., : 4 * CHUNK].reshape(*d.shape[:-1], 4, CHUNK)
-    dg = reverse_cumulative(d[..., ROWS, :] - d[..., COLUMNS, :]) + channels
-    dg += d[..., WRITES, :].sum(-1, keepdims=True)
+    dg = gradients_of_gates(d[..., ROWS, :] - d[..., COLUMNS, :], d[..., WRITES, :]) + channels
     broadcast = tuple(axis for axis in (0, 2) if gates.g.shape[axis] < dg.shape[axis])
     dg = dg.sum(broadcast, keepdims=True) if broadcast else dg
     return none._replace(g=dg, w=None if gates.w is None else d[..., COLUMNS, :] + d[..., OWN, :])

@@ -104,12 +104,16 @@ def starts(form: Form, x: Inputs, s0: Array | None, z0: Array | None, parts: int
 
 
 def cotangent_of_l(form: Form, x: Inputs, o: Array, l: Array, do: Array) -> Array:  # noqa: E741
-    """dl [B, HV, N, C], from l in the same form and o, do [B, T, HV, V]."""
-    along = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1)
-    along = along.reshape(along.shape[0], -1, CHUNK, along.shape[2]).transpose(0, 3, 1, 2)
+    """Each block's share of dl, [B, HV * V/64, N, C], from l [B, HV, N, C] and o, do [B, T, HV, V]."""
+    batch, _, heads, value_dim = o.shape
+    along = (do.astype(jnp.float32) * o.astype(jnp.float32)).reshape(
+        batch, -1, CHUNK, heads * value_dim // BLOCK, BLOCK
+    )
+    along = along.sum(-1).transpose(0, 3, 1, 2)
+    l = jnp.repeat(l, value_dim // BLOCK, 1)  # noqa: E741
     if form.denominator == "sum":
         return -along / denominator_of(form, l, None)
-    floor = x.vectors[..., form.gated + form.write, :]
+    floor = jnp.repeat(x.vectors[..., form.gated + form.write, :], value_dim // BLOCK, 1)
     return jnp.where(jnp.abs(l) >= floor, -jnp.sign(l) * along / denominator_of(form, l, floor), 0.0)
 
 
@@ -122,6 +126,7 @@ def ends(
     parts: int,
 ) -> Cotangents:
     """The cotangents with those of the final state at the end of each part; l (in parts) and dl with a denominator."""
+    batch, _, heads, _ = x.v.shape
     enter, _, keep = _weights(form, x)
     ones = jnp.ones((1, x.v.shape[2], 1, CHUNK))
     read = form.scale * (ones if enter is None else enter)
@@ -130,6 +135,7 @@ def ends(
     if summed:
         floor = x.vectors[..., form.gated + form.write, :] if form.denominator == "max" else None
         r = 1 / denominator_of(form, join(l, parts, 2), floor)
+        dl = dl.reshape(batch, heads, -1, *dl.shape[2:]).sum(2)
     weights = _stack(keep, read * r, read * dl) if summed else _stack(keep, read)
     s, z = accumulate(*_cut(x.q, d.o, weights, x.codes, parts), summed=summed, reverse=True)
     s, z = _at_parts(_keep_of_parts(x, keep, parts), s, z, d.s, d.z, reverse=True)

@@ -27,9 +27,10 @@ CARD = {
 }  # fmt: skip
 
 
-def student(config: ModelConfig) -> Student:
-    """A student with random parameters and a tokenizer of words."""
-    return Student(config, random_params(config), word_tokenizer(config.vocab_size), CARD)
+def student(config: ModelConfig, params: Any = None) -> Student:
+    """A student with random parameters, or those given, and a tokenizer of words."""
+    params = random_params(config) if params is None else params
+    return Student(config, params, word_tokenizer(config.vocab_size), CARD)
 
 
 def folder_of(config: ModelConfig, folder: Path, **options: Any) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the same GPU
 
@@ -57,7 +56,7 @@ def compare(config, params, folder, format):
     """The logits of the exported folder's class against ours, 2 x 128 tokens."""
     from transformers import AutoModelForCausalLM
 
-    export(replace(student(config), params=params), folder, format=format)
+    export(student(config, params), folder, format=format)
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=format == "jaxlin", dtype=torch.bfloat16, output_loading_info=True
     )

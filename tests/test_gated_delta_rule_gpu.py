@@ -31,6 +31,7 @@ def run(case: Case):
     "case",
     [
         pytest.param(replace(BASE, gate="none"), marks=slow),
+        replace(BASE, T=65, gate="scalar", strength="strong", segments="packed"),  # dg is tiny, not lost
         replace(BASE, gate="scalar", strength="mixed", segments="gaps", B=2),
         pytest.param(replace(BASE, gate="scalar", corr=1.0, beta=2.0, segments="packed", HV=2), marks=slow),
         pytest.param(replace(BASE, gate="scalar", K=128, V=128), marks=slow),

@@ -45,6 +45,7 @@ slow = pytest.mark.slow
     [
         pytest.param(replace(BASE, gate="none", H=2, HV=4, B=2, T=65), marks=slow),
         pytest.param(replace(BASE, gate="constant", HV=4), marks=slow),  # one head alone: a sum close to zero
+        replace(BASE, T=65, gate="constant", strength="strong", HV=4, segments="packed"),  # dg is tiny, not lost
         replace(BASE, gate="scalar", strength="mixed", segments="gaps", B=2),
         pytest.param(replace(BASE, gate="scalar", strength="strong", corr=0.9, state=False), marks=slow),
         replace(BASE, T=7, K=16, V=24, segments="packed"),
@@ -214,7 +215,10 @@ def test_grid_in_parts(form):
         run("mlstm", replace(case, strength="weak"))
     else:
         gate = "none" if form == "normalize" else form
-        run("gated_linear_attention", replace(case, gate=gate, HV=2), normalize=form == "normalize")
+        heads = (
+            4 if form == "constant" else 2
+        )  # the sums over time of two are near zero, and nobody's bfloat16 has them
+        run("gated_linear_attention", replace(case, gate=gate, HV=heads), normalize=form == "normalize")
 
 
 @pytest.mark.gpu
