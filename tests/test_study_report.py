@@ -17,11 +17,11 @@ from jaxlin.evaluation.task import Kept, Result
 from jaxlin.runs import write_text
 from jaxlin.study.chart import Line, Point, Row, lines_chart, rows_chart
 from jaxlin.study.design import Arm, Contrast, Study, Suite
-from jaxlin.study.estimates import TEACHER, Estimates
+from jaxlin.study.estimates import TEACHER, Estimate, Estimates
 from jaxlin.study.limits import limits
 from jaxlin.study.report import LIMITS, write_report
 from jaxlin.study.results import read_study, write_design
-from jaxlin.study.tables import UNDECIDED, tables
+from jaxlin.study.tables import UNDECIDED, entry, tables
 
 GOOD, FAIR, POOR = (f"recommended-60M/{mixer}" for mixer in ("gated_deltanet", "kda", "retnet"))
 SHARES = {"gated_deltanet": 0.8, "kda": 0.78, "retnet": 0.3, "teacher": 0.9}
@@ -140,13 +140,13 @@ def test_over_batches_of_text(estimates):
 
 
 def test_differences_are_paired(estimates):
-    """By seed: a shift that all seeds share counts for nothing. By prompt: a model differs from itself by nothing."""
+    """By seed: a shift that all seeds share counts for nothing. By prompt: equal answers differ by what n allows."""
     found = estimates.difference(cell(GOOD), cell(POOR), "agreement")
     assert found.value == pytest.approx(0.5, abs=1e-5) and found.is_decided
     assert found.interval == pytest.approx((0.5, 0.5), abs=3e-5)
     assert estimates.difference(cell(GOOD), cell(FAIR), "kl").seeds == (0,)
     same = estimates.difference(cell(FAIR), cell(FAIR), "bear")
-    assert same.value == 0 and same.interval is None and not same.is_decided
+    assert same.value == 0 and same.interval == pytest.approx((-0.018, 0.018), abs=0.002) and not same.is_decided
 
 
 def test_no_rank_where_intervals_overlap(estimates):
@@ -157,6 +157,17 @@ def test_no_rank_where_intervals_overlap(estimates):
     assert rows[GOOD]["rank by BEAR"] == rows[FAIR]["rank by BEAR"] == "1 to 2" and rows[POOR]["rank by BEAR"] == "3"
     assert rows[GOOD]["paper"] == "18.17" and rows["teacher"]["paper"] == "21.84"
     assert rows[GOOD]["recovery"].startswith("88.89 [") and rows[GOOD]["paper's recovery"] == "83.20"
+
+
+def test_nothing_and_everything():
+    """Said as counts, with what the number of examples allows."""
+
+    def said(value, low, high, n):
+        return entry(Estimate(value, (low, high), (0,), n, ())).text
+
+    assert said(0.0, 0.0, 0.0362, 100) == "0 of 100 (at most 3.6 %)"
+    assert said(1.0, 0.9969, 1.0, 1200) == "1,200 of 1,200 (at least 99.7 %)"
+    assert said(0.01, 0.0003, 0.0545, 100) == "1.00 [0.03, 5.45]"
 
 
 def test_lower_is_better_for_kl(estimates):

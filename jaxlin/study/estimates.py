@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.special import stdtrit
 
-from jaxlin.evaluation.bootstrap import DRAWS, Series, interval, resample
-from jaxlin.evaluation.columns import COLUMNS, FEWEST, series
+from jaxlin.evaluation.bootstrap import DRAWS, Draws, Series, resample
+from jaxlin.evaluation.columns import COLUMNS, FEWEST
+from jaxlin.evaluation.columns import series as series_of
 from jaxlin.study.design import HELD_OUT, Cell
 from jaxlin.study.results import StudyResults, TrialResults, number
 
@@ -32,7 +33,7 @@ class Estimate:
 
     value: float
     interval: tuple[float, float] | None
-    """None without scores of examples where there is one seed, with too few examples, and where all are alike."""
+    """None without scores of examples where there is one seed, with too few examples, and where seeds are all alike."""
     seeds: tuple[int, ...]
     examples: int
     """Of held-out text, batches; 0 for what is one number a run."""
@@ -52,7 +53,7 @@ class Estimates:
     found: StudyResults
     draws: int = DRAWS
     confidence: float = 0.95
-    _resampled: dict[tuple[Cell, int], dict[tuple[str, str], np.ndarray]] = field(default_factory=dict)
+    _resampled: dict[tuple[Cell, int], dict[tuple[str, str], Draws]] = field(default_factory=dict)
 
     def of(self, cell: Cell, metric: str, seeds: Sequence[int] | None = None) -> Estimate | None:
         """The metric of a cell, or of TEACHER, over `seeds` or all; None where it was not measured."""
@@ -82,7 +83,7 @@ class Estimates:
         for seed, run in runs.items():
             over = self._drawn(run, cell, metric)
             values[seed] = self._value(run, cell, metric) / base
-            drawn[seed] = None if over is None or under is None or not under.all() else over / under
+            drawn[seed] = None if over is None or under is None or not under.low.all() else over / under
         return self._estimate(values, drawn, metric, [*((cell, run) for run in runs.values()), (TEACHER, teacher)])
 
     def ranks(self, cells: Sequence[Cell], metric: str) -> dict[Cell, tuple[int, int]]:
@@ -117,30 +118,31 @@ class Estimates:
             return number(run.held_out.get(metric)) if cell != TEACHER else math.nan
         return number(COLUMN[metric].value(run.results(_model(cell))))
 
-    def _drawn(self, run: TrialResults, cell: Cell, metric: str) -> np.ndarray | None:
+    def _drawn(self, run: TrialResults, cell: Cell, metric: str) -> Draws | None:
         """The metric of one run over resamples of the examples."""
         if metric in HELD_OUT:
             return self._held_out(run, metric)
         key = (cell, run.trial.seed)
         if key not in self._resampled:
-            self._resampled[key] = resample(series(run.results(_model(cell))), draws=self.draws)
+            self._resampled[key] = resample(series_of(run.results(_model(cell))), draws=self.draws)
         return COLUMN[metric].draws(self._resampled[key])
 
-    def _held_out(self, run: TrialResults, metric: str) -> np.ndarray | None:
+    def _held_out(self, run: TrialResults, metric: str) -> Draws | None:
         """A held-out metric over resamples of the batches of text; None of too few."""
         sums = run.held_out_sums
         if len(sums) < FEWEST:
             return None
         pairing = ("held-out text", *(batch["tokens"] for batch in sums))
-        means = resample({key: Series([batch[key] for batch in sums], pairing) for key in sums[0]}, draws=self.draws)
+        series = {key: Series([batch[key] for batch in sums], pairing, bounds=None) for key in sums[0]}
+        means = {key: drawn.low for key, drawn in resample(series, draws=self.draws).items()}
         if metric == "perplexity":
-            return np.exp(means["ce"] / means["next_tokens"])
-        return means["kl" if metric == "kl" else "agree"] / means["tokens"]
+            return Draws.of(np.exp(means["ce"] / means["next_tokens"]))
+        return Draws.of(means["kl" if metric == "kl" else "agree"] / means["tokens"])
 
     def _estimate(
         self,
         values: Mapping[int, float],
-        drawn: Mapping[int, np.ndarray | None],
+        drawn: Mapping[int, Draws | None],
         metric: str,
         used: Sequence[tuple[Cell, TrialResults]],
     ) -> Estimate | None:
@@ -148,7 +150,9 @@ class Estimates:
             return None
         value = float(np.mean(list(values.values())))
         known = [one for one in drawn.values() if one is not None]
-        draws = np.mean(known, axis=0) if len(known) == len(drawn) else np.full(self.draws, value)
+        draws = Draws.of(np.full(self.draws, value))
+        if len(known) == len(drawn):
+            draws = Draws.weighted((1 / len(known), one) for one in known)
         if len(values) > 1:
             deviation = float(np.std(list(values.values()), ddof=1))
             name = repr((metric, sorted(values), sorted({cell.name for cell, _ in used})))
@@ -159,7 +163,7 @@ class Estimates:
         sources = dict.fromkeys(file for cell, run in used for file in self.sources(run, cell, metric))
         return Estimate(
             value,
-            interval(draws, self.confidence) if np.ptp(draws) > 0 else None,
+            draws.interval(self.confidence),
             tuple(sorted(values)),
             self._examples(used, metric),
             tuple(sources),

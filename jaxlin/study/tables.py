@@ -188,7 +188,11 @@ def _measured(found: Estimate | None, show: Callable[[float], str]) -> Entry:
 
 
 def entry(found: Estimate | None) -> Entry:
-    """A score in percent with its interval."""
+    """A score in percent with its interval; nothing and everything are said as counts."""
+    if found and found.interval and found.examples and found.value in (0, 1):
+        low, high = found.interval
+        limit = f"at most {100 * high:.1f} %" if found.value == 0 else f"at least {100 * low:.1f} %"
+        return Entry(f"{found.value * found.examples:,.0f} of {found.examples:,} ({limit})", found.sources)
     return _measured(found, lambda value: f"{100 * value:.2f}")
 
 
@@ -232,7 +236,7 @@ def questions(estimates: Estimates) -> Table:
     headings = ("question", "in words", "a", "b", "metric", "of a", "of b", "a - b", "95 %", "seeds", "answer")
     note = (
         f'Intervals of differences: paired by prompts and by seeds. "{UNDECIDED}" where the interval holds 0, or there '
-        "is none: one seed of what is one number a run, or scores that are all alike."
+        "is none: one seed of what is one number a run."
     )
     return Table("Questions", headings, rows, note)
 
@@ -266,8 +270,9 @@ def _signed(metric: str) -> Callable[[float], str]:
 
 ZERO_SHOT = ("lambada", "winogrande", "arc_easy", "arc_challenge", "piqa", "hellaswag")
 NOTE = (
-    "Per cent; brackets: 95 % over examples (bootstrap) and, of several seeds, over seeds as well. Recovery: the last "
-    "column over the teacher's. A rank is a range where the intervals of differences hold 0. Paper: arXiv 2504.14366"
+    "Per cent; brackets: 95 % over examples (bootstrap, of hits and misses Clopper and Pearson's) and, of several seeds, "
+    "over seeds as well. Recovery: the last column over the teacher's. A rank is a range where the intervals of "
+    "differences hold 0. Paper: arXiv 2504.14366"
 )
 SCORES = (
     ("Zero-shot", (*ZERO_SHOT, "average without bear"), f"{NOTE}, table 2 (its averages are over seven tasks)."),
