@@ -18,7 +18,7 @@ import pytest
 from jaxlin.command_line import run_main
 from jaxlin.config import UserError
 from jaxlin.study.__main__ import main
-from jaxlin.study.design import Arm, Contrast, Study, check, chosen, load_study
+from jaxlin.study.design import Arm, Contrast, Study, Suite, check, chosen, load_study
 from jaxlin.study.locks import Owner, take
 from jaxlin.study.report import write_report
 from jaxlin.study.results import write_design
@@ -27,7 +27,7 @@ from jaxlin.study.tables import UNDECIDED
 from tests import tiny_study
 from tests.test_train import ROOT
 
-GROUP = "recommended-384-s0"
+GROUP, BAD = "recommended-384-s0", "recommended-nowhere-384-s0"
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +95,41 @@ def test_configs(name, tmp_path):
 
 def test_unknown_names(tmp_path):
     study = tiny_study.study(tmp_path)
-    assert [trial.cell.mixer for trial in chosen(study, ["retnet", f"{GROUP}/folly"])] == ["folly", "retnet"]
-    with pytest.raises(UserError, match="--only gla: no run of that name"):
-        chosen(study, ["gla"])
-    with pytest.raises(UserError, match=r"contrast c: speed is none of kl, perplexity"):
-        contrasts = (Contrast("c", "?", tiny_study.RETNET, tiny_study.LINEAR, "speed"),)
-        Runner(replace(study, contrasts=contrasts), tmp_path).check([])
+    assert [trial.cell.mixer for trial in chosen(study, ["retnet", f"{BAD}/gla"])] == ["gla", "retnet"]
+    with pytest.raises(UserError, match="--only mlstm: no run of that name"):
+        chosen(study, ["mlstm"])
     with pytest.raises(UserError, match=r"--config tiny: .* defines no function study"):
         load_study("tiny")
     for text in ("1", "2/2", "a/b"):
         with pytest.raises(UserError, match=f"--shard {text}"):
             read_shard(text)
+
+
+def contrast(metric):
+    return (Contrast("c", "?", tiny_study.RETNET, tiny_study.LINEAR, metric),)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(arms=(Arm(("kdx",), tokens=(384,)),), contrasts=()), "s0/kdx: --mixer kdx: choose one of softmax"),
+        (dict(settings=("--config", "tinx")), "--config tinx: no such file"),
+        (dict(settings=("--config", "tiny", "--sead", "1")), "Unrecognized options: --sead, 1; see train.py --help"),
+        (dict(settings=("--config", "tiny", "--remat", "x")), "invalid choice 'x' for argument '--remat'"),
+        (dict(suites=(Suite("bears"),)), "--suite bears: choose one of quick"),
+        (dict(suites=(Suite("quick"),)), "suite quick: train.py measures it"),
+        (dict(suites=(Suite("bear", limit=0),)), "suite bear: limit 0 must be at least 1"),
+        (dict(suites=(Suite("zero_shot", tasks=("piqua",)),)), "--tasks piqua: the tasks of --suite zero_shot"),
+        (dict(contrasts=contrast("speed")), "contrast c: speed is none of kl, perplexity"),
+        (dict(contrasts=contrast("niah")), r"no suite of the study gives niah \(niah_.* is missing\); add niah"),
+    ],
+)
+def test_what_cannot_be_run(tmp_path, changes, message):
+    """Is refused in one line before anything is, also where another run is asked for; nothing is written."""
+    study = replace(tiny_study.good(tiny_study.study(tmp_path / "data")), **changes)
+    with pytest.raises(UserError, match=message) as refused:
+        Runner(study, tmp_path / "out").check([])
+    assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
 
 
 def test_commands(tmp_path):
@@ -128,8 +152,8 @@ def test_commands(tmp_path):
 def test_failures_are_reported_and_the_others_go_on(done):
     """Bad students fail together, then each alone; good ones are trained at once and measured."""
     runner, said = done
-    assert [line.partition(":")[0] for line in runner.failures] == [f"{GROUP}/nonsense", f"{GROUP}/folly"]
-    assert "exit code" in runner.failures[0] and "nonsense" in runner.failures[0].partition("code")[2]
+    assert [line.partition(":")[0] for line in runner.failures] == [f"{BAD}/kda", f"{BAD}/gla"]
+    assert "exit code" in runner.failures[0] and "--stage1.layers 99" in runner.failures[0].partition("code")[2]
     assert sum(line.endswith("one by one") for line in said) == 1
     for mixer in ("retnet", "linear_attention"):
         folder = runner.out / GROUP / mixer
@@ -178,7 +202,7 @@ def test_report_of_real_runs(done):
     assert f"| {found['results']['held_out']['student']['kl']:.4f} |" in markdown
     assert sum(batch["kl"] for batch in found["held_out_sums"]) > 0
     assert re.search(rf"\| {tiny_study.RETNET} \| \d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\] \|", markdown)
-    assert f"Not run: {GROUP}/nonsense, {GROUP}/folly." in markdown and UNDECIDED in markdown
+    assert f"Not run: {BAD}/kda, {BAD}/gla." in markdown and UNDECIDED in markdown
     assert f"`{GROUP}/retnet/metrics.jsonl`" in markdown
 
 
@@ -250,12 +274,12 @@ def test_the_command(done, environment, tmp_path, monkeypatch, capsys):
     run_main(main)
     said = capsys.readouterr()
     assert said.out.splitlines() == [f"wrote {out}/report.md", f"wrote {out}/report.html"] and said.err == ""
-    monkeypatch.setattr(sys, "argv", [*command, "folly", "linear_attention"])
+    monkeypatch.setattr(sys, "argv", [*command, "gla", "linear_attention"])
     with pytest.raises(SystemExit) as ended:
         run_main(main)
     said = capsys.readouterr()
     assert ended.value.code == 1 and "wrote" in said.out
-    assert said.err.startswith(f"failed:\n  {GROUP}/folly: train.py ended with exit code ")
+    assert said.err.startswith(f"failed:\n  {BAD}/gla: train.py ended with exit code ")
 
 
 @pytest.mark.slow

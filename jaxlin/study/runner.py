@@ -20,8 +20,8 @@ from jaxlin.command_line import CONFIG_DIR, parse_run
 from jaxlin.config import RunConfig, UserError
 from jaxlin.evaluation.report import choose_tasks
 from jaxlin.runs import check_folder
-from jaxlin.study.design import HELD_OUT, Study, Suite, Trial
-from jaxlin.study.estimates import COLUMN
+from jaxlin.study.checks import check_settings, check_suites
+from jaxlin.study.design import Study, Suite, Trial
 from jaxlin.study.locks import Lock, take
 from jaxlin.study.results import held_out_lines, kept_results
 
@@ -42,20 +42,13 @@ class Runner:
     """Suites that `commands` has measured the teacher on."""
 
     def check(self, trials: Iterable[Trial]) -> None:
-        """Refuse settings that train.py or eval.py would, and folders that hold runs with others. Writes nothing."""
-        for suite in self.study.suites:
-            if suite.name == "quick":
-                raise UserError("suite quick: train.py measures it at the end of every run; leave it out")
-            choose_tasks(suite.name, suite.tasks)
-        for contrast in self.study.contrasts:
-            if contrast.metric not in (*HELD_OUT, *COLUMN):
-                raise UserError(
-                    f"contrast {contrast.name}: {contrast.metric} is none of {', '.join((*HELD_OUT, *COLUMN))}"
-                )
+        """Refuse what train.py or eval.py would in any run of the study, contrasts of what is not measured, and folders
+        of `trials` that hold runs with other settings. Writes nothing."""
+        check_suites(self.study)
+        for trial in self.study.trials():
+            check_settings(trial.name, self._flags([trial], str(self.out / trial.name)))
         for trial in trials:
-            run = self._run(trial)
-            run.stages()
-            check_folder(run)
+            check_folder(self._run(trial))
 
     def groups(self, trials: Sequence[Trial], together: int) -> list[list[Trial]]:
         """Trials that may be trained at once, at most `together` of them."""
