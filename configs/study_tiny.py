@@ -17,6 +17,7 @@ def study() -> Study:
     return Study(
         name="A study in seconds",
         settings=SETTINGS,
+        milestone_tokens=128,
         arms=(
             Arm(mixers=("retnet", "gated_deltanet"), tokens=(384,)),
             Arm(mixers=("retnet",), tokens=(384,), seeds=(1,)),

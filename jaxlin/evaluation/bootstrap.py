@@ -2,9 +2,10 @@
 
 A resample weighs the examples by independent exponential numbers, normalised (Rubin 1981). Scores have bounds, and
 examples that were not drawn might lie there: the lower end of an interval is that of means with one more example at
-the lower bound, the upper end of means with one at the upper bound (Gaffke 2005; Learned-Miller and Thomas 2019,
-arXiv 1905.06208). Of hits and misses this is Clopper and Pearson's interval: 0 of 100 is at most 3.6 %. Of paired
-differences that all have one sign it decides as the sign test does: five of them do not, six do.
+the lower bound, the upper end of means with one at the upper bound (Gaffke 2005; Learned-Miller and Thomas 2019, arXiv
+1905.06208). Of hits and misses this is Clopper and Pearson's interval: 0 of 100 is at most 3.6 %. Of paired
+differences that all have one sign it decides as the sign test does: five of them do not, six do. Numbers without
+bounds have no such example; their weights are the more uneven, the fewer they are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -75,24 +77,33 @@ def resample(series: Mapping[Key, Series], *, draws: int = DRAWS, seed: int = 0)
 
     Resamples depend on the pairing and the seed only, not on what else is drawn.
     """
-    paired: dict[Hashable, list[Key]] = {}
+    paired: dict[tuple[Hashable, bool], list[Key]] = {}
     for key, one in series.items():
-        paired.setdefault(one.pairing, []).append(key)
+        paired.setdefault((one.pairing, one.bounds is None), []).append(key)
     means: dict[Key, Draws] = {}
-    for pairing, keys in paired.items():
+    for (pairing, unbounded), keys in paired.items():
         values = np.array([series[key].values for key in keys], np.float64)
         digest = hashlib.sha256(repr(pairing).encode()).digest()
         rng = np.random.default_rng([seed, int.from_bytes(digest[:8])])
-        sums, totals, extra = [], [], []
-        for start in range(0, draws, step := max(1, CHUNK // (values.shape[1] + 1))):
-            weights = rng.standard_exponential((min(step, draws - start), values.shape[1] + 1))
-            sums.append(values @ weights[:, :-1].T)
-            totals.append(weights[:, :-1].sum(1))
-            extra.append(weights[:, -1])
-        drawn = zip(keys, np.concatenate(sums, axis=1), strict=True)
-        total, more = np.concatenate(totals), np.concatenate(extra)
-        means |= {key: _with_one_more(of_key, total, more, series[key].bounds) for key, of_key in drawn}
+        # One weight decides the ends for few hits: its quantiles, in a random order, have no ragged tails.
+        extra = rng.permutation(-np.log1p(-(np.arange(draws) + 0.5) / draws))
+        shape = _shape(values.shape[1]) if unbounded else 1.0
+        sums, totals = [], []
+        for start in range(0, draws, step := max(1, CHUNK // values.shape[1])):
+            weights = rng.standard_gamma(shape, (min(step, draws - start), values.shape[1]))
+            sums.append(values @ weights.T)
+            totals.append(weights.sum(1))
+        total, drawn = np.concatenate(totals), zip(keys, np.concatenate(sums, axis=1), strict=True)
+        means |= {key: _with_one_more(of_key, total, extra, series[key].bounds) for key, of_key in drawn}
     return means
+
+
+def _shape(n: int) -> float:
+    """Of the Gamma weights with which the interval of a mean of n numbers is as wide as Student's.
+
+    The mean's variance is s^2 / (n shape + 1), s^2 that of the numbers as they are; Student's s^2 / (n - 1).
+    """
+    return max((n - 1) * (float(ndtri(0.975)) / float(stdtrit(max(n - 1, 1), 0.975))) ** 2 - 1, 0.1) / n
 
 
 def _with_one_more(

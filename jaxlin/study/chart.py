@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, ROW, PLOT_HEIGHT = 860, 24, 340
-LEFT, RIGHT, TOP, BOTTOM = 80, 250, 34, 46
+WIDTH, ROW, PLOT_HEIGHT = 1000, 24, 360
+LEFT, RIGHT, TOP, BOTTOM = 80, 300, 34, 46
 LABELS = 260  # width of the names beside rows
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f", "#bcbd22")
 NO_MARGIN = 1e-12
@@ -26,11 +26,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """Points of one name; `dashed` for what others measured."""
+    """Points of one name."""
 
     name: str
     points: tuple[Point, ...]
-    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def lines_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], *
     for at, line in enumerate(lines):
         color = COLORS[at % len(COLORS)]
         path = "L".join(f"{x_axis(p.x):.1f} {y_axis(p.y):.1f}" for p in line.points)
-        dash = ' stroke-dasharray="5 4"' if line.dashed else ""
+        dash = ' stroke-dasharray="5 4"' if at >= len(COLORS) else ""
         parts.append(f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="1.5"{dash}/>' if path else "")
         for point in line.points:
             x, y = x_axis(point.x), y_axis(point.y)
@@ -123,13 +122,14 @@ def _padded(values: Sequence[float], log: bool = False) -> tuple[float, float]:
     """The ends of an axis that shows `values`."""
     low, high = min(values), max(values)
     if log:
-        return low / 1.2, high * 1.2
+        margin = max((high / low) ** 0.06, 1.01)
+        return low / margin, high * margin
     margin = 0.06 * (high - low) or max(abs(high), 1.0) * 0.1 + NO_MARGIN
     return low - margin, high + margin
 
 
 def _above_zero(line: Line) -> Line:
-    return Line(line.name, tuple(p for p in line.points if p.x > 0 and p.y > 0), line.dashed)
+    return Line(line.name, tuple(p for p in line.points if p.x > 0 and p.y > 0))
 
 
 def _frame(title: str, height: float) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a study is refused for before anything runs: settings, suites and questions that train.py or eval.py cannot meet."""
+"""What a study is refused for before anything runs: settings, suites and questions that cannot be met."""
 
 from __future__ import annotations
 
