@@ -226,6 +226,17 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
+def without_local_paths(value: Any) -> Any:
+    """The same JSON, with the last part of local paths only: whoever reads it has another disk."""
+    if isinstance(value, dict):
+        return {key: without_local_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_local_paths(inner) for inner in value]
+    if isinstance(value, str):
+        return " ".join(Path(word).name if word.startswith(("/", "~")) else word for word in value.split(" "))
+    return value
+
+
 def git_commit() -> str | None:
     """The commit of jaxlin's own checkout, or None where it is not one."""
     where = os.path.dirname(os.path.abspath(__file__))

@@ -77,6 +77,7 @@ def test_grid():
         (Study("", (Arm(("gla",), variant="a/b", options=("--a", "b")),)), "'a/b' cannot be part"),
         (Study("", (Arm(("gla",)), Arm(("gla",)))), "recommended-60M-s0/gla is there twice"),
         (Study("", (Arm(("gla",)),), settings=("--seed", "1")), "--seed is set by the grid"),
+        (Study("", (Arm(("gla",)),), suites=(Suite("bear", milestones=True),)), "milestone_tokens is 0; set it"),
         (Study("", (Arm(("gla",)),), contrasts=(Contrast("c", "?", "x/gla", "x/gla", "kl"),)), "x/gla is none of"),
     ],
 )
@@ -137,10 +138,11 @@ def test_commands(tmp_path):
     study = tiny_study.good(tiny_study.study(tmp_path))
     runner = Runner(study, tmp_path / "out")
     (group,) = runner.groups(study.trials(), together=2)
-    train, first, second = runner.commands(group)
-    assert train.endswith(f"--mixer retnet,linear_attention --tokens 384 --seed 0 --run-dir {tmp_path}/out/{GROUP}")
+    train, first, _, second, along = runner.commands(group)
+    flags = f"--mixer retnet,linear_attention --tokens 384 --seed 0 --run-dir {tmp_path}/out/{GROUP}"
+    assert train.endswith(f"{flags} --milestone-tokens 256")
     assert first.endswith(f"--run {tmp_path}/out/{GROUP}/retnet --suite bear --data {tmp_path}")
-    assert second.endswith("--student-only")
+    assert second.endswith("--student-only") and along.endswith("--suite quick --tasks held_out --milestones")
     alone = runner.groups(study.trials(), together=1)
     assert [trial.name for (trial,) in alone[1::2]] == [f"{GROUP}/linear_attention"]
 
@@ -159,6 +161,8 @@ def test_failures_are_reported_and_the_others_go_on(done):
         folder = runner.out / GROUP / mixer
         assert json.loads((folder / "evaluation.json").read_text())["mixer"] == mixer
         assert (folder / "evaluation/bear.json").exists()
+        along = json.loads((folder / "milestones/2/evaluation.json").read_text())
+        assert (along["step"], along["tokens"]) == (2, 256) and along["results"]["held_out"]["student"]["kl"] > 0
     assert not list(runner.out.rglob("*.lock*"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -18,6 +19,7 @@ from jaxlin.runs import write_text
 from jaxlin.study.chart import Line, Point, Row, lines_chart, rows_chart
 from jaxlin.study.design import Arm, Contrast, Study, Suite
 from jaxlin.study.estimates import TEACHER, Estimate, Estimates
+from jaxlin.study.figures import figures
 from jaxlin.study.limits import limits
 from jaxlin.study.report import LIMITS, write_report
 from jaxlin.study.results import read_study, write_design
@@ -71,6 +73,10 @@ def write_run(folder, trial):
     }.items():
         write_text(folder / name, json.dumps(value))
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 31, "sta')
+    for tokens in (20_000_000, 40_000_000) if mixer != "retnet" else ():
+        then = {**found, "kl": 2 * kl}
+        measured = {"results": {"held_out": {"student": then}}, "held_out_sums": sums_of(then, mixer), "tokens": tokens}
+        write_text(folder / f"milestones/{tokens}/evaluation.json", json.dumps(measured))
     kept = Kept(folder / "evaluation")
     for model, share in (("student", SHARES[mixer]), ("teacher", SHARES["teacher"])):
         hits = (np.random.default_rng([seed, len(mixer)]).permutation(200) < 200 * share).astype(float).tolist()
@@ -168,6 +174,27 @@ def test_nothing_and_everything():
     assert said(0.0, 0.0, 0.0362, 100) == "0 of 100 (at most 3.6 %)"
     assert said(1.0, 0.9969, 1.0, 1200) == "1,200 of 1,200 (at least 99.7 %)"
     assert said(0.01, 0.0003, 0.0545, 100) == "1.00 [0.03, 5.45]"
+
+
+def test_against_tokens(estimates):
+    """Milestones and the end, each with its interval over text and seeds, and its files."""
+    found = estimates.along(cell(GOOD), "kl")
+    assert list(found) == [20_000_000, 40_000_000, 60_000_000]
+    assert found[20_000_000].value == pytest.approx(2 * found[60_000_000].value)
+    low, high = found[20_000_000].interval
+    assert low < 0.402 < high and found[20_000_000].seeds == (0, 1, 2)
+    assert found[20_000_000].sources[1] == "recommended-60M-s1/gated_deltanet/milestones/20000000/evaluation.json"
+    assert list(estimates.along(cell(POOR), "kl")) == [60_000_000]
+    titles = [figure.title for figure in figures(estimates, None)]
+    assert "Figure 2: KL to the teacher against tokens" in titles and not any("average" in title for title in titles)
+
+
+def test_without_milestones(out, tmp_path):
+    """Figure 2 has the ends of the stages."""
+    shutil.copytree(out, tmp_path / "out", ignore=shutil.ignore_patterns("milestones"))
+    drawn = figures(Estimates(read_study(tmp_path / "out")), None)
+    notes = {figure.title: figure.note for figure in drawn}
+    assert "end of each stage" in notes["Figure 2: perplexity of held-out text against tokens"]
 
 
 def test_lower_is_better_for_kl(estimates):

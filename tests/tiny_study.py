@@ -34,6 +34,7 @@ def study(data: Path) -> Study:
             Contrast("kl", "Is RetNet nearer?", RETNET, LINEAR, "kl"),
             Contrast("bear", "Does RetNet know more?", RETNET, LINEAR, "bear"),
         ),
+        milestone_tokens=256,
         data=str(data),
     )
 

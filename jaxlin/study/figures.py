@@ -17,7 +17,7 @@ from jaxlin.study.estimates import TEACHER, Estimate, Estimates
 from jaxlin.study.tables import TITLES, spread
 
 SCORES = ("average", "average without bear", "niah")
-HELD_OUT = {"kl": "KL to the teacher, nats a token", "perplexity": "perplexity of held-out text"}
+HELD_OUT = {"kl": "KL to the teacher", "perplexity": "perplexity of held-out text"}
 SPEEDS = {
     "prefill_tokens_per_second": "reading, tokens/s",
     "decode_tokens_per_second": "writing, tokens/s",
@@ -53,11 +53,11 @@ def _scores(estimates: Estimates) -> list[Figure]:
             cited = None if metric == "kl" or not parameters else paper.reference(metric, cell.mixer, parameters)
             name = cell.mixer if cell == TEACHER else cell.name
             rows.append(Row(name, _point(0, one, metric, across=True), cited and cited.value))
-        label, note = _label(metric), _note(found.values(), metric)
+        note = _note(found.values(), metric)
         if any(row.other is not None for row in rows):
             note += " Circles: the paper's (arXiv 2504.14366)."
-        title = f"Figure 1: {label}"
-        drawn.append(Figure(title, rows_chart(title, label, rows), note, _files(row.point for row in rows)))
+        title = f"Figure 1: {_name(metric)}"
+        drawn.append(Figure(title, rows_chart(title, _label(metric), rows), note, _files(row.point for row in rows)))
     return drawn
 
 
@@ -80,7 +80,7 @@ def _against_tokens(estimates: Estimates) -> list[Figure]:
             note = "At the end of each stage. Bars: from the lowest to the highest seed."
         else:
             continue
-        drawn += _lines(f"Figure 2: {_label(metric)} against tokens", metric, lines, note)
+        drawn += _lines(f"Figure 2: {_name(metric)} against tokens", metric, lines, note)
     return drawn
 
 
@@ -96,7 +96,7 @@ def _by_budget(estimates: Estimates) -> list[Figure]:
         several = {name: sorted(points, key=lambda p: p[0]) for name, points in budgets.items() if len(points) > 1}
         lines = [Line(name, tuple(_point(*point, metric) for point in points)) for name, points in several.items()]
         note = _note([one for points in several.values() for _, one in points], metric) if several else ""
-        drawn += _lines(f"Figure 2: {_label(metric)} by budget", metric, lines, note)
+        drawn += _lines(f"Figure 2: {_name(metric)} by budget", metric, lines, note)
     return drawn
 
 
@@ -120,8 +120,13 @@ def _learning(estimates: Estimates, cell: Cell, metric: str) -> tuple[Point, ...
     return tuple(points)
 
 
+def _name(metric: str) -> str:
+    return HELD_OUT.get(metric) or ("needles found, all lengths" if metric == "niah" else TITLES[metric])
+
+
 def _label(metric: str) -> str:
-    return HELD_OUT.get(metric, f"{TITLES[metric]}, %" if metric != "niah" else "needles found, all lengths, %")
+    """With the unit."""
+    return _name(metric) + {"kl": ", nats a token", "perplexity": ""}.get(metric, ", %")
 
 
 def _point(x: float, found: Estimate, metric: str, *, across: bool = False) -> Point:
@@ -138,7 +143,7 @@ def _note(found: Iterable[Estimate], metric: str) -> str:
     over = "batches of held-out text" if metric in HELD_OUT else "examples"
     bars = f"bars: 95 % over {over} (bootstrap)" + (" and, of several seeds, seeds (Student's t)" * (max(seeds) > 1))
     without = "; none of one seed with few batches" * any(one.interval is None for one in found)
-    return f"n = {spread({one.examples for one in found})} {over}, seeds: {spread(seeds)}; {bars}{without}."
+    return f"n: {spread({one.examples for one in found})} ({over}); seeds: {spread(seeds)}; {bars}{without}."
 
 
 def _files(points: Iterable[Point]) -> tuple[str, ...]:

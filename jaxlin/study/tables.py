@@ -173,8 +173,8 @@ def scores(estimates: Estimates, title: str, columns: Sequence[str], note: str) 
     for name in columns:
         found = {e.examples for cell in cells if (e := estimates.of(cell, name))}
         sizes.setdefault(spread(found), []).append(_title(name))
-    each = (f"{n} of each task" if len(names) > 3 else f"{n} of {' and '.join(names)}" for n, names in sizes.items())
-    note += f" Examples: {', '.join(each)}."
+    each = (f"each task {n}" if len(names) > 3 else f"{' and '.join(names)} {n}" for n, names in sizes.items())
+    note += f" Examples: {'; '.join(each)}."
     return _without_empty(Table(title, tuple(headings), rows, note))
 
 
