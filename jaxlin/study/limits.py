@@ -34,9 +34,9 @@ def _missing(found: StudyResults) -> Iterator[str]:
             yield f"Suite {suite.name} was not measured on {', '.join(without)}."
         if suite.limit is not None:
             yield f"Suite {suite.name} was measured on the first {suite.limit} examples of each task, not on all."
-    if found.study.milestone_tokens:
-        if bare := [run.trial.name for run in found.trials if run.held_out and not run.milestones]:
-            yield f"No milestone was measured of {', '.join(bare)}: figure 2 has their ends alone."
+    bare = [run.trial.name for run in found.trials if run.held_out and not run.milestones]
+    if found.study.milestone_tokens and bare:
+        yield f"No milestone was measured of {', '.join(bare)}: figure 2 has their ends alone."
     if not found.study.suites:
         yield "No benchmark was measured: nothing is known beyond held-out text."
 
