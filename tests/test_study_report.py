@@ -229,6 +229,7 @@ def test_limits(estimates):
     assert "One seed: recommended-60M/kda." in said
     assert "60M tokens are 0.02 of the paper's 3B" in said
     assert "weights of about 4.5 bits" in said and "first 200 examples" in said
+    assert "5 questions are asked at 95 % each" in said
     assert "Is it better than the second? Not decidable at this budget." in said
 
 

@@ -96,6 +96,11 @@ def _mixed(found: StudyResults) -> Iterator[str]:
 
 
 def _open(estimates: Estimates) -> Iterator[str]:
+    if (asked := len(estimates.found.study.contrasts)) > 1:
+        yield (
+            f"{asked} questions are asked at 95 % each: of those where nothing differs, one in twenty is answered all the "
+            "same. So are ranks, of all pairs."
+        )
     cells = {cell.name: cell for cell in estimates.found.study.cells()}
     for contrast in estimates.found.study.contrasts:
         found = estimates.difference(cells[contrast.a], cells[contrast.b], contrast.metric)
