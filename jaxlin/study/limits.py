@@ -98,7 +98,7 @@ def _mixed(found: StudyResults) -> Iterator[str]:
 def _open(estimates: Estimates) -> Iterator[str]:
     if (asked := len(estimates.found.study.contrasts)) > 1:
         yield (
-            f"{asked} questions are asked at 95 % each: of those where nothing differs, one in twenty is answered all the "
+            f"{asked} questions are asked at 95 % each: where nothing differs, one in twenty is answered all the "
             "same. So are ranks, of all pairs."
         )
     cells = {cell.name: cell for cell in estimates.found.study.cells()}
