@@ -181,8 +181,8 @@ def test_what_is_there_is_not_done_again(done, tmp_path):
     assert "eval.py" in command
 
     (out / linear.name / "evaluation.json").unlink()
-    (command,) = runner.commands([linear])
-    assert "train.py" in command and f"--run-dir {out}/{linear.name}" in command
+    command, along = runner.commands([linear])
+    assert along.endswith("--milestones") and "train.py" in command and f"--run-dir {out}/{linear.name}" in command
 
     with pytest.raises(UserError, match=r"another data\.eval_tokens"):
         Runner(replace(study, settings=(*study.settings[:5], "256", *study.settings[6:])), out).check([retnet])
