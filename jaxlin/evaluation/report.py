@@ -71,7 +71,7 @@ def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None =
         if subject.step is None:
             found["stage_losses"] = run.stage_losses()
         else:
-            found |= {"step": subject.step, "tokens": run.milestones()[subject.step]}
+            found["tokens"] = run.milestones()[subject.step]
         found["kl"] = {"initialisation": initial.get("kl"), "now": held_out["student"]["kl"]}
         found["held_out_sums"] = subject.held_out_sums
     found["results"] = results
@@ -143,6 +143,8 @@ def _what(subject: Subject, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"suite": name, "teacher": subject.config.teacher}
     if subject.run is not None:
         found |= {"preset": subject.config.preset, "mixer": subject.config.mixer}
+    if subject.step is not None:
+        found["step"] = subject.step
     return found | {"params_sha256": params_sha256(subject.measured.params)}
 
 
