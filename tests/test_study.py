@@ -257,6 +257,20 @@ def test_stale_locks(tmp_path):
     assert Owner.of(os.getpid()) == Owner.of(os.getpid()) and not Owner.of(os.getpid()).is_gone()
 
 
+def test_a_process_that_nobody_waited_for_is_gone(tmp_path):
+    """A zombie holds no run."""
+    path = tmp_path / "run.lock"
+    ended = subprocess.Popen(["sleep", "60"])
+    take(path).share(ended.pid)
+    path.write_text(json.dumps([json.loads(path.read_text())[1]]))
+    assert isinstance(take(path), str)
+    ended.kill()
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays
+    lock = take(path)
+    assert not isinstance(lock, str)
+    ended.wait()
+
+
 # ---- the command
 
 
