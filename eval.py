@@ -1,5 +1,6 @@
 """Measure a student against its teacher, or a teacher alone: `python3 eval.py --run DIR`. See `--help`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Settings:
     """Seed of what a benchmark chooses at random."""
     chat: tyro.conf.UseCounterAction[int] = 0
     """Put the benchmarks' prompts into the tokenizer's chat template."""
+    milestones: tyro.conf.UseCounterAction[int] = 0
+    """Measure the run's milestone checkpoints instead of the newest one, each into the run folder's milestones/STEP."""
     student_only: tyro.conf.UseCounterAction[int] = 0
     """Leave the run's teacher out of the benchmarks, and of the file that they are written to."""
     predict_only: tyro.conf.UseCounterAction[int] = 0
@@ -58,6 +61,8 @@ def main() -> None:
             raise UserError(f"{flag} {value}: must be at least 1")
     if settings.student_only and (settings.suite == "quick" or not settings.run):
         raise UserError("--student-only: give --run DIR and a --suite of benchmarks")
+    if settings.milestones and (settings.out or not settings.run):
+        raise UserError("--milestones: give --run DIR, into which the results go, and no --out")
     if settings.data and not Path(settings.data).is_dir():
         raise UserError(f"--data {settings.data}: no such folder")
 
@@ -65,24 +70,41 @@ def main() -> None:
 
     processes.start(settings.distributed)  # before anything asks for devices
 
-    from jaxlin.evaluation.report import as_line, choose_tasks, evaluate, failure, print_results
-    from jaxlin.evaluation.subject import open_subject
+    from jaxlin.evaluation.report import as_line, choose_tasks, failure, print_results
 
     choose_tasks(settings.suite, settings.tasks)  # refuses unknown names before anything is loaded
-    if settings.suite == "quick":
-        subject = open_subject(settings.run, settings.teacher, settings.text, mesh=mesh_of(settings))
-        found = evaluate(subject, tasks=settings.tasks, limit=settings.limit)
+    failed = {}
+    for found in quick(settings) if settings.suite == "quick" else benchmark(settings):
+        if found["results"]:
+            print_results(found)
+        if settings.json and processes.is_first():
+            print(as_line(found))
+        failed |= found.get("failed", {})
+    if failed:
+        raise UserError(failure(failed))
+
+
+def quick(settings: Settings) -> Iterator[dict]:
+    """Measure with the quick suite."""
+    from jaxlin.evaluation.report import evaluate
+    from jaxlin.evaluation.subject import open_subject
+
+    opened = open_subject(settings.run, settings.teacher, settings.text, mesh=mesh_of(settings))
+    for subject in subjects(settings, opened):
+        yield evaluate(subject, tasks=settings.tasks, limit=settings.limit)
+
+
+def subjects(settings: Settings, opened: Any) -> Iterator[Any]:
+    """What is measured: what was opened, or with --milestones each of them."""
+    if not settings.milestones:
+        yield opened
+    elif not (steps := opened.run.milestones()):
+        raise UserError(f"--milestones: {settings.run} has none; train with --milestone-tokens N")
     else:
-        found = benchmark(settings)
-    if found["results"]:
-        print_results(found)
-    if settings.json and processes.is_first():
-        print(as_line(found))
-    if found.get("failed"):
-        raise UserError(failure(found["failed"]))
+        yield from map(opened.at, steps)
 
 
-def benchmark(settings: Settings) -> dict:
+def benchmark(settings: Settings) -> Iterator[dict]:
     """Measure with a suite of benchmarks."""
     from rich.console import Console
 
@@ -105,13 +127,15 @@ def benchmark(settings: Settings) -> dict:
         bar=bars,
     )
     report.check_data(settings.suite, settings.tasks, options)
-    subject = open_subject(settings.run, settings.teacher, mesh=options.mesh)
+    opened = open_subject(settings.run, settings.teacher, mesh=options.mesh)
     if settings.student_only:
-        subject = subject.student_only()
-    if options.chat and not subject.measured.tokenizer.chat_template:
-        raise UserError(f"--chat: the tokenizer of {subject.config.teacher} has no chat template")
+        opened = opened.student_only()
+    if options.chat and not opened.measured.tokenizer.chat_template:
+        raise UserError(f"--chat: the tokenizer of {opened.config.teacher} has no chat template")
     try:
-        return report.benchmark(subject, settings.suite, options, tasks=settings.tasks, folder=kept_in(settings))
+        for subject in subjects(settings, opened):
+            folder = subject.folder / "evaluation" if settings.milestones else kept_in(settings)
+            yield report.benchmark(subject, settings.suite, options, tasks=settings.tasks, folder=folder)
     finally:
         bars.close()
 

@@ -5,6 +5,8 @@ Command:  python -m jaxlin.study --config study_135m --text TRAIN... --heldout H
           process: --together 3
 Hardware: GPUs with 40 GiB or more. Time and result: not measured; docs/results.md has what was.
 
+Disk:     1.7 GB a checkpoint; a run keeps two, and those of 20M and 40M tokens.
+
 The budget is split between the stages as the paper splits its own (80 : 160 : 2,760). The teacher is not the paper's
 base model but SmolLM2-135M-Instruct, at about 4.5 bits a weight.
 
@@ -72,7 +74,7 @@ PUZZLES = (
 
 
 def study() -> Study:
-    """Equal budgets of 60M tokens; puzzles (a) and (b) are put to the benchmarks and to the KL."""
+    """Equal budgets of 60M tokens, with milestones; puzzles (a) and (b) are put to the benchmarks and to the KL."""
     return Study(
         name="Seven mixers from SmolLM2-135M-Instruct, 60M tokens each",
         settings=SETTINGS,
@@ -85,6 +87,7 @@ def study() -> Study:
             Arm(("kda",), preset="paper_code", variant="gated", options=("--model.out-gate", "random")),
             Arm(("kda",), variant="no_gate", options=("--model.out-gate", "none")),
         ),
+        milestone_tokens=20_000_000,
         suites=(
             Suite("zero_shot"),
             Suite("bear", limit=40),

@@ -1,7 +1,7 @@
 """A random tiny teacher, two mixers, a few steps a stage: a study from end to end.
 
 Command:  python -m jaxlin.study --config study_tiny
-Hardware: any CPU. Time: a minute. Result: a report whose numbers mean nothing.
+Hardware: any CPU. Time: two minutes. Result: a report whose numbers mean nothing.
 """
 
 from jaxlin.study.design import Arm, Contrast, Study
@@ -13,10 +13,11 @@ SETTINGS = (
 
 
 def study() -> Study:
-    """Two students, one of them with two seeds."""
+    """Two students, one of them with two seeds; milestones at the ends of stages 1 and 2."""
     return Study(
         name="A study in seconds",
         settings=SETTINGS,
+        milestone_tokens=128,
         arms=(
             Arm(mixers=("retnet", "gated_deltanet"), tokens=(384,)),
             Arm(mixers=("retnet",), tokens=(384,), seeds=(1,)),

@@ -112,6 +112,12 @@ class Checkpoints:
         self.wait()
         return sorted(_complete(self._folder))
 
+    def milestones(self) -> list[int]:
+        """Those of `steps` that are kept for good."""
+        self.wait()
+        found = _complete(self._folder)
+        return [step for step in sorted(found) if _read_manifest(found[step]).get("milestone")]
+
     def latest(self, abstract_state: AbstractState) -> tuple[int, State, dict[str, Any]] | None:
         """(step, state, extra) of the newest checkpoint that is whole; each damaged one is reported in one line.
 

@@ -18,7 +18,7 @@ from jaxlin.evaluation.report import SUITES, without_times
 from jaxlin.evaluation.subject import params_sha256
 from jaxlin.generate import stop_tokens
 from jaxlin.hf_table import table
-from jaxlin.runs import Run, open_run
+from jaxlin.runs import Run, open_run, without_local_paths
 
 RUN_CARD = "run_card.json"
 CARD_KEYS = ("card", "settings", "step", "stages", "losses", "evaluation")
@@ -89,18 +89,7 @@ def run_card(run: Run, step: int | None, params: Any) -> dict[str, Any]:
         "losses": run.stage_losses(),
         "evaluation": evaluation,
     }
-    return _without_paths(card)
-
-
-def _without_paths(value: Any) -> Any:
-    """The same JSON, with the last part of local paths only: whoever reads it has another disk."""
-    if isinstance(value, dict):
-        return {key: _without_paths(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(inner) for inner in value]
-    if isinstance(value, str):
-        return " ".join(Path(word).name if word.startswith(("/", "~")) else word for word in value.split(" "))
-    return value
+    return without_local_paths(card)
 
 
 def export(

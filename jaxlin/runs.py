@@ -1,8 +1,9 @@
 """The run folder: what a run writes there, and how everything else reads it.
 
 config.json (settings), model.json (the student), card.json (what was run), metrics.jsonl, tensorboard/,
-checkpoints/ (rotating, for resuming, and milestones), fidelity.json and evaluation.json (what was measured);
-conversations/ (tokenized) and conversations.json (how many were kept, cut and left out).
+checkpoints/ (rotating, for resuming, and milestones), fidelity.json and evaluation.json (what was measured),
+evaluation/ (benchmarks), milestones/STEP/ (the last two, of a milestone); conversations/ (tokenized) and
+conversations.json (how many were kept, cut and left out).
 """
 
 from __future__ import annotations
@@ -136,6 +137,11 @@ def check_init(run: RunConfig, teacher: ModelConfig) -> None:
         raise UserError(f"--init-from {run.init_from}: there is no whole checkpoint in it")
 
 
+def milestone_folder(folder: Path, step: int) -> Path:
+    """Where what was measured of a milestone is kept, as it is in the run folder `folder` of the end."""
+    return folder / "milestones" / str(step)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder, opened for reading."""
@@ -147,6 +153,12 @@ class Run:
     def params(self, step: int | None = None) -> Any:
         """The student's parameters at `step`, by default at the newest checkpoint."""
         return load_params(self.folder / "checkpoints", step)
+
+    def milestones(self) -> dict[int, int]:
+        """The tokens that each milestone was trained on, by step; the newest checkpoint is the run's student itself."""
+        checkpoints = Checkpoints(self.folder / "checkpoints", keep=1)
+        steps = [step for step in checkpoints.milestones() if step != checkpoints.steps()[-1]]
+        return {step: checkpoints.extra(step)["progress"]["tokens"] for step in steps}
 
     def tokenizer(self) -> Any:
         """The teacher's tokenizer, which is the student's."""
@@ -212,6 +224,17 @@ def write_text(path: Path, text: str) -> None:
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def without_local_paths(value: Any) -> Any:
+    """The same JSON, with the last part of local paths only: whoever reads it has another disk."""
+    if isinstance(value, dict):
+        return {key: without_local_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_local_paths(inner) for inner in value]
+    if isinstance(value, str):
+        return " ".join(Path(word).name if word.startswith(("/", "~")) else word for word in value.split(" "))
+    return value
 
 
 def git_commit() -> str | None:

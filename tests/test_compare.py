@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from jaxlin import runs
 from jaxlin.command_line import load_config_file, preset
 from jaxlin.config import UserError
 from jaxlin.evaluation import compare as command
 from jaxlin.evaluation import comparison, paper, plots
-from jaxlin.evaluation.bootstrap import Series, interval, ranks, resample
+from jaxlin.evaluation.bootstrap import Series, ranks, resample
 from jaxlin.evaluation.columns import COLUMNS
 from jaxlin.evaluation.comparison import Model, compare
 from jaxlin.evaluation.task import Kept, Result
@@ -75,29 +76,59 @@ def test_no_reference():
 def test_interval_covers():
     """The interval of a share is that of the normal approximation."""
     values = [1.0] * 300 + [0.0] * 700
-    low, high = interval(resample({"a": Series(values, "x")}, draws=4000)["a"])
+    low, high = resample({"a": Series(values, "x")}, draws=4000)["a"].interval()
     half = 1.96 * np.sqrt(0.3 * 0.7 / 1000)
     assert (low, high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.002)
 
 
 def test_pairing():
-    """A constant difference has no width where the prompts were the same, and the usual one where they were not."""
+    """A constant difference has next to no width where the prompts were the same, the usual one where they were not."""
     rng = np.random.default_rng(0)
     values = rng.random(400)
-    series = {"a": Series(values, "x"), "b": Series(values - 0.01, "x"), "c": Series(values - 0.01, "y")}
+    series = {
+        name: Series(values - less, prompts)
+        for name, less, prompts in (("a", 0, "x"), ("b", 0.02, "x"), ("c", 0.02, "y"))
+    }
     drawn = resample(series)
-    np.testing.assert_allclose(drawn["a"] - drawn["b"], 0.01)
-    assert np.std(drawn["a"] - drawn["c"]) > 0.01
+    low, high = (drawn["a"] - drawn["b"]).interval()
+    assert 0.01 < low < 0.02 < high < 0.03
+    low, high = (drawn["a"] - drawn["c"]).interval()
+    assert low < -0.01 and high > 0.05
     assert ranks([drawn["a"], drawn["b"]]) == [(1, 1), (2, 2)]
     assert ranks([drawn["a"], drawn["c"]]) == [(1, 2), (1, 2)]
-    np.testing.assert_allclose(resample({"b": series["b"]})["b"], drawn["b"])  # whatever else is drawn
-    assert not np.allclose(resample(series, seed=1)["a"], drawn["a"])
+    np.testing.assert_allclose(resample({"b": series["b"]})["b"].low, drawn["b"].low)  # whatever else is drawn
+    assert not np.allclose(resample(series, seed=1)["a"].low, drawn["a"].low)
+
+
+@pytest.mark.parametrize("hits, n", [(0, 100), (100, 100), (0, 24), (3, 100), (50, 100), (24, 25)])
+def test_hits_and_misses(hits, n):
+    """Clopper and Pearson's interval, none and all included."""
+    found = resample({"a": Series([1.0] * hits + [0.0] * (n - hits), "x")}, draws=20000)["a"].interval()
+    exact = binomtest(hits, n).proportion_ci(0.95, method="exact")
+    assert found == pytest.approx((exact.low, exact.high), abs=0.004)
+
+
+def test_differences_of_few():
+    """Two zeros are as far apart as their number allows; of prompts that only one got right six decide, five do not."""
+    zeros = [0.0] * 100
+    drawn = {n: resample({"a": Series([1.0] * n + zeros[n:], "x"), "b": Series(zeros, "x")}) for n in (0, 5, 6)}
+    found = {n: (of_n["a"] - of_n["b"]).interval() for n, of_n in drawn.items()}
+    assert found[0] == pytest.approx((-0.036, 0.036), abs=0.003)
+    assert found[5][0] < 0 < found[6][0]
+
+
+def test_scores_without_bounds():
+    """Nothing is added to them; where all are alike there is no interval."""
+    drawn = resample({"a": Series([1.0, 5.0] * 50, "x", None), "b": Series([2.0] * 100, "x", None)})
+    low, high = drawn["a"].interval()
+    assert drawn["a"].low is drawn["a"].high and (low, high) == pytest.approx((3 - 0.392, 3 + 0.392), abs=0.05)
+    assert drawn["b"].interval() is None
 
 
 def test_long_series_are_drawn_in_parts(monkeypatch):
     monkeypatch.setattr("jaxlin.evaluation.bootstrap.CHUNK", 1000)
     found = resample({"a": Series([0.0, 1.0] * 50, "x")}, draws=105)["a"]
-    assert found.shape == (105,) and len(set(found)) > 10
+    assert found.low.shape == (105,) == found.high.shape and len(set(found.low)) > 10
 
 
 # ---- columns and comparison
@@ -170,13 +201,14 @@ def test_without_scores_of_examples():
 
 
 def test_no_interval_where_it_would_mislead():
-    """Of few examples, and of examples that all score alike."""
+    """Of few examples there is none; none right of many may be more than 0, and no rank."""
     few = {"swde": result("swde", "contains", 0.5, n=10)}
     alike = {"gsm8k": result("gsm8k", "exact_match_strict_match", 0.0)}
     pair = [Model(label, "kda", few | alike) for label in ("a", "b")]
     lines = {(line.column, line.label): line for line in compare(pair)}
     assert lines["swde", "a"].interval is None is lines["swde", "a"].rank
-    assert lines["gsm8k", "a"].interval is None and lines["gsm8k", "a"].rank == (1, 2)
+    assert lines["gsm8k", "a"].interval == pytest.approx((0, 0.018), abs=0.002)
+    assert lines["gsm8k", "a"].rank == (1, 2)
 
 
 # ---- the command

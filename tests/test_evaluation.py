@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import sys
 from dataclasses import replace
 
@@ -249,6 +250,26 @@ def test_every_quick_task(run_folder, monkeypatch, capsys):
     assert 0 < again["kl"]["now"] < 1 and list(again["results"]) == ["niah_single_1"]
 
 
+def test_milestones(run_folder, monkeypatch, tmp_path, capsys):
+    """Each is measured into its own folder, beside the run's, and once; without any it is an error."""
+    (folder, params), words = run_folder, "has none; train with --milestone-tokens N"
+    with pytest.raises(UserError, match=words):
+        call(monkeypatch, "--run", folder, "--milestones", "--tasks", "held_out")
+    shutil.copytree(folder, folder := tmp_path / "run")
+    checkpoints = Checkpoints(folder / "checkpoints", keep=2)
+    before = jax.tree.map(lambda a: 0.9 * a, params)
+    checkpoints.save(2, {"params": before}, {"progress": {"tokens": 128}}, milestone=True)
+    checkpoints.close()
+    call(monkeypatch, "--run", folder, "--milestones", "--tasks", "held_out", "--json")
+    found = json.loads((folder / "milestones/2/evaluation.json").read_text())
+    assert (found["step"], found["tokens"]) == (2, 128) and found["params_sha256"] == params_sha256(before)
+    assert "stage_losses" not in found and found["held_out_sums"] and not (folder / "milestones/4").exists()
+    monkeypatch.setattr(quick, "TASKS", {"held_out": None})
+    shown = capsys.readouterr().out
+    call(monkeypatch, "--run", folder, "--milestones", "--tasks", "held_out", "--json")
+    assert capsys.readouterr().out.splitlines()[-1] == shown.splitlines()[-1]
+
+
 def test_a_student_alone(run_folder):
     subject = open_subject(str(run_folder[0]))
     alone = subject.student_only()
@@ -277,6 +298,8 @@ def test_generate_from_a_run(run_folder, monkeypatch, capsys):
         (("--run", "x", "--tasks", "arc"), "--tasks arc: the tasks of --suite quick are held_out"),
         (("--run", "x", "--data", "missing"), "--data missing: no such folder"),
         (("--run", "x", "--student-only"), "--student-only: give --run DIR and a --suite of benchmarks"),
+        (("--teacher", "demo", "--milestones"), "--milestones: give --run DIR"),
+        (("--run", "x", "--milestones", "--out", "y"), "--milestones: give --run DIR, into which .* and no --out"),
         (("--run", "x", "--limit", "0"), "--limit 0: must be at least 1"),
     ],
 )

@@ -18,7 +18,7 @@ import pytest
 from jaxlin.command_line import run_main
 from jaxlin.config import UserError
 from jaxlin.study.__main__ import main
-from jaxlin.study.design import Arm, Contrast, Study, check, chosen, load_study
+from jaxlin.study.design import Arm, Contrast, Study, Suite, check, chosen, load_study
 from jaxlin.study.locks import Owner, take
 from jaxlin.study.report import write_report
 from jaxlin.study.results import write_design
@@ -27,7 +27,7 @@ from jaxlin.study.tables import UNDECIDED
 from tests import tiny_study
 from tests.test_train import ROOT
 
-GROUP = "recommended-384-s0"
+GROUP, BAD = "recommended-384-s0", "recommended-nowhere-384-s0"
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +73,22 @@ def test_grid():
     [
         (Study("", ()), "no arm has"),
         (Study("", (Arm(("gla",), preset="best"),)), "preset best"),
+        (
+            Study(
+                "",
+                (
+                    Arm(
+                        ("gla", "gla+gda"),
+                    ),
+                ),
+            ),
+            "mixer gda is none of softmax, linear_attention",
+        ),
         (Study("", (Arm(("gla",), options=("--a", "b")),)), "options or a variant"),
         (Study("", (Arm(("gla",), variant="a/b", options=("--a", "b")),)), "'a/b' cannot be part"),
         (Study("", (Arm(("gla",)), Arm(("gla",)))), "recommended-60M-s0/gla is there twice"),
         (Study("", (Arm(("gla",)),), settings=("--seed", "1")), "--seed is set by the grid"),
+        (Study("", (Arm(("gla",)),), suites=(Suite("bear", milestones=True),)), "milestone_tokens is 0; set it"),
         (Study("", (Arm(("gla",)),), contrasts=(Contrast("c", "?", "x/gla", "x/gla", "kl"),)), "x/gla is none of"),
     ],
 )
@@ -95,12 +107,9 @@ def test_configs(name, tmp_path):
 
 def test_unknown_names(tmp_path):
     study = tiny_study.study(tmp_path)
-    assert [trial.cell.mixer for trial in chosen(study, ["retnet", f"{GROUP}/folly"])] == ["folly", "retnet"]
-    with pytest.raises(UserError, match="--only gla: no run of that name"):
-        chosen(study, ["gla"])
-    with pytest.raises(UserError, match=r"contrast c: speed is none of kl, perplexity"):
-        contrasts = (Contrast("c", "?", tiny_study.RETNET, tiny_study.LINEAR, "speed"),)
-        Runner(replace(study, contrasts=contrasts), tmp_path).check([])
+    assert [trial.cell.mixer for trial in chosen(study, ["retnet", f"{BAD}/gla"])] == ["gla", "retnet"]
+    with pytest.raises(UserError, match="--only mlstm: no run of that name"):
+        chosen(study, ["mlstm"])
     with pytest.raises(UserError, match=r"--config tiny: .* defines no function study"):
         load_study("tiny")
     for text in ("1", "2/2", "a/b"):
@@ -108,15 +117,43 @@ def test_unknown_names(tmp_path):
             read_shard(text)
 
 
+def contrast(metric):
+    return (Contrast("c", "?", tiny_study.RETNET, tiny_study.LINEAR, metric),)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(arms=(Arm(("kdx",), tokens=(384,)),), contrasts=()), "s0/kdx: --mixer kdx: choose one of softmax"),
+        (dict(settings=("--config", "tinx")), "--config tinx: no such file"),
+        (dict(settings=("--config", "tiny", "--sead", "1")), "Unrecognized options: --sead, 1; see train.py --help"),
+        (dict(settings=("--config", "tiny", "--remat", "x")), "invalid choice 'x' for argument '--remat'"),
+        (dict(suites=(Suite("bears"),)), "--suite bears: choose one of quick"),
+        (dict(suites=(Suite("quick"),)), "suite quick: train.py measures it"),
+        (dict(suites=(Suite("bear", limit=0),)), "suite bear: limit 0 must be at least 1"),
+        (dict(suites=(Suite("zero_shot", tasks=("piqua",)),)), "--tasks piqua: the tasks of --suite zero_shot"),
+        (dict(contrasts=contrast("speed")), "contrast c: speed is none of kl, perplexity"),
+        (dict(contrasts=contrast("niah")), r"no suite of the study gives niah \(niah_.* is missing\); add niah"),
+    ],
+)
+def test_what_cannot_be_run(tmp_path, changes, message):
+    """Is refused in one line before anything is, also where another run is asked for; nothing is written."""
+    study = replace(tiny_study.good(tiny_study.study(tmp_path / "data")), **changes)
+    with pytest.raises(UserError, match=message) as refused:
+        Runner(study, tmp_path / "out").check([])
+    assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
+
+
 def test_commands(tmp_path):
     """Two students in one process; the teacher measured once; groups shared out between jobs."""
     study = tiny_study.good(tiny_study.study(tmp_path))
     runner = Runner(study, tmp_path / "out")
     (group,) = runner.groups(study.trials(), together=2)
-    train, first, second = runner.commands(group)
-    assert train.endswith(f"--mixer retnet,linear_attention --tokens 384 --seed 0 --run-dir {tmp_path}/out/{GROUP}")
+    train, first, _, second, along = runner.commands(group)
+    flags = f"--mixer retnet,linear_attention --tokens 384 --seed 0 --run-dir {tmp_path}/out/{GROUP}"
+    assert train.endswith(f"{flags} --milestone-tokens 256")
     assert first.endswith(f"--run {tmp_path}/out/{GROUP}/retnet --suite bear --data {tmp_path}")
-    assert second.endswith("--student-only")
+    assert second.endswith("--student-only") and along.endswith("--suite quick --tasks held_out --milestones")
     alone = runner.groups(study.trials(), together=1)
     assert [trial.name for (trial,) in alone[1::2]] == [f"{GROUP}/linear_attention"]
 
@@ -128,13 +165,15 @@ def test_commands(tmp_path):
 def test_failures_are_reported_and_the_others_go_on(done):
     """Bad students fail together, then each alone; good ones are trained at once and measured."""
     runner, said = done
-    assert [line.partition(":")[0] for line in runner.failures] == [f"{GROUP}/nonsense", f"{GROUP}/folly"]
-    assert "exit code" in runner.failures[0] and "nonsense" in runner.failures[0].partition("code")[2]
+    assert [line.partition(":")[0] for line in runner.failures] == [f"{BAD}/kda", f"{BAD}/gla"]
+    assert "exit code" in runner.failures[0] and "--stage1.layers 99" in runner.failures[0].partition("code")[2]
     assert sum(line.endswith("one by one") for line in said) == 1
     for mixer in ("retnet", "linear_attention"):
         folder = runner.out / GROUP / mixer
         assert json.loads((folder / "evaluation.json").read_text())["mixer"] == mixer
         assert (folder / "evaluation/bear.json").exists()
+        along = json.loads((folder / "milestones/2/evaluation.json").read_text())
+        assert (along["step"], along["tokens"]) == (2, 256) and along["results"]["held_out"]["student"]["kl"] > 0
     assert not list(runner.out.rglob("*.lock*"))
 
 
@@ -153,8 +192,8 @@ def test_what_is_there_is_not_done_again(done, tmp_path):
     assert "eval.py" in command
 
     (out / linear.name / "evaluation.json").unlink()
-    (command,) = runner.commands([linear])
-    assert "train.py" in command and f"--run-dir {out}/{linear.name}" in command
+    command, along = runner.commands([linear])
+    assert along.endswith("--milestones") and "train.py" in command and f"--run-dir {out}/{linear.name}" in command
 
     with pytest.raises(UserError, match=r"another data\.eval_tokens"):
         Runner(replace(study, settings=(*study.settings[:5], "256", *study.settings[6:])), out).check([retnet])
@@ -178,7 +217,7 @@ def test_report_of_real_runs(done):
     assert f"| {found['results']['held_out']['student']['kl']:.4f} |" in markdown
     assert sum(batch["kl"] for batch in found["held_out_sums"]) > 0
     assert re.search(rf"\| {tiny_study.RETNET} \| \d+\.\d\d \[\d+\.\d\d, \d+\.\d\d\] \|", markdown)
-    assert f"Not run: {GROUP}/nonsense, {GROUP}/folly." in markdown and UNDECIDED in markdown
+    assert f"Not run: {BAD}/kda, {BAD}/gla." in markdown and UNDECIDED in markdown
     assert f"`{GROUP}/retnet/metrics.jsonl`" in markdown
 
 
@@ -218,6 +257,20 @@ def test_stale_locks(tmp_path):
     assert Owner.of(os.getpid()) == Owner.of(os.getpid()) and not Owner.of(os.getpid()).is_gone()
 
 
+def test_a_process_that_nobody_waited_for_is_gone(tmp_path):
+    """A zombie holds no run."""
+    path = tmp_path / "run.lock"
+    ended = subprocess.Popen(["sleep", "60"])
+    take(path).share(ended.pid)
+    path.write_text(json.dumps([json.loads(path.read_text())[1]]))
+    assert isinstance(take(path), str)
+    ended.kill()
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays
+    lock = take(path)
+    assert not isinstance(lock, str)
+    ended.wait()
+
+
 # ---- the command
 
 
@@ -250,12 +303,12 @@ def test_the_command(done, environment, tmp_path, monkeypatch, capsys):
     run_main(main)
     said = capsys.readouterr()
     assert said.out.splitlines() == [f"wrote {out}/report.md", f"wrote {out}/report.html"] and said.err == ""
-    monkeypatch.setattr(sys, "argv", [*command, "folly", "linear_attention"])
+    monkeypatch.setattr(sys, "argv", [*command, "gla", "linear_attention"])
     with pytest.raises(SystemExit) as ended:
         run_main(main)
     said = capsys.readouterr()
     assert ended.value.code == 1 and "wrote" in said.out
-    assert said.err.startswith(f"failed:\n  {GROUP}/folly: train.py ended with exit code ")
+    assert said.err.startswith(f"failed:\n  {BAD}/gla: train.py ended with exit code ")
 
 
 @pytest.mark.slow

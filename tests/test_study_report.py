@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -17,11 +18,12 @@ from jaxlin.evaluation.task import Kept, Result
 from jaxlin.runs import write_text
 from jaxlin.study.chart import Line, Point, Row, lines_chart, rows_chart
 from jaxlin.study.design import Arm, Contrast, Study, Suite
-from jaxlin.study.estimates import TEACHER, Estimates
+from jaxlin.study.estimates import TEACHER, Estimate, Estimates
+from jaxlin.study.figures import figures
 from jaxlin.study.limits import limits
 from jaxlin.study.report import LIMITS, write_report
 from jaxlin.study.results import read_study, write_design
-from jaxlin.study.tables import UNDECIDED, tables
+from jaxlin.study.tables import UNDECIDED, entry, tables
 
 GOOD, FAIR, POOR = (f"recommended-60M/{mixer}" for mixer in ("gated_deltanet", "kda", "retnet"))
 SHARES = {"gated_deltanet": 0.8, "kda": 0.78, "retnet": 0.3, "teacher": 0.9}
@@ -71,6 +73,10 @@ def write_run(folder, trial):
     }.items():
         write_text(folder / name, json.dumps(value))
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 31, "sta')
+    for tokens in (20_000_000, 40_000_000) if mixer != "retnet" else ():
+        then = {**found, "kl": 2 * kl}
+        measured = {"results": {"held_out": {"student": then}}, "held_out_sums": sums_of(then, mixer), "tokens": tokens}
+        write_text(folder / f"milestones/{tokens}/evaluation.json", json.dumps(measured))
     kept = Kept(folder / "evaluation")
     for model, share in (("student", SHARES[mixer]), ("teacher", SHARES["teacher"])):
         hits = (np.random.default_rng([seed, len(mixer)]).permutation(200) < 200 * share).astype(float).tolist()
@@ -140,13 +146,13 @@ def test_over_batches_of_text(estimates):
 
 
 def test_differences_are_paired(estimates):
-    """By seed: a shift that all seeds share counts for nothing. By prompt: a model differs from itself by nothing."""
+    """By seed: a shift that all seeds share counts for nothing. By prompt: equal answers differ by what n allows."""
     found = estimates.difference(cell(GOOD), cell(POOR), "agreement")
     assert found.value == pytest.approx(0.5, abs=1e-5) and found.is_decided
     assert found.interval == pytest.approx((0.5, 0.5), abs=3e-5)
     assert estimates.difference(cell(GOOD), cell(FAIR), "kl").seeds == (0,)
     same = estimates.difference(cell(FAIR), cell(FAIR), "bear")
-    assert same.value == 0 and same.interval is None and not same.is_decided
+    assert same.value == 0 and same.interval == pytest.approx((-0.018, 0.018), abs=0.002) and not same.is_decided
 
 
 def test_no_rank_where_intervals_overlap(estimates):
@@ -157,6 +163,38 @@ def test_no_rank_where_intervals_overlap(estimates):
     assert rows[GOOD]["rank by BEAR"] == rows[FAIR]["rank by BEAR"] == "1 to 2" and rows[POOR]["rank by BEAR"] == "3"
     assert rows[GOOD]["paper"] == "18.17" and rows["teacher"]["paper"] == "21.84"
     assert rows[GOOD]["recovery"].startswith("88.89 [") and rows[GOOD]["paper's recovery"] == "83.20"
+
+
+def test_nothing_and_everything():
+    """Said as counts, with what the number of examples allows."""
+
+    def said(value, low, high, n):
+        return entry(Estimate(value, (low, high), (0,), n, ())).text
+
+    assert said(0.0, 0.0, 0.0362, 100) == "0 of 100 (at most 3.6 %)"
+    assert said(1.0, 0.9969, 1.0, 1200) == "1,200 of 1,200 (at least 99.7 %)"
+    assert said(0.01, 0.0003, 0.0545, 100) == "1.00 [0.03, 5.45]"
+
+
+def test_against_tokens(estimates):
+    """Milestones and the end, each with its interval over text and seeds, and its files."""
+    found = estimates.along(cell(GOOD), "kl")
+    assert list(found) == [20_000_000, 40_000_000, 60_000_000]
+    assert found[20_000_000].value == pytest.approx(2 * found[60_000_000].value)
+    low, high = found[20_000_000].interval
+    assert low < 0.402 < high and found[20_000_000].seeds == (0, 1, 2)
+    assert found[20_000_000].sources[1] == "recommended-60M-s1/gated_deltanet/milestones/20000000/evaluation.json"
+    assert list(estimates.along(cell(POOR), "kl")) == [60_000_000]
+    titles = [figure.title for figure in figures(estimates, None)]
+    assert "Figure 2: KL to the teacher against tokens" in titles and not any("average" in title for title in titles)
+
+
+def test_without_milestones(out, tmp_path):
+    """Figure 2 has the ends of the stages."""
+    shutil.copytree(out, tmp_path / "out", ignore=shutil.ignore_patterns("milestones"))
+    drawn = figures(Estimates(read_study(tmp_path / "out")), None)
+    notes = {figure.title: figure.note for figure in drawn}
+    assert "end of each stage" in notes["Figure 2: perplexity of held-out text against tokens"]
 
 
 def test_lower_is_better_for_kl(estimates):
@@ -179,9 +217,9 @@ def test_questions(estimates):
 def test_fidelity(estimates):
     """Before training and after each stage, with intervals over seeds."""
     rows = [row for row in rows_of(estimates, "Fidelity to the teacher") if row["student"] == GOOD]
-    assert [row["after"] for row in rows] == ["initialisation", "stage 1", "stage 2", "stage 3", "the end"]
+    assert [row["after"] for row in rows] == ["initialisation", "stage 1", "stage 2", "the end"]
     assert rows[0]["KL, nats a token"].startswith("9.0000 [") and rows[3]["tokens"] == "60,000,000"
-    assert re.match(r"0\.2010 \[0\.198., 0\.203.\]", rows[3]["KL, nats a token"])
+    assert re.match(r"0\.2010 \[0\.198., 0\.203.\]", rows[2]["KL, nats a token"])
 
 
 def test_limits(estimates):
@@ -191,6 +229,7 @@ def test_limits(estimates):
     assert "One seed: recommended-60M/kda." in said
     assert "60M tokens are 0.02 of the paper's 3B" in said
     assert "weights of about 4.5 bits" in said and "first 200 examples" in said
+    assert "5 questions are asked at 95 % each" in said
     assert "Is it better than the second? Not decidable at this budget." in said
 
 

@@ -1,4 +1,4 @@
-"""A study of two tiny students, one step a stage, with a benchmark; and two students that cannot be built."""
+"""A study of two tiny students, one step a stage, with a benchmark; and two students that train.py refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ SETTINGS = (
     "--stage2.batch-size", "4", "--stage3.batch-size", "4", "--log-every", "1", "--save-every", "1",
 )  # fmt: skip
 GOOD = Arm(mixers=("retnet", "linear_attention"), tokens=(384,))
-BAD = Arm(mixers=("nonsense", "folly"), tokens=(384,))  # which only train.py finds out
+BAD = Arm(  # a layer that the teacher has not: only train.py finds out
+    mixers=("kda", "gla"), variant="nowhere", options=("--stage1.layers", "99"), tokens=(384,)
+)
 RETNET, LINEAR = "recommended-384/retnet", "recommended-384/linear_attention"
 SUBJECTS = 24
 
@@ -32,6 +34,7 @@ def study(data: Path) -> Study:
             Contrast("kl", "Is RetNet nearer?", RETNET, LINEAR, "kl"),
             Contrast("bear", "Does RetNet know more?", RETNET, LINEAR, "bear"),
         ),
+        milestone_tokens=256,
         data=str(data),
     )
 

@@ -1,18 +1,29 @@
-"""Bootstrap intervals of means over examples (Efron 1979): paired where models answered the same prompts."""
+"""Intervals of means over examples, by bootstrap: paired where models answered the same prompts.
+
+A resample weighs the examples by independent exponential numbers, normalised (Rubin 1981). Scores have bounds, and
+examples that were not drawn might lie there: the lower end of an interval is that of means with one more example at
+the lower bound, the upper end of means with one at the upper bound (Gaffke 2005; Learned-Miller and Thomas 2019, arXiv
+1905.06208). Of hits and misses this is Clopper and Pearson's interval: 0 of 100 is at most 3.6 %. Of paired
+differences that all have one sign it decides as the sign test does: five of them do not, six do. Numbers without
+bounds have no such example; their weights are the more uneven, the fewer they are.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 Key = TypeVar("Key", bound=Hashable)
 
 DRAWS = 2000
-CHUNK = 1 << 20  # examples drawn at one time
+CHUNK = 1 << 20  # weights drawn at one time
+SHARES = (0.0, 1.0)
+ROUNDING = 1e-12  # relative: of weighted means of equal numbers
 
 
 @dataclass(frozen=True)
@@ -21,40 +32,99 @@ class Series:
 
     values: Sequence[float]
     pairing: Hashable
+    bounds: tuple[float, float] | None = SHARES
+    """What a score can be at least and at most; None where nobody knows."""
 
 
-def resample(series: Mapping[Key, Series], *, draws: int = DRAWS, seed: int = 0) -> dict[Key, np.ndarray]:
-    """The mean of each series over `draws` resamples of its examples, [draws].
+@dataclass(frozen=True)
+class Draws:
+    """A number over resamples, each [draws]: with what was not drawn at its worst, and at its best."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Draws:
+        """Of a number without bounds."""
+        return cls(values, values)
+
+    @classmethod
+    def weighted(cls, parts: Iterable[tuple[float, Draws]]) -> Draws:
+        """The sum of draws, each times its weight, which is above 0."""
+        weights, drawn = zip(*parts, strict=True)
+        return cls(np.dot(weights, [d.low for d in drawn]), np.dot(weights, [d.high for d in drawn]))
+
+    def __add__(self, moves: np.ndarray) -> Draws:
+        return Draws(self.low + moves, self.high + moves)
+
+    def __sub__(self, other: Draws) -> Draws:
+        return Draws(self.low - other.high, self.high - other.low)
+
+    def __truediv__(self, other: Draws) -> Draws:
+        """Of numbers above 0."""
+        return Draws(self.low / other.high, self.high / other.low)
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
+        """From the lower tail to the upper one; None where the draws are all alike."""
+        if all(np.ptp(values) <= ROUNDING * np.abs(values).max() for values in (self.low, self.high)):
+            return None
+        tail = 50 * (1 - confidence)
+        return float(np.percentile(self.low, tail)), float(np.percentile(self.high, 100 - tail))
+
+
+def resample(series: Mapping[Key, Series], *, draws: int = DRAWS, seed: int = 0) -> dict[Key, Draws]:
+    """The mean of each series over `draws` resamples of its examples.
 
     Resamples depend on the pairing and the seed only, not on what else is drawn.
     """
-    paired: dict[Hashable, list[Key]] = {}
+    paired: dict[tuple[Hashable, bool], list[Key]] = {}
     for key, one in series.items():
-        paired.setdefault(one.pairing, []).append(key)
-    means: dict[Key, np.ndarray] = {}
-    for pairing, keys in paired.items():
+        paired.setdefault((one.pairing, one.bounds is None), []).append(key)
+    means: dict[Key, Draws] = {}
+    for (pairing, unbounded), keys in paired.items():
         values = np.array([series[key].values for key in keys], np.float64)
         digest = hashlib.sha256(repr(pairing).encode()).digest()
         rng = np.random.default_rng([seed, int.from_bytes(digest[:8])])
-        found = []
+        # One weight decides the ends for few hits: its quantiles, in a random order, have no ragged tails.
+        extra = rng.permutation(-np.log1p(-(np.arange(draws) + 0.5) / draws))
+        shape = _shape(values.shape[1]) if unbounded else 1.0
+        sums, totals = [], []
         for start in range(0, draws, step := max(1, CHUNK // values.shape[1])):
-            chosen = rng.integers(values.shape[1], size=(min(step, draws - start), values.shape[1]))
-            found.append(values[:, chosen].mean(-1))
-        means |= zip(keys, np.concatenate(found, axis=1), strict=True)
+            weights = rng.standard_gamma(shape, (min(step, draws - start), values.shape[1]))
+            sums.append(values @ weights.T)
+            totals.append(weights.sum(1))
+        total, drawn = np.concatenate(totals), zip(keys, np.concatenate(sums, axis=1), strict=True)
+        means |= {key: _with_one_more(of_key, total, extra, series[key].bounds) for key, of_key in drawn}
     return means
 
 
-def interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """The percentile interval."""
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(draws, [tail, 100 - tail])
-    return float(low), float(high)
+def _shape(n: int) -> float:
+    """Of the Gamma weights with which the interval of a mean of n numbers is as wide as Student's.
+
+    The mean's variance is s^2 / (n shape + 1), s^2 that of the numbers as they are; Student's s^2 / (n - 1).
+    """
+    return max((n - 1) * (float(ndtri(0.975)) / float(stdtrit(max(n - 1, 1), 0.975))) ** 2 - 1, 0.1) / n
 
 
-def ranks(draws: Sequence[np.ndarray], confidence: float = 0.95) -> list[tuple[int, int]]:
+def _with_one_more(
+    sums: np.ndarray, total: np.ndarray, weight: np.ndarray, bounds: tuple[float, float] | None
+) -> Draws:
+    """Means of weighted sums, [draws], with an example of `weight` at either bound."""
+    if bounds is None:
+        return Draws.of(sums / total)
+    low, high = ((sums + weight * bound) / (total + weight) for bound in bounds)
+    return Draws(low, high)
+
+
+def ranks(draws: Sequence[Draws], confidence: float = 0.95) -> list[tuple[int, int]]:
     """Best and worst rank that each model may have, 1 for the highest mean.
 
     A model is placed above another only where the interval of their difference is above 0.
     """
-    above = np.array([[interval(a - b, confidence)[0] > 0 for b in draws] for a in draws])
+
+    def is_above(a: Draws, b: Draws) -> bool:
+        found = (a - b).interval(confidence)
+        return found is not None and found[0] > 0
+
+    above = np.array([[is_above(a, b) for b in draws] for a in draws])
     return [(1 + int(above[:, i].sum()), len(draws) - int(above[i].sum())) for i in range(len(draws))]

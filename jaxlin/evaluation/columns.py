@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from jaxlin.evaluation import benchmarks, longbench, ruler
-from jaxlin.evaluation.bootstrap import Series
+from jaxlin.evaluation.bootstrap import Draws, Series
 from jaxlin.evaluation.task import Result
 
-FEWEST = 20  # examples for an interval: of fewer, a bootstrap is far too sure
+FEWEST = 20  # examples for an interval: of fewer, what is measured decides nothing
 
 Results = Mapping[str, Result]  # of one model, by task
 
@@ -33,11 +31,11 @@ class Column:
             total += weight * found
         return total
 
-    def draws(self, means: Mapping[tuple[str, str], np.ndarray]) -> np.ndarray | None:
-        """The score over resamples, [draws], from those of its parts; None where one has no scores of examples."""
+    def draws(self, means: Mapping[tuple[str, str], Draws]) -> Draws | None:
+        """The score over resamples, from those of its parts; None where one has no scores of examples."""
         if any((task, metric) not in means for task, metric, _ in self.parts):
             return None
-        return np.sum([weight * means[task, metric] for task, metric, weight in self.parts], axis=0)
+        return Draws.weighted((weight, means[task, metric]) for task, metric, weight in self.parts)
 
 
 def _mean(name: str, parts: list[tuple[str, str, float]]) -> Column:

@@ -60,7 +60,7 @@ def notes(lines: Sequence[Line], models: Sequence[Model]) -> list[str]:
     """What a reader must know of the numbers."""
     found = [
         "Scores and recoveries in percent; intervals by bootstrap over examples, paired where the prompts were the "
-        f"same; none of fewer than {FEWEST} examples, nor where all score alike. A rank is a range unless every "
+        f"same (of hits and misses Clopper and Pearson's); none of fewer than {FEWEST}. A rank is a range unless every "
         "difference that decides it has an interval above or below 0."
     ]
     cited = {(line.paper.table, line.paper.what) for line in lines if line.paper}

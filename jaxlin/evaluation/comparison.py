@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from jaxlin import runs
 from jaxlin.config import UserError
 from jaxlin.evaluation import paper
-from jaxlin.evaluation.bootstrap import DRAWS, interval, ranks, resample
+from jaxlin.evaluation.bootstrap import DRAWS, Draws, ranks, resample
 from jaxlin.evaluation.columns import COLUMNS, Column, Results, series
 from jaxlin.evaluation.task import Kept, Result
 from jaxlin.student import abstract_params
@@ -39,7 +38,7 @@ class Model:
 @dataclass(frozen=True)
 class Line:
     """One model in one column. Scores are shares, recoveries ratios; intervals are None without scores of examples,
-    with too few of them, and where all are alike."""
+    and with too few of them."""
 
     column: str
     label: str
@@ -107,13 +106,13 @@ def compare(models: Sequence[Model], *, draws: int = DRAWS, confidence: float = 
     return lines
 
 
-Drawn = Mapping[Model, np.ndarray | None]
+Drawn = Mapping[Model, Draws | None]
 
 
-def _resampled(models: Sequence[Model], draws: int, seed: int) -> dict[Model, dict[tuple[str, str], np.ndarray]]:
+def _resampled(models: Sequence[Model], draws: int, seed: int) -> dict[Model, dict[tuple[str, str], Draws]]:
     """For each model and (task, metric), the mean over resamples; of the same prompts, the same resamples."""
     every = {(model, *key): one for model in models for key, one in series(model.results).items()}
-    found: dict[Model, dict[tuple[str, str], np.ndarray]] = {model: {} for model in models}
+    found: dict[Model, dict[tuple[str, str], Draws]] = {model: {} for model in models}
     for (model, task, metric), values in resample(every, draws=draws, seed=seed).items():
         found[model][task, metric] = values
     return found
@@ -132,15 +131,15 @@ def _line(column: Column, model: Model, drawn: Drawn, rank: tuple[int, int] | No
     recovery = recovery_interval = None
     if model.teacher and (base := column.value(model.teacher.results)):
         recovery, above = score / base, drawn[model.teacher]
-        if own is not None and above is not None and above.all():
-            recovery_interval = interval(own / above, confidence)
+        if own is not None and above is not None and above.low.all():
+            recovery_interval = (own / above).interval(confidence)
     cited, cited_recovery = _cited(column.name, model)
     return Line(
         column.name,
         model.label,
         sum(model.results[task].n for task, _, _ in column.parts),
         score,
-        None if own is None or np.ptp(own) == 0 else interval(own, confidence),
+        None if own is None else own.interval(confidence),
         recovery,
         recovery_interval,
         rank,

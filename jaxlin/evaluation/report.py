@@ -48,31 +48,50 @@ def choose_tasks(name: str, tasks: Sequence[str]) -> list[str]:
 
 
 def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None = None) -> dict[str, Any]:
-    """Measure `subject` with the quick suite; a run's results go to its evaluation.json as well.
+    """Measure `subject` with the quick suite; what is found of a run is kept in its evaluation.json as well.
 
     Returns what was measured (suite, teacher, and for a run preset and mixer), params_sha256, for a run stage_losses
-    ({stage: {start, end}}), kl ({initialisation, now}) and held_out_sums (of each batch, for intervals),
-    and results ({task: {model: {metric: value}}}).
+    ({stage: {start, end}}), kl ({initialisation, now}) and held_out_sums (of each batch, for intervals), for a
+    milestone, which is not measured twice, step and tokens instead of the losses, and results
+    ({task: {model: {metric: value}}}).
     Values that are not finite numbers are None.
     """
     chosen = choose_tasks("quick", tasks)
     samples = quick.SAMPLES if limit is None else limit
     run = subject.run
     found = _what(subject, "quick")
+    if (kept := _kept(subject, found["params_sha256"], chosen)) is not None:
+        return kept
     results = {task: quick.TASKS[task](subject, samples) for task in chosen}
     if run is not None:
         held_out = results.get("held_out") or quick.held_out(subject, samples)
         initial = run.read("fidelity.json") or {}
         if initial.get("measured_on", "text") != subject.config.kind(max(subject.config.stages())):
             initial = {}  # nothing to compare with
-        found["stage_losses"] = run.stage_losses()
+        if subject.step is None:
+            found["stage_losses"] = run.stage_losses()
+        else:
+            found["tokens"] = run.milestones()[subject.step]
         found["kl"] = {"initialisation": initial.get("kl"), "now": held_out["student"]["kl"]}
         found["held_out_sums"] = subject.held_out_sums
     found["results"] = results
     found = _finite(found)
     if run is not None:
-        run.write("evaluation.json", found)
+        write_text(subject.folder / "evaluation.json", json.dumps(found, indent=1))
     return found
+
+
+def _kept(subject: Subject, params: str, tasks: Sequence[str]) -> dict[str, Any] | None:
+    """What was measured of a milestone, which nobody trains further; None where a task of it is missing."""
+    if subject.step is None:
+        return None
+    path = subject.folder / "evaluation.json"
+
+    def find() -> dict[str, Any] | None:
+        found = json.loads(path.read_text()) if path.exists() else {}
+        return found if found.get("params_sha256") == params and set(tasks) <= set(found["results"]) else None
+
+    return processes.from_first(find)
 
 
 def check_data(name: str, tasks: Sequence[str], options: Options) -> None:
@@ -124,6 +143,8 @@ def _what(subject: Subject, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"suite": name, "teacher": subject.config.teacher}
     if subject.run is not None:
         found |= {"preset": subject.config.preset, "mixer": subject.config.mixer}
+    if subject.step is not None:
+        found["step"] = subject.step
     return found | {"params_sha256": params_sha256(subject.measured.params)}
 
 
@@ -147,9 +168,10 @@ def as_line(found: dict[str, Any]) -> str:
 def print_results(found: dict[str, Any], console: Console | None = None) -> None:
     """Results as a table, one row for each metric, one column for each model."""
     console = console or Console(quiet=not processes.is_first())
+    at = f", step {found['step']}" if "step" in found else ""
     models = list(dict.fromkeys(model for task in found["results"].values() for model in task))
     what = f"{found['mixer']} ({found['preset']}) and its teacher" if "mixer" in found else "teacher"
-    table = Table(title=f"{what} {found['teacher']}, suite {found['suite']}")
+    table = Table(title=f"{what} {found['teacher']}{at}, suite {found['suite']}")
     for heading in ("task", "metric"):
         table.add_column(heading)
     for model in models:
@@ -160,7 +182,7 @@ def print_results(found: dict[str, Any], console: Console | None = None) -> None
             cells = (_cell(by_model.get(model, {}), metric) for model in models)
             table.add_row(task, metric.replace("_", " "), *cells)
     console.print(table)
-    if "kl" in found:
+    if "stage_losses" in found:
         losses = [f"{n} {number(v['start'])} -> {number(v['end'])}" for n, v in found["stage_losses"].items()]
         changes = [*losses, f"KL {number(found['kl']['initialisation'])} -> {number(found['kl']['now'])}"]
         console.print("start -> end: " + ", ".join(changes), highlight=False)

@@ -18,7 +18,7 @@ from jaxlin import generate, processes
 from jaxlin.config import RunConfig, UserError
 from jaxlin.distill import Batch
 from jaxlin.evaluation.language_modeling import batch_sums, on_mesh
-from jaxlin.runs import Run, Teacher, load_teacher, open_run
+from jaxlin.runs import Run, Teacher, load_teacher, milestone_folder, open_run
 from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params
 from jaxlin.training_data import heldout_of_last_stage
@@ -33,11 +33,25 @@ class Subject:
     run: Run | None = None
     mesh: jax.sharding.Mesh | None = None
     """What the parameters are spread over; None where they are on one device."""
+    step: int | None = None
+    """Of the milestone that the student is from; None for the newest checkpoint."""
 
     @property
     def measured(self) -> Teacher:
         """The model that the evaluation is about: the student, or a teacher without one."""
         return self.models["student" if "student" in self.models else "teacher"]
+
+    def at(self, step: int) -> Subject:
+        """The same with the student of another checkpoint."""
+        assert self.run is not None
+        student = replace(self.models["student"], params=_place(self.run, self.mesh, step))
+        return replace(self, models={**self.models, "student": student}, step=step)
+
+    @property
+    def folder(self) -> Path:
+        """Where what was measured of the run is kept."""
+        assert self.run is not None
+        return self.run.folder if self.step is None else milestone_folder(self.run.folder, self.step)
 
     def student_only(self) -> Subject:
         """The same without the teacher."""
@@ -77,12 +91,13 @@ def open_subject(
     return Subject(models, config, opened, mesh)
 
 
-def _place(run: Run, mesh: jax.sharding.Mesh | None) -> Any:
+def _place(run: Run, mesh: jax.sharding.Mesh | None, step: int | None = None) -> Any:
     """The student's parameters on their devices."""
+    params = run.params(step)
     if mesh is None:
-        return jax.tree.map(jnp.asarray, run.params())
+        return jax.tree.map(jnp.asarray, params)
     homes = param_shardings(abstract_params(run.student), mesh)
-    return jax.tree.map(lambda a, home: jax.make_array_from_callback(a.shape, home, a.__getitem__), run.params(), homes)
+    return jax.tree.map(lambda a, home: jax.make_array_from_callback(a.shape, home, a.__getitem__), params, homes)
 
 
 def answerer(model: Teacher, max_new_tokens: int, mesh: jax.sharding.Mesh | None = None) -> Any:

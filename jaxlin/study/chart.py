@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, ROW, PLOT_HEIGHT = 860, 24, 340
-LEFT, RIGHT, TOP, BOTTOM = 80, 250, 34, 46
+WIDTH, ROW, PLOT_HEIGHT = 1000, 24, 360
+LEFT, RIGHT, TOP, BOTTOM = 80, 300, 34, 46
 LABELS = 260  # width of the names beside rows
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f", "#bcbd22")
 NO_MARGIN = 1e-12
+JITTER = 1.5  # between the bars of neighbouring lines
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """Points of one name; `dashed` for what others measured."""
+    """Points of one name."""
 
     name: str
     points: tuple[Point, ...]
-    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,19 @@ def lines_chart(title: str, x_label: str, y_label: str, lines: Sequence[Line], *
     parts.append(_text(LEFT, TOP - 6, y_label))
     for at, line in enumerate(lines):
         color = COLORS[at % len(COLORS)]
-        path = "L".join(f"{x_axis(p.x):.1f} {y_axis(p.y):.1f}" for p in line.points)
-        dash = ' stroke-dasharray="5 4"' if line.dashed else ""
+        aside = JITTER * (at - (len(lines) - 1) / 2)  # or bars of one place would hide each other
+        path = "L".join(f"{x_axis(p.x) + aside:.1f} {y_axis(p.y):.1f}" for p in line.points)
+        dash = ' stroke-dasharray="5 4"' if at >= len(COLORS) else ""
         parts.append(f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="1.5"{dash}/>' if path else "")
         for point in line.points:
-            x, y = x_axis(point.x), y_axis(point.y)
+            x, y = x_axis(point.x) + aside, y_axis(point.y)
             if point.interval and (not log or point.interval[0] > 0):
                 low, high = (y_axis(value) for value in point.interval)
                 parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{color}"/>')
             parts.append(_dot(x, y, color, f"{line.name}: {point.y:.4g} at {point.x:,.0f}", point.sources))
         y = TOP + 12 + 17 * at
-        parts.append(f'<rect x="{WIDTH - RIGHT + 12}" y="{y - 8}" width="12" height="4" fill="{color}"/>')
+        sample = f"M{WIDTH - RIGHT + 8} {y - 4}h18"
+        parts.append(f'<path d="{sample}" stroke="{color}" stroke-width="3"{dash}/>')
         parts.append(_text(WIDTH - RIGHT + 30, y, line.name))
     return "".join([*parts, "</svg>"])
 
@@ -114,7 +116,7 @@ class _Axis:
             every = [m * 10.0**d for d in decades for m in (1, 2, 5)]
             if len(inside := [value for value in every if self.low <= value <= self.high]) > 2:
                 return inside
-        step = 10.0 ** math.floor(math.log10((self.high - self.low) / 2))
+        step = 10.0 ** math.floor(math.log10((self.high - self.low) / 4))
         step *= next(m for m in (1, 2, 5, 10, 20) if (self.high - self.low) / (m * step) <= 8)
         return [n * step for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
@@ -123,13 +125,14 @@ def _padded(values: Sequence[float], log: bool = False) -> tuple[float, float]:
     """The ends of an axis that shows `values`."""
     low, high = min(values), max(values)
     if log:
-        return low / 1.2, high * 1.2
+        margin = max((high / low) ** 0.06, 1.01)
+        return low / margin, high * margin
     margin = 0.06 * (high - low) or max(abs(high), 1.0) * 0.1 + NO_MARGIN
     return low - margin, high + margin
 
 
 def _above_zero(line: Line) -> Line:
-    return Line(line.name, tuple(p for p in line.points if p.x > 0 and p.y > 0), line.dashed)
+    return Line(line.name, tuple(p for p in line.points if p.x > 0 and p.y > 0))
 
 
 def _frame(title: str, height: float) -> Iterator[str]:

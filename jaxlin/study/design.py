@@ -13,7 +13,7 @@ from jaxlin.command_line import config_function
 from jaxlin.config import PRESETS, UserError
 
 HELD_OUT = ("kl", "perplexity", "agreement")  # what every run is measured by; columns of benchmarks besides
-RESERVED = ("--mixer", "--preset", "--tokens", "--seed", "--run-dir")  # what the grid itself sets
+RESERVED = ("--mixer", "--preset", "--tokens", "--seed", "--run-dir", "--milestone-tokens")  # what the grid itself sets
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Suite:
     """Tasks of the suite; empty means all."""
     chat: bool = False
     """Put prompts into the tokenizer's chat template."""
+    milestones: bool = False
+    """Measure the runs' milestones as well, for scores against tokens."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Study:
     """Flags of train.py that all runs share: ("--config", "tiny")."""
     suites: tuple[Suite, ...] = ()
     contrasts: tuple[Contrast, ...] = ()
+    milestone_tokens: int = 0
+    """Tokens between checkpoints that are kept and measured on held-out text, for figure 2; 0 for none."""
     text: tuple[str, ...] = ()
     """Training text, as train.py's --text; empty is the config file's."""
     heldout: tuple[str, ...] = ()
@@ -148,6 +152,8 @@ def load_study(name: str) -> Study:
 
 def check(study: Study, name: str) -> Study:
     """`study`, whose names must be unique and refer to something; `name` is what errors call its config."""
+    from jaxlin.mixers import MIXERS  # which brings JAX: --help does without
+
     trials = study.trials()
     if not trials:
         raise UserError(f"--config {name}: no arm has a mixer, a budget and a seed")
@@ -158,6 +164,12 @@ def check(study: Study, name: str) -> Study:
             raise UserError(f"--config {name}: an arm of {arm.mixers[0]} has options or a variant; give both or none")
         if odd := [part for part in (arm.variant, *arm.mixers) if set(part) & set("/,- ")]:
             raise UserError(f"--config {name}: {odd[0]!r} cannot be part of a folder's name; use letters, digits, _")
+        if unknown := [part for mixer in arm.mixers for part in mixer.split("+") if part not in MIXERS]:
+            raise UserError(f"--config {name}: mixer {unknown[0]} is none of {', '.join(MIXERS)}")
+    if study.milestone_tokens < 0:
+        raise UserError(f"--config {name}: milestone_tokens {study.milestone_tokens} must be 0 (none) or more")
+    if any(suite.milestones for suite in study.suites) and not study.milestone_tokens:
+        raise UserError(f"--config {name}: a suite is for milestones, but the study's milestone_tokens is 0; set it")
     options: dict[tuple[str, str], set[tuple[str, ...]]] = {}
     for arm in study.arms:
         options.setdefault((arm.preset, arm.variant), set()).add(arm.options)

@@ -11,18 +11,22 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from scipy.special import stdtrit
 
-from jaxlin.evaluation.bootstrap import DRAWS, Series, interval, resample
-from jaxlin.evaluation.columns import COLUMNS, FEWEST, series
+from jaxlin.evaluation.bootstrap import DRAWS, SHARES, Draws, Series, resample
+from jaxlin.evaluation.columns import COLUMNS, FEWEST
+from jaxlin.evaluation.columns import series as series_of
 from jaxlin.study.design import HELD_OUT, Cell
 from jaxlin.study.results import StudyResults, TrialResults, number
 
 COLUMN = {column.name: column for column in COLUMNS}
 LOWER_IS_BETTER = ("kl", "perplexity")
+LIMITS = {"kl": (0.0, math.inf), "perplexity": (1.0, math.inf)}  # what they can be; all others are shares
 TEACHER = Cell("", "", 0, "teacher")  # whose results are kept beside those of a student
 
 
@@ -32,7 +36,7 @@ class Estimate:
 
     value: float
     interval: tuple[float, float] | None
-    """None without scores of examples where there is one seed, with too few examples, and where all are alike."""
+    """None without scores of examples where there is one seed, with too few examples, and where seeds are all alike."""
     seeds: tuple[int, ...]
     examples: int
     """Of held-out text, batches; 0 for what is one number a run."""
@@ -52,15 +56,29 @@ class Estimates:
     found: StudyResults
     draws: int = DRAWS
     confidence: float = 0.95
-    _resampled: dict[tuple[Cell, int], dict[tuple[str, str], np.ndarray]] = field(default_factory=dict)
 
-    def of(self, cell: Cell, metric: str, seeds: Sequence[int] | None = None) -> Estimate | None:
-        """The metric of a cell, or of TEACHER, over `seeds` or all; None where it was not measured."""
-        runs = self._runs(cell, metric)
+    def of(
+        self, cell: Cell, metric: str, seeds: Sequence[int] | None = None, tokens: int | None = None
+    ) -> Estimate | None:
+        """The metric of a cell, or of TEACHER, over `seeds` or all; None where it was not measured.
+
+        With `tokens`, at the milestones of so many.
+        """
+        runs = self._runs(cell, metric, tokens)
         runs = {seed: run for seed, run in runs.items() if seeds is None or seed in seeds}
         values = {seed: self._value(run, cell, metric) for seed, run in runs.items()}
         drawn = {seed: self._drawn(run, cell, metric) for seed, run in runs.items()}
-        return self._estimate(values, drawn, metric, [(cell, run) for run in runs.values()])
+        found = self._estimate(values, drawn, metric, [(cell, run) for run in runs.values()])
+        return found and replace(found, interval=found.interval and within(LIMITS.get(metric, SHARES), found.interval))
+
+    def along(self, cell: Cell, metric: str) -> dict[int, Estimate]:
+        """The metric of a cell by tokens: at the milestones that all its finished runs have, and at the end."""
+        runs = [run for run in self.found.trials if run.trial.cell == cell and run.held_out]
+        shared = set.intersection(*(set(run.milestones) for run in runs)) if runs else set()
+        seeds = [run.trial.seed for run in runs]
+        points = {tokens: self.of(cell, metric, seeds, tokens) for tokens in sorted(shared)}
+        points[cell.tokens] = self.of(cell, metric, seeds)
+        return {tokens: found for tokens, found in points.items() if found is not None}
 
     def difference(self, a: Cell, b: Cell, metric: str) -> Estimate | None:
         """a - b, over the seeds that both have; None where one was not measured, or they share no seed."""
@@ -82,7 +100,7 @@ class Estimates:
         for seed, run in runs.items():
             over = self._drawn(run, cell, metric)
             values[seed] = self._value(run, cell, metric) / base
-            drawn[seed] = None if over is None or under is None or not under.all() else over / under
+            drawn[seed] = None if over is None or under is None or not under.low.all() else over / under
         return self._estimate(values, drawn, metric, [*((cell, run) for run in runs.values()), (TEACHER, teacher)])
 
     def ranks(self, cells: Sequence[Cell], metric: str) -> dict[Cell, tuple[int, int]]:
@@ -103,12 +121,15 @@ class Estimates:
             for cell in cells
         }
 
-    def _runs(self, cell: Cell, metric: str) -> dict[int, TrialResults]:
+    def _runs(self, cell: Cell, metric: str, tokens: int | None = None) -> dict[int, TrialResults]:
         """The runs of a cell that have the metric, by seed; for the teacher the first one that does."""
         if cell == TEACHER:
             found = [run for run in self.found.trials if not math.isnan(self._value(run, cell, metric))]
             return {0: found[0]} if found else {}
-        of_cell = {run.trial.seed: run for run in self.found.trials if run.trial.cell == cell}
+        trials = [run for run in self.found.trials if run.trial.cell == cell]
+        if tokens is not None:
+            trials = [run.milestones[tokens] for run in trials if tokens in run.milestones]
+        of_cell = {run.trial.seed: run for run in trials}
         return {seed: run for seed, run in of_cell.items() if not math.isnan(self._value(run, cell, metric))}
 
     def _value(self, run: TrialResults, cell: Cell, metric: str) -> float:
@@ -117,30 +138,43 @@ class Estimates:
             return number(run.held_out.get(metric)) if cell != TEACHER else math.nan
         return number(COLUMN[metric].value(run.results(_model(cell))))
 
-    def _drawn(self, run: TrialResults, cell: Cell, metric: str) -> np.ndarray | None:
+    def _drawn(self, run: TrialResults, cell: Cell, metric: str) -> Draws | None:
         """The metric of one run over resamples of the examples."""
         if metric in HELD_OUT:
             return self._held_out(run, metric)
-        key = (cell, run.trial.seed)
-        if key not in self._resampled:
-            self._resampled[key] = resample(series(run.results(_model(cell))), draws=self.draws)
-        return COLUMN[metric].draws(self._resampled[key])
+        return COLUMN[metric].draws(self._resampled.get((run.folder, _model(cell)), {}))
 
-    def _held_out(self, run: TrialResults, metric: str) -> np.ndarray | None:
+    @cached_property
+    def _resampled(self) -> dict[tuple[Path, str], dict[tuple[str, str], Draws]]:
+        """The scores of examples of every run and model: of the same prompts, the same resamples, drawn once."""
+        every = {
+            (run.folder, model, *key): one
+            for trial in self.found.trials
+            for run in (trial, *trial.milestones.values())
+            for model in ("student", "teacher")
+            for key, one in series_of(run.results(model)).items()
+        }
+        found: dict[tuple[Path, str], dict[tuple[str, str], Draws]] = {}
+        for (folder, model, task, metric), drawn in resample(every, draws=self.draws).items():
+            found.setdefault((folder, model), {})[task, metric] = drawn
+        return found
+
+    def _held_out(self, run: TrialResults, metric: str) -> Draws | None:
         """A held-out metric over resamples of the batches of text; None of too few."""
         sums = run.held_out_sums
         if len(sums) < FEWEST:
             return None
         pairing = ("held-out text", *(batch["tokens"] for batch in sums))
-        means = resample({key: Series([batch[key] for batch in sums], pairing) for key in sums[0]}, draws=self.draws)
+        series = {key: Series([batch[key] for batch in sums], pairing, bounds=None) for key in sums[0]}
+        means = {key: drawn.low for key, drawn in resample(series, draws=self.draws).items()}
         if metric == "perplexity":
-            return np.exp(means["ce"] / means["next_tokens"])
-        return means["kl" if metric == "kl" else "agree"] / means["tokens"]
+            return Draws.of(np.exp(means["ce"] / means["next_tokens"]))
+        return Draws.of(means["kl" if metric == "kl" else "agree"] / means["tokens"])
 
     def _estimate(
         self,
         values: Mapping[int, float],
-        drawn: Mapping[int, np.ndarray | None],
+        drawn: Mapping[int, Draws | None],
         metric: str,
         used: Sequence[tuple[Cell, TrialResults]],
     ) -> Estimate | None:
@@ -148,7 +182,9 @@ class Estimates:
             return None
         value = float(np.mean(list(values.values())))
         known = [one for one in drawn.values() if one is not None]
-        draws = np.mean(known, axis=0) if len(known) == len(drawn) else np.full(self.draws, value)
+        draws = Draws.of(np.full(self.draws, value))
+        if len(known) == len(drawn):
+            draws = Draws.weighted((1 / len(known), one) for one in known)
         if len(values) > 1:
             deviation = float(np.std(list(values.values()), ddof=1))
             name = repr((metric, sorted(values), sorted({cell.name for cell, _ in used})))
@@ -159,7 +195,7 @@ class Estimates:
         sources = dict.fromkeys(file for cell, run in used for file in self.sources(run, cell, metric))
         return Estimate(
             value,
-            interval(draws, self.confidence) if np.ptp(draws) > 0 else None,
+            draws.interval(self.confidence),
             tuple(sorted(values)),
             self._examples(used, metric),
             tuple(sources),
@@ -178,6 +214,12 @@ class Estimates:
             return [self.found.source(run.folder / "evaluation.json")]
         tasks = dict.fromkeys(task for task, _, _ in COLUMN[metric].parts)
         return [self.found.source(run.kept[_model(cell)][task].path) for task in tasks]
+
+
+def within(limits: tuple[float, float], found: tuple[float, float]) -> tuple[float, float]:
+    """The part of an interval that a number can be in: seeds' own knows no bounds."""
+    low, high = (min(max(value, limits[0]), limits[1]) for value in found)
+    return low, high
 
 
 def _model(cell: Cell) -> str:

@@ -34,6 +34,9 @@ def _missing(found: StudyResults) -> Iterator[str]:
             yield f"Suite {suite.name} was not measured on {', '.join(without)}."
         if suite.limit is not None:
             yield f"Suite {suite.name} was measured on the first {suite.limit} examples of each task, not on all."
+    bare = [run.trial.name for run in found.trials if run.held_out and not run.milestones]
+    if found.study.milestone_tokens and bare:
+        yield f"No milestone was measured of {', '.join(bare)}: figure 2 has their ends alone."
     if not found.study.suites:
         yield "No benchmark was measured: nothing is known beyond held-out text."
 
@@ -93,6 +96,11 @@ def _mixed(found: StudyResults) -> Iterator[str]:
 
 
 def _open(estimates: Estimates) -> Iterator[str]:
+    if (asked := len(estimates.found.study.contrasts)) > 1:
+        yield (
+            f"{asked} questions are asked at 95 % each: where nothing differs, one in twenty is answered all the "
+            "same. So are ranks, of all pairs."
+        )
     cells = {cell.name: cell for cell in estimates.found.study.cells()}
     for contrast in estimates.found.study.contrasts:
         found = estimates.difference(cells[contrast.a], cells[contrast.b], contrast.metric)

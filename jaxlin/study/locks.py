@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+ENDED = ("Z", "X")  # zombies and the dead, as the kernel calls them
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -37,12 +39,22 @@ def _started(pid: int) -> str:
     """The start of a process in the kernel's clock ticks, and the boot that they count from; empty without /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
+        return f"{boot} {_status(pid)[19]}"
     except OSError:
         return ""
 
 
+def _status(pid: int) -> list[str]:
+    """What the kernel says of a process, from its state on. Raises OSError where there is none, or no /proc."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
 def _exists(pid: int) -> bool:
+    """Whether a process runs; one that has ended, and that nobody asked about (containers' first processes may not),
+    does not."""
+    with contextlib.suppress(OSError):
+        if _status(pid)[0] in ENDED:
+            return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -6,6 +6,7 @@ data-source of its cell or mark, in Markdown in a list under each table.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,18 +14,24 @@ from pathlib import Path
 
 from jaxlin.command_line import parse, run_main
 from jaxlin.runs import write_text
+from jaxlin.study.design import short
 from jaxlin.study.estimates import Estimates
 from jaxlin.study.figures import Figure, figures
 from jaxlin.study.limits import limits
-from jaxlin.study.results import read_study
+from jaxlin.study.results import StudyResults, read_study
 from jaxlin.study.tables import Table, tables
 
+HINT = "The files that a number comes from are shown where the pointer rests on it."
+NUMBER = re.compile(r"[+-]?\d")
 LIMITS = "What was not run, and what may not be concluded"
 STYLE = (
-    "body{font:15px/1.5 sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto;font-variant-numeric:tabular-nums}"
-    "th,td{border-bottom:1px solid #ddd;padding:3px 9px;text-align:left;white-space:nowrap}"
-    "svg{max-width:100%;height:auto}p.note{color:#555;font-size:13px}"
+    ":root{color-scheme:light}body{font:16px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1120px;padding:0 1.5em;"
+    "color:#1a1a1a;background:#fff}h1{font-size:1.7em;margin-bottom:.2em}h2{font-size:1.2em;margin:2em 0 .5em}"
+    ".scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}"
+    "th,td{border-bottom:1px solid #ddd;padding:4px 14px 4px 0;text-align:left;vertical-align:top}"
+    "th{border-bottom:2px solid #555;vertical-align:bottom}.whole{white-space:nowrap}"
+    "td:first-child,th:first-child{position:sticky;left:0;background:#fff}"
+    "figure{margin:0}svg{max-width:100%;height:auto}p.note,figcaption{color:#444;font-size:13px;max-width:75em}"
 )
 
 
@@ -32,16 +39,27 @@ def write_report(out: Path, speed: Path | None = None) -> list[Path]:
     """Write report.md and report.html into the study's folder; their paths. Raises UserError without a study."""
     found = read_study(out)
     estimates = Estimates(found)
-    parts = (found.study.name, tables(estimates), figures(estimates, speed), limits(estimates))
+    parts = (found, tables(estimates), figures(estimates, speed), limits(estimates))
     paths = [out / "report.md", out / "report.html"]
     for path, text in zip(paths, (markdown(*parts), html(*parts)), strict=True):
         write_text(path, text)
     return paths
 
 
-def markdown(name: str, found: Sequence[Table], drawn: Sequence[Figure], remarks: Sequence[str]) -> str:
+def lead(found: StudyResults) -> str:
+    """What the report is about."""
+    done = sum(bool(run.held_out) for run in found.trials)
+    teachers = dict.fromkeys(Path(name).name for run in found.trials if (name := run.config.get("teacher")))
+    devices = dict.fromkeys(run.card["devices"] for run in found.trials if run.card.get("devices"))
+    budgets = dict.fromkeys(f"{short(trial.cell.tokens)} tokens" for trial in found.study.trials())
+    facts = [f"{done} of {len(found.study.trials())} runs finished", f"budget: {', '.join(budgets)}"]
+    facts += [f"teacher: {', '.join(teachers)}"] * bool(teachers) + [f"devices: {', '.join(devices)}"] * bool(devices)
+    return "; ".join(facts) + "."
+
+
+def markdown(study: StudyResults, found: Sequence[Table], drawn: Sequence[Figure], remarks: Sequence[str]) -> str:
     """The tables, with their files; the figures are in the HTML page."""
-    parts = [f"# {name}", *map(_markdown_table, found)]
+    parts = [f"# {study.study.name}", lead(study), *map(_markdown_table, found)]
     if drawn:
         parts.append("Figures, in report.html: " + "; ".join(figure.title for figure in drawn) + ".")
     parts += [f"## {LIMITS}", "\n".join(f"- {remark}" for remark in remarks)]
@@ -59,25 +77,37 @@ def _markdown_table(table: Table) -> str:
     return "\n\n".join([f"## {table.title}", "\n".join(rows), *under])
 
 
-def html(name: str, found: Sequence[Table], drawn: Sequence[Figure], remarks: Sequence[str]) -> str:
+def html(study: StudyResults, found: Sequence[Table], drawn: Sequence[Figure], remarks: Sequence[str]) -> str:
     """One page without scripts or references."""
-    title = escape(name)
+    title = escape(study.study.name)
     parts = [f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>']
-    parts += [f"<style>{STYLE}</style></head><body><h1>{title}</h1>", *map(_html_table, found)]
-    parts += [f"<h2>{escape(figure.title)}</h2>\n<p>{figure.svg}</p>" for figure in drawn]
+    parts += [f"<style>{STYLE}</style></head><body><h1>{title}</h1><p>{escape(lead(study))} {HINT}</p>"]
+    parts += [*map(_html_table, found), *map(_html_figure, drawn)]
     items = "".join(f"<li>{escape(remark)}</li>" for remark in remarks)
     return "\n".join([*parts, f"<h2>{LIMITS}</h2><ul>{items}</ul></body></html>\n"])
 
 
+def _html_figure(figure: Figure) -> str:
+    caption = f"<figcaption>{escape(figure.note)}</figcaption>" if figure.note else ""
+    return f"<h2>{escape(figure.title)}</h2>\n<figure>{figure.svg}{caption}</figure>"
+
+
 def _html_table(table: Table) -> str:
-    def cell(text: str, sources: Sequence[str]) -> str:
+    def cell(text: str, sources: Sequence[str], first: bool) -> str:
         files = escape(" ".join(sources))
-        return f'<td data-source="{files}" title="{files}">{escape(text)}</td>' if files else f"<td>{escape(text)}</td>"
+        whole = ' class="whole"' if NUMBER.match(text) or (first and " " not in text) else ""
+        where = f' data-source="{files}" title="{files}"' if files else ""
+        return f"<td{whole}{where}>{escape(text) if whole else escape(text).replace('/', '/<wbr>')}</td>"
 
     head = "".join(f"<th>{escape(heading)}</th>" for heading in table.headings)
-    rows = ["<tr>" + "".join(cell(entry.text, entry.sources) for entry in row) + "</tr>" for row in table.rows]
+    rows = []
+    for before, row in zip([None, *table.rows], table.rows, strict=False):
+        same = before is not None and before[0].text == row[0].text  # whose name stands above
+        cells = [cell("" if same and not at else e.text, e.sources, not at) for at, e in enumerate(row)]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
     note = f'\n<p class="note">{escape(table.note)}</p>' if table.note else ""
-    return f"<h2>{escape(table.title)}</h2>\n<table><tr>{head}</tr>\n" + "\n".join(rows) + f"</table>{note}"
+    top = f'<h2>{escape(table.title)}</h2>\n<div class="scroll"><table><tr>{head}</tr>\n'
+    return top + "\n".join(rows) + f"</table></div>{note}"
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,15 @@ class TrialResults:
         return held_out_lines(self.folder)
 
     @cached_property
+    def milestones(self) -> dict[int, TrialResults]:
+        """What was measured of milestones, as if each were the run's end, by tokens trained on."""
+        found = {}
+        for path in self.folder.glob("milestones/*/evaluation.json"):
+            if tokens := _read(path).get("tokens"):
+                found[tokens] = TrialResults(self.trial, path.parent)
+        return dict(sorted(found.items()))
+
+    @cached_property
     def kept(self) -> dict[str, dict[str, KeptResult]]:
         """Results of benchmarks: {model: {task: kept}}."""
         return {model: kept_results(self.folder, model) for model in ("student", "teacher")}

@@ -19,13 +19,29 @@ from jaxlin.checkpoint import Checkpoints
 from jaxlin.command_line import CONFIG_DIR, parse_run
 from jaxlin.config import RunConfig, UserError
 from jaxlin.evaluation.report import choose_tasks
-from jaxlin.runs import check_folder
-from jaxlin.study.design import HELD_OUT, Study, Suite, Trial
-from jaxlin.study.estimates import COLUMN
+from jaxlin.runs import check_folder, milestone_folder, open_run
+from jaxlin.study.checks import check_settings, check_suites
+from jaxlin.study.design import Study, Suite, Trial
 from jaxlin.study.locks import Lock, take
 from jaxlin.study.results import held_out_lines, kept_results
 
 ROOT = CONFIG_DIR.parent  # where train.py and eval.py are
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What eval.py is called for: a suite, of a run's end or of its milestones."""
+
+    suite: Suite
+    milestones: bool = False
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+        return self.suite.name + "-milestones" * self.milestones
+
+
+ON_MILESTONES = Measurement(Suite("quick", tasks=("held_out",)), milestones=True)  # of every study that keeps some
 
 
 @dataclass
@@ -38,24 +54,17 @@ class Runner:
     failures: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     """Who has the runs that this job left alone."""
-    _planned: set[Suite] = field(default_factory=set)
-    """Suites that `commands` has measured the teacher on."""
+    _planned: set[Measurement] = field(default_factory=set)
+    """Those in which `commands` has measured the teacher."""
 
     def check(self, trials: Iterable[Trial]) -> None:
-        """Refuse settings that train.py or eval.py would, and folders that hold runs with others. Writes nothing."""
-        for suite in self.study.suites:
-            if suite.name == "quick":
-                raise UserError("suite quick: train.py measures it at the end of every run; leave it out")
-            choose_tasks(suite.name, suite.tasks)
-        for contrast in self.study.contrasts:
-            if contrast.metric not in (*HELD_OUT, *COLUMN):
-                raise UserError(
-                    f"contrast {contrast.name}: {contrast.metric} is none of {', '.join((*HELD_OUT, *COLUMN))}"
-                )
+        """Refuse what train.py or eval.py would in any run of the study, contrasts of what is not measured, and folders
+        of `trials` that hold runs with other settings. Writes nothing."""
+        check_suites(self.study)
+        for trial in self.study.trials():
+            check_settings(trial.name, self._flags([trial], str(self.out / trial.name)))
         for trial in trials:
-            run = self._run(trial)
-            run.stages()
-            check_folder(run)
+            check_folder(self._run(trial))
 
     def groups(self, trials: Sequence[Trial], together: int) -> list[list[Trial]]:
         """Trials that may be trained at once, at most `together` of them."""
@@ -70,14 +79,18 @@ class Runner:
         for batch in self._in_step([trial for trial in trials if trial not in done]):
             yield shlex.join(self._train(batch))
         for trial in trials:
-            suites = [suite for suite in self.study.suites if not self._is_measured(trial, suite)]
-            if trial in done and not suites:
+            wanted = [m for m in self._measurements() if not self._is_measured(trial, m)]
+            if trial in done and not wanted:
                 yield f"# {trial.name}: done"
-            for suite in suites:
-                first = self._with_teacher(suite) and suite not in self._planned
-                self._planned.add(suite)
-                if first or not self._has(trial, suite, "student"):
-                    yield shlex.join(self._evaluate(trial, suite, with_teacher=first))
+            for measurement in wanted:
+                first = self._with_teacher(measurement) and measurement not in self._planned
+                self._planned.add(measurement)
+                if (
+                    first
+                    or measurement.milestones
+                    or not self._has(self.out / trial.name, measurement.suite, "student")
+                ):
+                    yield shlex.join(self._evaluate(trial, measurement, with_teacher=first))
 
     def work(self, trials: Sequence[Trial]) -> None:
         """Train what is not trained, then measure what is not measured. Runs that others work on are left to them."""
@@ -111,15 +124,14 @@ class Runner:
             self._train_together([trial], locks)
 
     def _measure(self, trial: Trial, locks: dict[Trial, Lock]) -> None:
-        for suite in self.study.suites:
-            if self._is_measured(trial, suite):
+        for measurement in self._measurements():
+            if self._is_measured(trial, measurement):
                 continue
-            command = self._evaluate(trial, suite, with_teacher=self._with_teacher(suite))
-            code, last, log = self._call(command, [trial], locks, suite.name)
+            command = self._evaluate(trial, measurement, with_teacher=self._with_teacher(measurement))
+            code, last, log = self._call(command, [trial], locks, measurement.name)
             if code != 0:
-                self._fail(
-                    f"{trial.name}: eval.py --suite {suite.name} ended with exit code {code}: {last} (log: {log})"
-                )
+                what = f"eval.py --suite {measurement.suite.name}{' --milestones' * measurement.milestones}"
+                self._fail(f"{trial.name}: {what} ended with exit code {code}: {last} (log: {log})")
 
     def _fail(self, line: str) -> None:
         self.failures.append(line)
@@ -171,15 +183,32 @@ class Runner:
         last = max(self._run(trial).stages())
         return not any(line["stage"] == last for line in held_out_lines(folder))
 
-    def _is_measured(self, trial: Trial, suite: Suite) -> bool:
-        return self._has(trial, suite, "student") and not self._with_teacher(suite)
+    def _measurements(self) -> list[Measurement]:
+        ends = [Measurement(suite) for suite in self.study.suites]
+        along = [Measurement(suite, milestones=True) for suite in self.study.suites if suite.milestones]
+        return [*ends, ON_MILESTONES, *along] if self.study.milestone_tokens else ends
 
-    def _with_teacher(self, suite: Suite) -> bool:
+    def _is_measured(self, trial: Trial, measurement: Measurement) -> bool:
+        """Of milestones, whether those are whose checkpoints are here."""
+        folder, suite = self.out / trial.name, measurement.suite
+        if not measurement.milestones:
+            return self._has(folder, suite, "student") and not self._with_teacher(measurement)
+        if self._untrained(trial):
+            return False
+        return all(
+            self._has(milestone_folder(folder, step), suite, "student") for step in open_run(folder).milestones()
+        )
+
+    def _with_teacher(self, measurement: Measurement) -> bool:
         """Whether the teacher is still to be measured: all runs have the same, so beside one of them is enough."""
-        return not any(self._has(trial, suite, "teacher") for trial in self.study.trials())
+        if measurement.milestones:
+            return False
+        return not any(self._has(self.out / trial.name, measurement.suite, "teacher") for trial in self.study.trials())
 
-    def _has(self, trial: Trial, suite: Suite, model: str) -> bool:
-        kept = kept_results(self.out / trial.name, model)
+    def _has(self, folder: Path, suite: Suite, model: str) -> bool:
+        if suite == ON_MILESTONES.suite:
+            return (folder / "evaluation.json").exists()
+        kept = kept_results(folder, model)
         wanted = {"limit": suite.limit, "chat": suite.chat, "predict_only": False}
         return all(
             task in kept and all(kept[task].key.get(name) == value for name, value in wanted.items())
@@ -198,16 +227,19 @@ class Runner:
         first, mixers = trials[0], ",".join(trial.cell.mixer for trial in trials)
         flags = [*self.study.settings, *first.options, "--preset", first.cell.preset, "--mixer", mixers]
         flags += ["--tokens", str(first.cell.tokens), "--seed", str(first.seed), "--run-dir", folder]
+        flags += ["--milestone-tokens", str(self.study.milestone_tokens)] if self.study.milestone_tokens else []
         for flag, values in (("--text", self.study.text), ("--data.heldout", self.study.heldout)):
             flags += [flag, *values] if values else []
         return flags
 
-    def _evaluate(self, trial: Trial, suite: Suite, *, with_teacher: bool) -> list[str]:
+    def _evaluate(self, trial: Trial, measurement: Measurement, *, with_teacher: bool) -> list[str]:
+        suite, alone = measurement.suite, not with_teacher and measurement != ON_MILESTONES  # KL needs the teacher
         command = [sys.executable, str(ROOT / "eval.py"), "--run", str(self.out / trial.name), "--suite", suite.name]
         command += ["--tasks", *suite.tasks] if suite.tasks else []
         command += ["--limit", str(suite.limit)] if suite.limit is not None else []
-        command += ["--data", self.study.data] if self.study.data else []
-        return command + ["--chat"] * suite.chat + ["--student-only"] * (not with_teacher)
+        command += ["--data", self.study.data] if self.study.data and suite != ON_MILESTONES.suite else []
+        flags = {"--chat": suite.chat, "--milestones": measurement.milestones, "--student-only": alone}
+        return command + [flag for flag, given in flags.items() if given]
 
 
 def _interrupt(*_: Any) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.special import stdtrit
 
 from jaxlin.evaluation import longbench, paper, ruler
+from jaxlin.evaluation.bootstrap import SHARES
 from jaxlin.study.design import HELD_OUT, Cell
-from jaxlin.study.estimates import COLUMN, TEACHER, Estimate, Estimates
+from jaxlin.study.estimates import COLUMN, LIMITS, TEACHER, Estimate, Estimates, within
 from jaxlin.study.results import TrialResults, number
 
 UNDECIDED = "not decidable at this budget"
@@ -54,14 +55,12 @@ class Table:
 
 def tables(estimates: Estimates) -> list[Table]:
     """All that the results are enough for."""
-    found = [students(estimates), fidelity(estimates)]
+    found = [questions(estimates)] if estimates.found.study.contrasts else []
     for title, columns, note in SCORES:
         measured = [column for column in columns if _has(estimates, column)]
         if measured:
             found.append(scores(estimates, title, measured, note))
-    if estimates.found.study.contrasts:
-        found.append(questions(estimates))
-    return found
+    return [*found, fidelity(estimates), students(estimates)]
 
 
 def students(estimates: Estimates) -> Table:
@@ -93,15 +92,18 @@ def fidelity(estimates: Estimates) -> Table:
     rows, perplexities = [], {}
     for cell in estimates.found.study.cells():
         runs = [run for run in estimates.found.trials if run.trial.cell == cell]
-        for place, values in _places(runs).items():
+        ends = [estimates.of(cell, metric) for metric in HELD_OUT]
+        places = list(_places(runs).items())
+        if ends[0] and places and "stage" in places[-1][0] and len(ends[0].seeds) == len(places[-1][1]):
+            places.pop()  # the last stage's end is the run's, which more is known of
+        for place, values in places:
             files = tuple(estimates.found.source(run.folder / name) for run, name, _ in values)
             found = [[number(measured.get(metric)) for _, _, measured in values] for metric in HELD_OUT]
             tokens = max(int(measured.get("tokens", 0)) for _, _, measured in values) if "stage" in place else 0
-            texts = [over_seeds(of_metric, _format(name)) for name, of_metric in zip(HELD_OUT, found, strict=True)]
+            texts = [over_seeds(of_metric, name) for name, of_metric in zip(HELD_OUT, found, strict=True)]
             seeds = ", ".join(str(run.trial.seed) for run, _, _ in values)
             row = [Entry(cell.name), Entry(place), Entry(f"{tokens:,}", files), Entry(seeds)]
             rows.append(row + [Entry(text, files) for text in texts])
-        ends = [estimates.of(cell, metric) for metric in HELD_OUT]
         if ends[0]:
             seeds = ", ".join(map(str, ends[0].seeds))
             row = [Entry(cell.name), Entry("the end"), Entry(f"{cell.tokens:,}", ends[0].sources), Entry(seeds)]
@@ -132,17 +134,18 @@ def _places(runs: Sequence[TrialResults]) -> dict[str, list[tuple[TrialResults, 
     return found
 
 
-def over_seeds(values: Sequence[float], show: Callable[[float], str]) -> str:
+def over_seeds(values: Sequence[float], metric: str) -> str:
     """The mean and, of several seeds, Student's interval: the standard normal's tail is far too sure of so few."""
-    mean = float(np.mean(values))
+    mean, show = float(np.mean(values)), _format(metric)
     if len(values) < 2:
         return show(mean)
     half = float(stdtrit(len(values) - 1, 0.975)) * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return f"{show(mean)} [{show(mean - half)}, {show(mean + half)}]"
+    low, high = within(LIMITS.get(metric, SHARES), (mean - half, mean + half))
+    return f"{show(mean)} [{show(low)}, {show(high)}]"
 
 
 def scores(estimates: Estimates, title: str, columns: Sequence[str], note: str) -> Table:
-    """A row a student, best first by the last column; each column beside the paper's, the last one ranked."""
+    """A row a student: the last of the columns first, with recoveries and ranks by it; all beside the paper's."""
     cells = [cell for cell in estimates.found.study.cells() if any(estimates.of(cell, name) for name in columns)]
     last = columns[-1]
     measured = [cell for cell in cells if estimates.of(cell, last)]
@@ -150,23 +153,47 @@ def scores(estimates: Estimates, title: str, columns: Sequence[str], note: str) 
     parameters = next((run.card["teacher_parameters"] for run in estimates.found.trials if run.card), None)
     rows = []
     for cell in [TEACHER, *cells]:
-        row = [Entry(cell.mixer if cell == TEACHER else cell.name)]
-        for name in columns:
-            cited = paper.reference(name, cell.mixer, parameters) if parameters else None
-            row += [entry(estimates.of(cell, name)), Entry(f"{cited.value:.2f}" if cited else "")]
-        found = estimates.of(cell, last)
-        rank = ranks.get(cell)
-        row.append(entry(estimates.recovery(cell, last)) if cell != TEACHER else Entry(""))
-        row.append(Entry(_cited_recovery(last, cell, parameters)))
-        row.append(Entry(rank_text(rank) if rank else "", found.sources if found and rank else ()))
-        row.append(Entry(", ".join(map(str, found.seeds)) if found and cell != TEACHER else ""))
+        found, rank = estimates.of(cell, last), ranks.get(cell)
+        row = [
+            Entry(cell.mixer if cell == TEACHER else cell.name),
+            *_beside_paper(estimates, cell, last, parameters),
+            entry(estimates.recovery(cell, last)) if cell != TEACHER else Entry(""),
+            Entry(_cited_recovery(last, cell, parameters)),
+            Entry(rank_text(rank) if rank else "", found.sources if found and rank else ()),
+            Entry(", ".join(map(str, found.seeds)) if found and cell != TEACHER else ""),
+        ]
+        for name in columns[:-1]:
+            row += _beside_paper(estimates, cell, name, parameters)
         if any(e.sources for e in row):
             rows.append(row)
-    headings = ["student"]
-    for name in columns:
+    headings = ["student", _title(last), "paper", "recovery", "paper's recovery", f"rank by {_title(last)}", "seeds"]
+    for name in columns[:-1]:
         headings += [_title(name), "paper"]
-    headings += ["recovery", "paper's recovery", f"rank by {_title(last)}", "seeds"]
-    return Table(title, tuple(headings), rows, note)
+    sizes: dict[str, list[str]] = {}
+    for name in columns:
+        found = {e.examples for cell in cells if (e := estimates.of(cell, name))}
+        sizes.setdefault(spread(found), []).append(_title(name))
+    each = (f"each task {n}" if len(names) > 3 else f"{' and '.join(names)} {n}" for n, names in sizes.items())
+    note += f" Examples: {'; '.join(each)}."
+    return _without_empty(Table(title, tuple(headings), rows, note))
+
+
+def _beside_paper(estimates: Estimates, cell: Cell, column: str, parameters: int | None) -> list[Entry]:
+    cited = paper.reference(column, cell.mixer, parameters) if parameters else None
+    return [entry(estimates.of(cell, column)), Entry(f"{cited.value:.2f}" if cited else "")]
+
+
+def _without_empty(table: Table) -> Table:
+    """The table without columns that nothing stands in."""
+    kept = [at for at in range(len(table.headings)) if any(row[at].text for row in table.rows)]
+    rows = [[row[at] for at in kept] for row in table.rows]
+    return replace(table, headings=tuple(table.headings[at] for at in kept), rows=rows)
+
+
+def spread(counts: set[int]) -> str:
+    """A number, or the range of several."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _cited_recovery(metric: str, cell: Cell, parameters: int | None) -> str:
@@ -188,7 +215,11 @@ def _measured(found: Estimate | None, show: Callable[[float], str]) -> Entry:
 
 
 def entry(found: Estimate | None) -> Entry:
-    """A score in percent with its interval."""
+    """A score in percent with its interval; nothing and everything are said as counts."""
+    if found and found.interval and found.examples and found.value in (0, 1):
+        low, high = found.interval
+        limit = f"at most {100 * high:.1f} %" if found.value == 0 else f"at least {100 * low:.1f} %"
+        return Entry(f"{found.value * found.examples:,.0f} of {found.examples:,} ({limit})", found.sources)
     return _measured(found, lambda value: f"{100 * value:.2f}")
 
 
@@ -232,7 +263,7 @@ def questions(estimates: Estimates) -> Table:
     headings = ("question", "in words", "a", "b", "metric", "of a", "of b", "a - b", "95 %", "seeds", "answer")
     note = (
         f'Intervals of differences: paired by prompts and by seeds. "{UNDECIDED}" where the interval holds 0, or there '
-        "is none: one seed of what is one number a run, or scores that are all alike."
+        "is none: one seed of what is one number a run."
     )
     return Table("Questions", headings, rows, note)
 
@@ -266,8 +297,9 @@ def _signed(metric: str) -> Callable[[float], str]:
 
 ZERO_SHOT = ("lambada", "winogrande", "arc_easy", "arc_challenge", "piqa", "hellaswag")
 NOTE = (
-    "Per cent; brackets: 95 % over examples (bootstrap) and, of several seeds, over seeds as well. Recovery: the last "
-    "column over the teacher's. A rank is a range where the intervals of differences hold 0. Paper: arXiv 2504.14366"
+    "Per cent; brackets: 95 % over examples (bootstrap, of hits and misses Clopper and Pearson's) and, of several "
+    "seeds, over seeds as well. Recovery: the first score over the teacher's. A rank is a range where the intervals of "
+    "differences hold 0. Paper: arXiv 2504.14366"
 )
 SCORES = (
     ("Zero-shot", (*ZERO_SHOT, "average without bear"), f"{NOTE}, table 2 (its averages are over seven tasks)."),
