@@ -84,6 +84,7 @@ def measure(run: RunConfig, n: int, stage: StageConfig, teacher: Teacher, mesh: 
         "batch_size": stage.batch_size,
         "accumulation": stage.accumulation,
         "remat": run.remat,
+        "unroll": getattr(stage, "unroll", False),
         "mesh": dict(mesh.shape),
         "device": f"{mesh.size} x {device.device_kind}",
         "milliseconds": seconds * 1e3,

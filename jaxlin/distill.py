@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -158,6 +159,7 @@ def _end_to_end(
     Cross-entropy alone needs no teacher, which then does not run.
     """
     compares = needs_teacher(stage)
+    hidden = functools.partial(forward, logits=False, packed=True, unroll=stage.unroll)
 
     def gradients(trained, params, teacher_params, batch, count):
         del params  # all of them are trained
@@ -165,13 +167,13 @@ def _end_to_end(
         at = targets_of(batch)
         target, kernel = None, None
         if compares:
-            target = forward(teacher, teacher_params, tokens, segment_ids=segment_ids, logits=False, packed=True).hidden
+            target = hidden(teacher, teacher_params, tokens, segment_ids=segment_ids).hidden
             kernel = head_kernel(teacher_params)
         weights = loss_weights(count["tokens"], count["next_tokens"], count["sequences"], stage)
 
         def learn(student, trained):
             def loss(trained):
-                out = forward(student, trained, tokens, segment_ids=segment_ids, logits=False, remat=remat, packed=True)
+                out = hidden(student, trained, tokens, segment_ids=segment_ids, remat=remat)
                 return distillation_loss(
                     out.hidden,
                     target,

@@ -117,6 +117,7 @@ class LanguageModel(nn.Module):
     remat: str = "none"
     packed: bool = False
     fresh: bool = False
+    unroll: bool = False
 
     @nn.compact
     def __call__(
@@ -151,6 +152,7 @@ class LanguageModel(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]  # flax leaves it untyped
             length=repeats,
+            unroll=repeats if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, collect, self.packed, self.fresh, name="layers")
         carry = embed(tokens), None if state is None else state["layers"]
@@ -187,14 +189,16 @@ def forward(
     remat: str = "none",
     packed: bool = False,
     fresh: bool = False,
+    unroll: bool = False,
 ) -> Output:
     """The language model with `params`, on tokens [B, T]; see `LanguageModel`.
 
     `packed` promises what batches of the data pipeline keep, padding at the ends of rows only; see `short_conv`.
-    `fresh` promises that `state` is that of `init_state`, which then need not be read.
+    `fresh` promises that `state` is that of `init_state`, which then need not be read. With `unroll` the program has no
+    loop over layers.
     """
     return apply(
-        LanguageModel(config, remat, packed, fresh),
+        LanguageModel(config, remat, packed, fresh, unroll),
         params,
         tokens,
         segment_ids=segment_ids,

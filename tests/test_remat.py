@@ -1,4 +1,4 @@
-"""Rematerialisation: every policy trains the same model; they differ in what is computed twice."""
+"""Every policy of rematerialisation, and layers in a loop or not, train the same model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from tests.models import random_params, student_of
 POLICIES = ("none", *KEPT)
 
 
-def gradient(config, remat):
+def gradient(config, remat, unroll=False):
     def loss(params, tokens, segment_ids):
-        return jnp.mean(forward(config, params, tokens, segment_ids=segment_ids, remat=remat).logits ** 2)
+        found = forward(config, params, tokens, segment_ids=segment_ids, remat=remat, packed=True, unroll=unroll)
+        return jnp.mean(found.logits**2)
 
     return jax.jit(jax.value_and_grad(loss))
 
@@ -32,3 +33,16 @@ def test_policies():
 
     flops = {remat: program_flops(gradient(config, remat).trace(*args).jaxpr) for remat in POLICIES}
     assert flops["none"] == flops["dots"] < flops["states"] < flops["block"]
+
+
+def test_unrolled():
+    """No loop of the length of the layers is left, nor an array of what the backward pass needs of all of them."""
+    config = student_of("retnet", conv_size=0)
+    tokens = jax.random.randint(jax.random.key(0), (1, 64), 0, config.vocab_size)
+    args = random_params(config), tokens, jnp.ones_like(tokens)
+    compiled = {unroll: gradient(config, "dots", unroll).lower(*args).compile() for unroll in (False, True)}
+    jax.tree.map(
+        lambda f, e: np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-6), *(c(*args) for c in compiled.values())
+    )
+    stacked = {unroll: program.as_text().count("f32[2,1,64,96]") for unroll, program in compiled.items()}
+    assert stacked[False] > 0 == stacked[True]
