@@ -107,8 +107,10 @@ def draw(found: Found, results: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"--plot {path}: nothing was measured")
     rows = (("decode_ms_per_token", "ms a token"), ("decode_tokens_per_second", "tokens/s written"),
             ("prefill_tokens_per_second", "tokens/s read"))  # fmt: skip
+    mixers = {mixer: f"C{i}" for i, mixer in enumerate(dict.fromkeys(cell.mixer for cell in found))}
+    lengths = sorted({cell.length for cell in measured})
     figure = Figure(figsize=(4 * len(batches), 9), layout="constrained")
-    axes = figure.subplots(len(rows), len(batches), squeeze=False, sharex=True)
+    axes = figure.subplots(len(rows), len(batches), squeeze=False, sharex=True, sharey="row")
     for column, batch in enumerate(batches):
         axes[0][column].set_title(f"batch {batch}")
         axes[-1][column].set_xlabel("tokens before")
@@ -116,13 +118,22 @@ def draw(found: Found, results: Mapping[str, Any], path: Path) -> None:
             ax = axes[row][column]
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
+            ax.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
+            ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.0f}")
+            ax.yaxis.set_minor_formatter(lambda y, _: f"{y:,.0f}" if str(y)[0] in "25" else "")
             ax.set_ylabel(label if column == 0 else "")
-            for mixer in dict.fromkeys(cell.mixer for cell in measured):
+            for mixer, color in mixers.items():
                 own = {c: f for c, f in measured.items() if (c.mixer, c.batch) == (mixer, batch)}
                 points = sorted((c.length, f[name]) for c, f in own.items())
-                if points:
-                    ax.plot(*zip(*points, strict=True), label=mixer, marker="o", lw=2 if mixer == TEACHER else 1)
-    axes[0][-1].legend(fontsize="small")
+                width = 2.5 if mixer == TEACHER else 1
+                ax.plot(
+                    *(zip(*points, strict=True) if points else ([], [])), label=mixer, color=color, marker=".", lw=width
+                )
+                for cell, figures in found.items():
+                    if (cell.mixer, cell.batch, figures["status"]) == (mixer, batch, "OOM"):
+                        at = ax.get_xaxis_transform()
+                        ax.text(cell.length, 0.03, "OOM", color=color, rotation=90, ha="center", transform=at)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(f"{results['config']}, {results['dtype']}, {results['device']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

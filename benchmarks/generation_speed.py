@@ -42,6 +42,7 @@ ROOM = (BLOCKS + 1) * BLOCK  # tokens of the teacher's cache beyond the prompt
 PREFILL_TOKENS = 65_536  # that the teacher reads in one call, at most, if that is a row or more
 LARGE = 1 << 20  # tokens of a cell that comes after the smaller ones
 QUICK = 1.0  # seconds; what is read in less is read three times
+WARM_UP = 2  # calls: the first compiles, the second is the one in which XLA records its command buffers
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ class Model:
         """The figures of one cell."""
         tokens = np.random.default_rng(length).integers(0, self.config.vocab_size, (batch, length), dtype=np.int32)
         read = self._read_whole if self.config.mixer == (TEACHER,) else self._read_in_chunks
-        logits, state = read(tokens, warm_up=True)
+        for _ in range(WARM_UP):
+            logits = state = None
+            logits, state = read(tokens, warm_up=True)
         reading = []
         while len(reading) < 3 and sum(reading) < QUICK:
             logits = state = None  # before the next ones are allocated
@@ -129,7 +132,7 @@ class Model:
         }
 
     def _read_in_chunks(self, tokens: np.ndarray, *, warm_up: bool) -> tuple[jax.Array, Any]:
-        """A student's reading; `warm_up` is a chunk, which compiles."""
+        """A student's reading; `warm_up` is a chunk."""
         chunk = min(tokens.shape[1], self._chunk)
         tokens = tokens[:, :chunk] if warm_up else tokens
         state = _empty(self.config, len(tokens), 1)
