@@ -21,7 +21,7 @@ class Settings:
     """Instead of a run: "demo", a Hugging Face name or folder, or a .gguf file."""
     suite: str = "quick"
     """What to measure: quick (minutes, no downloads), one of the benchmarks zero_shot, bear, niah, ifeval, gsm8k, swde
-    and longbench, all of them (all), or needles in longer texts (niah_long)."""
+    and longbench, all of them (all), or needles in shorter and longer texts (niah_short, niah_long)."""
     tasks: tuple[str, ...] = ()
     """Tasks of the suite; empty means all."""
     data: str = ""

@@ -9,7 +9,11 @@
 #         unpacks the data (/tmp/carry/data) under /tmp/carry, and sets PYTHONPATH and JAXLIN_DEMO_GGUF. Then any command
 #         of this repository (`python3 eval.py --teacher demo --suite all --data /tmp/carry/data`), and
 #         kernel_tests [pytest's arguments]              the tests that need a GPU, without the CPU settings of conftest.py,
-#         parity_tests [pytest's arguments]              the demo teacher beside transformers on the same GPU.
+#         parity_tests [pytest's arguments]              the demo teacher beside transformers on the same GPU,
+#         study CONFIG [flags]                           a job a GPU of `python -m jaxlin.study`, side by side, in runs/CONFIG,
+#                                                        on the tokens and the data that were carried; results of earlier
+#                                                        hosts (collected.tar.gz, packed as a FILE) are not made again;
+#                                                        in the end what is to be brought home: $OUT/collected.tar.gz.
 WHEELS="tyro==1.0.17 gguf==0.19.0 grain==0.2.18 array-record cloudpickle docstring-parser typeguard tensorboardX
   importlib_resources etils portpicker flash-linear-attention==0.6.0 fla-core==0.6.0 mlstm_kernels==2.0.6"
 EVAL_WHEELS="lm-eval==0.4.13 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 xxhash pandas python-dateutil six
@@ -81,6 +85,18 @@ kernel_tests() {
 
 parity_tests() {  # both sides in float32: JAX would take TF32
   JAX_DEFAULT_MATMUL_PRECISION=highest JAXLIN_DATA=/tmp/carry/data gpu_tests -s "$@" tests/test_harness_parity.py tests/test_needle_parity.py
+}
+
+study() {
+  config=$1 && shift
+  mkdir -p "runs/$config" && gpus=$(nvidia-smi -L | wc -l)
+  if [ -f /tmp/carry/collected.tar.gz ]; then tar -xzf /tmp/carry/collected.tar.gz -C "runs/$config"; fi
+  for ((gpu = 0; gpu < gpus; gpu++)); do
+    CUDA_VISIBLE_DEVICES=$gpu python3 -m jaxlin.study --config "$config" --shard "$gpu/$gpus" --data /tmp/carry/data \
+      --heldout heldout.npy --text shard?.npy "$@" > "runs/$config/job$gpu.log" 2>&1 &
+  done
+  wait
+  python3 -m jaxlin.study.collect --out "runs/$config" --to "$OUT/collected.tar.gz"
 }
 
 "$@"

@@ -23,8 +23,8 @@ from dataclasses import replace
 from jaxlin.study.design import Arm, Contrast, Study, Suite
 
 SETTINGS = (
-    "--config", "smollm2_135m", "--teacher", "demo", "--stage3.batch-size", "32", "--remat", "dots",
-    "--data.eval-tokens", "131072", "--save-every", "400",
+    "--config", "smollm2_135m", "--teacher", "demo", "--stage3.batch-size", "64", "--remat", "dots",
+    "--data.eval-tokens", "131072", "--save-every", "1000",
 )  # fmt: skip
 GQA_ERROR = ("--model.expand-kv", "True", "--model.gqa-bug-compat", "True")
 ZERO_SHOT = "average without bear"
@@ -92,6 +92,7 @@ def study() -> Study:
             Suite("zero_shot"),
             Suite("bear", limit=40),
             Suite("niah", limit=100),
+            Suite("niah_short", limit=100),
         ),
         contrasts=(*PUZZLES, *(replace(puzzle, name=f"{puzzle.name}, KL", metric="kl") for puzzle in PUZZLES[:6])),
     )

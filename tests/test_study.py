@@ -149,7 +149,7 @@ def test_commands(tmp_path):
     study = tiny_study.good(tiny_study.study(tmp_path))
     runner = Runner(study, tmp_path / "out")
     (group,) = runner.groups(study.trials(), together=2)
-    train, first, _, second, along = runner.commands(group)
+    train, first, second, along, _ = runner.commands(group)
     flags = f"--mixer retnet,linear_attention --tokens 384 --seed 0 --run-dir {tmp_path}/out/{GROUP}"
     assert train.endswith(f"{flags} --milestone-tokens 256")
     assert first.endswith(f"--run {tmp_path}/out/{GROUP}/retnet --suite bear --data {tmp_path}")

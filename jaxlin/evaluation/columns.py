@@ -47,7 +47,7 @@ def _columns() -> list[Column]:
     zero_shot = [
         _mean(name, [(task, metric, 1.0) for task in tasks]) for name, (tasks, metric) in benchmarks.COLUMNS.items()
     ]
-    needles = [_mean(task, [(task, "acc", 1.0)]) for task in (*ruler.TASKS, *ruler.LONG_TASKS)]
+    needles = [_mean(task, [(task, "acc", 1.0)]) for task in ruler.EVERY_TASK]
     long = [_mean(task, [(task, "score", 1.0)]) for task in longbench.TASKS]
     return [
         *zero_shot,

@@ -14,7 +14,7 @@ from jaxlin.evaluation.columns import COLUMNS
 from jaxlin.evaluation.comparison import Model, split
 
 AVERAGE = next(column for column in COLUMNS if column.name == "average")
-NEEDLES = {**ruler.TASKS, **ruler.LONG_TASKS}
+NEEDLES = ruler.EVERY_TASK
 WITHOUT_BEAR = next(column for column in COLUMNS if column.name == "average without bear")
 
 
@@ -97,7 +97,11 @@ def needles(figure: Any, teachers: Sequence[Model], students: Sequence[Model]) -
     """Share of needles found, by model and prompt length, a map for each variant. False without anything to show."""
     models = [model for model in (*teachers, *students) if any(task in model.results for task in NEEDLES)]
     measured = {
-        name: [n for n in (*ruler.LENGTHS, *ruler.LONG_LENGTHS) if any(f"{name}_{n}" in m.results for m in models)]
+        name: [
+            n
+            for n in (*ruler.SHORT_LENGTHS, *ruler.LENGTHS, *ruler.LONG_LENGTHS)
+            if any(f"{name}_{n}" in m.results for m in models)
+        ]
         for name in ruler.VARIANTS
     }
     measured = {name: lengths for name, lengths in measured.items() if lengths}

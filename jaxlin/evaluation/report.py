@@ -32,7 +32,8 @@ BENCHMARKS: dict[str, dict[str, Task]] = {
 SUITES: dict[str, Mapping[str, Any]] = {
     "quick": quick.TASKS,
     **BENCHMARKS,
-    "niah_long": ruler.LONG_TASKS,  # longer than what the paper ran
+    "niah_short": ruler.SHORT_TASKS,  # shorter, and longer, than what the paper ran
+    "niah_long": ruler.LONG_TASKS,
     "all": {name: task for tasks in BENCHMARKS.values() for name, task in tasks.items()},
 }
 TIMES = ("speed",)  # tasks whose results differ from one time to the next

@@ -35,6 +35,7 @@ from jaxlin.runs import Teacher
 ANSWER_TOKENS = 128
 COUNT = 500  # questions of each length
 LENGTHS = (512, 1024, 2048, 4096)
+SHORT_LENGTHS = (256,)
 LONG_LENGTHS = (8192, 16384, 32768)
 DEPTHS = [round(100 * i / 39) for i in range(40)]  # percent of the essay's sentences
 HAYSTACKS = ("haystack.txt", "PaulGrahamEssays.json")  # under `--data`, in its folder `ruler`
@@ -213,4 +214,6 @@ def _tasks(lengths: Sequence[int]) -> dict[str, Task]:
 
 
 TASKS = _tasks(LENGTHS)
+SHORT_TASKS = _tasks(SHORT_LENGTHS)
 LONG_TASKS = _tasks(LONG_LENGTHS)
+EVERY_TASK = {**SHORT_TASKS, **TASKS, **LONG_TASKS}

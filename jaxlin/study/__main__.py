@@ -33,6 +33,8 @@ class Settings:
     """I/N: this is job I of N, from 0, and takes every N-th group."""
     together: int = 4
     """Students trained in one process, which share the teacher's forward passes and the device's memory."""
+    evaluations: int = 1
+    """Students of a group that are measured side by side, each in a process of its own on the same devices."""
     dry_run: tyro.conf.UseCounterAction[int] = 0
     """Print the commands of what is missing, and run nothing."""
     report: tyro.conf.UseCounterAction[int] = 0
@@ -44,8 +46,9 @@ class Settings:
 def main() -> None:
     """Entry point of `python -m jaxlin.study`."""
     settings = parse(Settings)
-    if settings.together < 1:
-        raise UserError(f"--together {settings.together}: must be at least 1")
+    for flag, value in (("together", settings.together), ("evaluations", settings.evaluations)):
+        if value < 1:
+            raise UserError(f"--{flag} {value}: must be at least 1")
     study = load_study(settings.config)
     study = with_sources(study, settings.text, settings.heldout, settings.data)
     trials = chosen(study, settings.only)
@@ -56,7 +59,7 @@ def main() -> None:
     from jaxlin.study.runner import Runner, read_shard
 
     number, count = read_shard(settings.shard)
-    runner = Runner(study, out, say=lambda line: print(line, flush=True))
+    runner = Runner(study, out, say=lambda line: print(line, flush=True), at_once=settings.evaluations)
     if not settings.report:
         runner.check(trials)
         groups = runner.groups(trials, settings.together)[number::count]

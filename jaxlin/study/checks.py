@@ -36,7 +36,7 @@ def check_suites(study: Study) -> None:
             suites = dict.fromkeys(name for name, tasks in BENCHMARKS.items() if set(lacking) & set(tasks))
             raise UserError(
                 f"contrast {contrast.name}: no suite of the study gives {contrast.metric} ({lacking[0]} is missing); "
-                f"add {', '.join(suites) or 'niah_long'} to its suites"
+                f"add {', '.join(suites) or 'niah_short or niah_long'} to its suites"
             )
 
 

@@ -6,10 +6,12 @@ keeps every finished task.
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ from jaxlin.study.locks import Lock, take
 from jaxlin.study.results import held_out_lines, kept_results
 
 ROOT = CONFIG_DIR.parent  # where train.py and eval.py are
+POLL = 0.1  # seconds between looks at the commands that run
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,20 @@ class Measurement:
         return self.suite.name + "-milestones" * self.milestones
 
 
+@dataclass(frozen=True)
+class Call:
+    """A command of a job, and the trials that it works on."""
+
+    command: list[str]
+    trials: Sequence[Trial]
+    what: str
+
+    def log(self, out: Path) -> Path:
+        """Where its output goes."""
+        names = ",".join(trial.cell.mixer for trial in self.trials)
+        return out / "logs" / f"{self.trials[0].group}--{names}--{self.what}.log"
+
+
 ON_MILESTONES = Measurement(Suite("quick", tasks=("held_out",)), milestones=True)  # of every study that keeps some
 
 
@@ -51,11 +68,13 @@ class Runner:
     study: Study
     out: Path
     say: Callable[[str], Any] = print
+    at_once: int = 1
+    """Runs of a group that are measured side by side."""
     failures: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     """Who has the runs that this job left alone."""
     _planned: set[Measurement] = field(default_factory=set)
-    """Those in which `commands` has measured the teacher."""
+    """Those in which the teacher is measured beside one of the runs."""
 
     def check(self, trials: Iterable[Trial]) -> None:
         """Refuse what train.py or eval.py would in any run of the study, contrasts of what is not measured, and folders
@@ -78,19 +97,12 @@ class Runner:
         done = [trial for trial in trials if not self._untrained(trial)]
         for batch in self._in_step([trial for trial in trials if trial not in done]):
             yield shlex.join(self._train(batch))
-        for trial in trials:
-            wanted = [m for m in self._measurements() if not self._is_measured(trial, m)]
-            if trial in done and not wanted:
-                yield f"# {trial.name}: done"
-            for measurement in wanted:
-                first = self._with_teacher(measurement) and measurement not in self._planned
-                self._planned.add(measurement)
-                if (
-                    first
-                    or measurement.milestones
-                    or not self._has(self.out / trial.name, measurement.suite, "student")
-                ):
-                    yield shlex.join(self._evaluate(trial, measurement, with_teacher=first))
+        busy = {trial for trial in trials if trial not in done}
+        for measurement in self._measurements():
+            for trial, with_teacher in self._wanted(trials, measurement):
+                busy.add(trial)
+                yield shlex.join(self._evaluate(trial, measurement, with_teacher=with_teacher))
+        yield from (f"# {trial.name}: done" for trial in trials if trial not in busy)
 
     def work(self, trials: Sequence[Trial]) -> None:
         """Train what is not trained, then measure what is not measured. Runs that others work on are left to them."""
@@ -104,63 +116,79 @@ class Runner:
                     locks[trial] = lock
             for batch in self._in_step([trial for trial in locks if self._untrained(trial)]):
                 self._train_together(batch, locks)
-            for trial in locks:
-                if not self._untrained(trial):
-                    self._measure(trial, locks)
+            trained = [trial for trial in locks if not self._untrained(trial)]
+            for measurement in self._measurements():
+                self._measure(trained, measurement, locks)
         finally:
             for lock in locks.values():
                 lock.release()
 
     def _train_together(self, trials: list[Trial], locks: dict[Trial, Lock]) -> None:
         """One process; where it fails, each student alone, so that one does not take the others with it."""
-        code, last, log = self._call(self._train(trials), trials, locks, "train")
+        ((call, code, last),) = self._call([Call(self._train(trials), trials, "train")], locks)
         if code == 0 and not any(map(self._untrained, trials)):
             return
         if len(trials) == 1:
-            self._fail(f"{trials[0].name}: train.py ended with exit code {code}: {last} (log: {log})")
+            self._fail(f"{trials[0].name}: train.py ended with exit code {code}: {last} (log: {call.log(self.out)})")
             return
         self.say(f"{', '.join(trial.name for trial in trials)}: exit code {code}: {last}; now one by one")
         for trial in trials:
             self._train_together([trial], locks)
 
-    def _measure(self, trial: Trial, locks: dict[Trial, Lock]) -> None:
-        for measurement in self._measurements():
-            if self._is_measured(trial, measurement):
-                continue
-            command = self._evaluate(trial, measurement, with_teacher=self._with_teacher(measurement))
-            code, last, log = self._call(command, [trial], locks, measurement.name)
+    def _measure(self, trials: Sequence[Trial], measurement: Measurement, locks: dict[Trial, Lock]) -> None:
+        calls = [
+            Call(self._evaluate(trial, measurement, with_teacher=with_teacher), [trial], measurement.name)
+            for trial, with_teacher in self._wanted(trials, measurement)
+        ]
+        what = f"eval.py --suite {measurement.suite.name}{' --milestones' * measurement.milestones}"
+        for call, code, last in self._call(calls, locks):
             if code != 0:
-                what = f"eval.py --suite {measurement.suite.name}{' --milestones' * measurement.milestones}"
-                self._fail(f"{trial.name}: {what} ended with exit code {code}: {last} (log: {log})")
+                where = f"{call.trials[0].name}: {what}"
+                self._fail(f"{where} ended with exit code {code}: {last} (log: {call.log(self.out)})")
 
     def _fail(self, line: str) -> None:
         self.failures.append(line)
         self.say(line)
 
-    def _call(
-        self, command: list[str], trials: Sequence[Trial], locks: dict[Trial, Lock], what: str
-    ) -> tuple[int, str, Path]:
-        """Exit code, last line and log of a command."""
-        names = ",".join(trial.cell.mixer for trial in trials)
-        log = self.out / "logs" / f"{trials[0].group}--{names}--{what}.log"
+    def _call(self, calls: Sequence[Call], locks: dict[Trial, Lock]) -> list[tuple[Call, int, str]]:
+        """Run commands, `at_once` of them at a time: each with its exit code and last line, in the order they end."""
+        waiting, running, ended = list(calls), list[tuple[Call, subprocess.Popen]](), []
+        beside = min(self.at_once, len(calls))
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.at_once:
+                    call = waiting.pop(0)
+                    running.append((call, self._start(call, locks, beside)))
+                for call, process in [pair for pair in running if pair[1].poll() is not None]:
+                    running.remove((call, process))
+                    lines = call.log(self.out).read_text(errors="replace").strip().splitlines()
+                    ended.append((call, process.returncode, lines[-1].strip()))
+                time.sleep(POLL)
+        finally:
+            for _, process in running:
+                process.terminate()
+                process.wait()
+            signal.signal(signal.SIGTERM, before)
+        return ended
+
+    def _start(self, call: Call, locks: dict[Trial, Lock], beside: int) -> subprocess.Popen:
+        """A command, one of `beside` that share the device's memory."""
+        environment = dict(os.environ)
+        if beside > 1:
+            environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / beside:.2f}")
+        log = call.log(self.out)
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.say(f"{', '.join(trial.name for trial in trials)}: {what} (log: {log})")
+        self.say(f"{', '.join(trial.name for trial in call.trials)}: {call.what} (log: {log})")
         with log.open("ab") as file:
-            file.write(f"$ {shlex.join(command)}\n".encode())
+            file.write(f"$ {shlex.join(call.command)}\n".encode())
             file.flush()
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-            before = signal.signal(signal.SIGTERM, _interrupt)
-            try:
-                for trial in trials:
-                    locks[trial].share(process.pid)
-                code = process.wait()
-            finally:
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait()
-                signal.signal(signal.SIGTERM, before)
-        lines = log.read_text(errors="replace").strip().splitlines()
-        return code, lines[-1].strip(), log
+            process = subprocess.Popen(
+                call.command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+            )
+        for trial in call.trials:
+            locks[trial].share(process.pid)
+        return process
 
     def _in_step(self, trials: Sequence[Trial]) -> list[list[Trial]]:
         """The trials in groups that can go on together: all new, or with a checkpoint of one step in common."""
@@ -188,22 +216,30 @@ class Runner:
         along = [Measurement(suite, milestones=True) for suite in self.study.suites if suite.milestones]
         return [*ends, ON_MILESTONES, *along] if self.study.milestone_tokens else ends
 
+    def _wanted(self, trials: Sequence[Trial], measurement: Measurement) -> list[tuple[Trial, bool]]:
+        """Who is still to be measured, and whether with the teacher: all runs have the same, beside one is enough."""
+        missing = [trial for trial in trials if not self._is_measured(trial, measurement)]
+        if trials and self._lacks_teacher(measurement):
+            self._planned.add(measurement)
+            first, *others = missing or trials[:1]
+            return [(first, True), *((trial, False) for trial in others)]
+        return [(trial, False) for trial in missing]
+
+    def _lacks_teacher(self, measurement: Measurement) -> bool:
+        if measurement.milestones or measurement in self._planned:
+            return False
+        return not any(self._has(self.out / trial.name, measurement.suite, "teacher") for trial in self.study.trials())
+
     def _is_measured(self, trial: Trial, measurement: Measurement) -> bool:
         """Of milestones, whether those are whose checkpoints are here."""
         folder, suite = self.out / trial.name, measurement.suite
         if not measurement.milestones:
-            return self._has(folder, suite, "student") and not self._with_teacher(measurement)
+            return self._has(folder, suite, "student")
         if self._untrained(trial):
             return False
         return all(
             self._has(milestone_folder(folder, step), suite, "student") for step in open_run(folder).milestones()
         )
-
-    def _with_teacher(self, measurement: Measurement) -> bool:
-        """Whether the teacher is still to be measured: all runs have the same, so beside one of them is enough."""
-        if measurement.milestones:
-            return False
-        return not any(self._has(self.out / trial.name, measurement.suite, "teacher") for trial in self.study.trials())
 
     def _has(self, folder: Path, suite: Suite, model: str) -> bool:
         if suite == ON_MILESTONES.suite:

@@ -273,7 +273,7 @@ def _has(estimates: Estimates, column: str) -> bool:
 
 
 def _title(metric: str) -> str:
-    if metric in paper.NIAH_COLUMNS or metric in ruler.LONG_TASKS:
+    if metric in ruler.EVERY_TASK:
         name, _, length = metric.rpartition("_")
         return f"{name.replace('niah_single_', 'S-NIAH-')} {length}"
     return TITLES.get(metric, metric)
@@ -309,7 +309,7 @@ SCORES = (
         (*(name for name in COLUMN if name in ruler.TASKS), "niah"),
         f"{NOTE}, tables 3 and 7: of 1.7B models.",
     ),
-    ("Longer needles", tuple(ruler.LONG_TASKS), f"{NOTE} has none of them."),
+    ("Needles in shorter and longer texts", (*ruler.SHORT_TASKS, *ruler.LONG_TASKS), f"{NOTE} has none of them."),
     ("Instructions", ("ifeval", "gsm8k", "swde"), f"{NOTE}, table 4: of post-trained 1.7B models."),
     ("LongBench", (*longbench.TASKS, "longbench"), f"{NOTE}, table 4: of post-trained 1.7B models."),
 )
