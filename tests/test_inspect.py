@@ -272,7 +272,7 @@ def test_text_that_is_too_short(tmp_path):
     (tmp_path / "a.txt").write_text("One document.")
     (tmp_path / "b.txt").write_text("Two documents. " * 40)
     run = RunConfig(text=(str(tmp_path),), data=replace(RunConfig().data, seq_len=32))
-    subject = Subject(config, {}, byte_tokenizer(), run, tmp_path, {})
+    subject = Subject(config, {}, byte_tokenizer(), run, tmp_path, {}, "")
     assert subject.stream(100, 10)[1] == "held out"
     assert subject.stream(100, 50)[1] == "trained on"
     given = replace(subject, run=replace(run, data=replace(run.data, heldout=(str(tmp_path / "a.txt"),))))

@@ -61,42 +61,40 @@ def measure(
     tokens, heads and channels; memory {gates, writes: {quantiles, by_head: medians, outlasting: the share that outlasts
     the window}}, in tokens, see `memory`; infinity where nothing is ever forgotten.
     """
-    rows: dict[str, list[dict[str, np.ndarray]]] = {}
     horizon = sequences.shape[1] // 2
-    starts = jnp.asarray(np.unique(np.linspace(0, sequences.shape[1] - horizon - 1, STARTS).astype(np.int32)))
+    starts = np.unique(np.linspace(0, sequences.shape[1] - horizon - 1, STARTS).astype(np.int32))
+    seen = []
     for tokens in sequences:
-        for block, found in captured(config, params, jnp.asarray(tokens[None])).items():
-            lengths = memory.lengths(found["k"], found.get("g"), found.get("beta"), starts, horizon)
-            arrays = {"memory_" + name: jnp.moveaxis(a, 0, 2) for name, a in lengths.items()}
-            arrays |= {name: found[name] for name in ("beta", "input_gate") if name in found}
-            arrays |= {"decay": jnp.exp(found["g"])} if "g" in found else {}
-            rows.setdefault(block, []).append({name: np.asarray(a) for name, a in arrays.items()})
+        given = captured(config, params, jnp.asarray(tokens[None]))
+        seen.append({block: _arrays(found, jnp.asarray(starts), horizon) for block, found in given.items()})
         done(1)
-    joined = {
-        block: {name: np.concatenate([each[name] for each in found], axis=1) for name in found[0]}
-        for block, found in rows.items()
-    }
-    return [
-        _layer({name: a[i // config.period] for name, a in joined[f"block_{i % config.period}"].items()}, horizon)
-        for i in linear_layers(config)
-    ]
+    joined = jax.tree.map(lambda *a: np.concatenate(a, axis=1), *seen)
+    rows = ((i // config.period, joined[f"block_{i % config.period}"]) for i in linear_layers(config))
+    return [_layer(jax.tree.map(lambda a, row=row: a[row], arrays), horizon) for row, arrays in rows]
 
 
-def _layer(arrays: dict[str, np.ndarray], horizon: int) -> dict[str, Any]:
-    """One layer's report, from arrays [N, T or starts, H, ...]."""
-    gates = {name: distribution(a) for name, a in arrays.items() if not name.startswith("memory_")}
-    lengths = {name.removeprefix("memory_"): a for name, a in arrays.items() if name.startswith("memory_")}
+def _arrays(found: Gates, starts: jax.Array, horizon: int) -> dict[str, dict[str, np.ndarray]]:
+    """What is measured of a block's gates and memory, [R, B, T or starts, H, ...]."""
+    lengths = memory.lengths(found["k"], found.get("g"), found.get("beta"), starts, horizon)
+    shown = {name: found[name] for name in ("beta", "input_gate") if name in found}
+    shown |= {"decay": jnp.exp(found["g"])} if "g" in found else {}
     return {
-        "gates": gates,
-        "memory": {
-            name: {
-                "quantiles": quantiles(a),
-                "by_head": [quantiles(head, (0.5,))[0] for head in np.moveaxis(a, 2, 0)],
-                "outlasting": float(np.mean(a > horizon)),
-            }
-            for name, a in lengths.items()
-        },
+        "gates": {name: np.asarray(a) for name, a in shown.items()},
+        "memory": {name: np.moveaxis(np.asarray(a), 0, 2) for name, a in lengths.items()},
     }
+
+
+def _layer(arrays: dict[str, dict[str, np.ndarray]], horizon: int) -> dict[str, Any]:
+    """One layer's report, from arrays [N, T or starts, H, ...]."""
+    lengths = {
+        name: {
+            "quantiles": quantiles(a),
+            "by_head": [quantiles(head, (0.5,))[0] for head in np.moveaxis(a, 2, 0)],
+            "outlasting": float(np.mean(a > horizon)),
+        }
+        for name, a in arrays["memory"].items()
+    }
+    return {"gates": {name: distribution(a) for name, a in arrays["gates"].items()}, "memory": lengths}
 
 
 def distribution(a: np.ndarray) -> dict[str, Any]:

@@ -58,10 +58,10 @@ def gates(figure: Any, found: dict[str, Any]) -> None:
 
 def memory(figure: Any, found: dict[str, Any]) -> None:
     """Effective memory over the layers: medians of the heads, and quantiles over all."""
-    figure.set_size_inches(5.2, 3.4)
+    figure.set_size_inches(6.2, 3.6)
     axes = figure.subplots()
     both = any(layer["memory"]["gates"] != layer["memory"]["writes"] for layer in found["layers"])
-    kinds = {"gates": ("product of gates", INK)} | ({"writes": ("what is left of a write", SECOND)} if both else {})
+    kinds = {"gates": ("by gates", INK)} | ({"writes": ("of writes", SECOND)} if both else {})
     for offset, (kind, (label, color)) in zip((-0.15, 0.15), kinds.items(), strict=False):
         for layer in found["layers"]:
             heads = [value for value in layer["memory"][kind]["by_head"] if value is not None]
@@ -69,10 +69,12 @@ def memory(figure: Any, found: dict[str, Any]) -> None:
         middle = [(layer["layer"], layer["memory"][kind]["quantiles"][2]) for layer in found["layers"]]
         finite = [(number, value) for number, value in middle if value is not None]
         if finite:
-            axes.plot(*zip(*finite, strict=True), "-", color=color, linewidth=1.6, label=f"{label} (dots: heads)")
+            axes.plot(*zip(*finite, strict=True), "-", color=color, linewidth=1.6, label=f"{label}, dots: heads")
         else:
             axes.plot([], [], "-", color=color, label=f"{label}: never")
-    axes.axhline(found["window"], color="grey", linewidth=0.8, linestyle=":", label="window: extrapolated above")
+    axes.axhline(
+        found["window"], color="grey", linewidth=0.8, linestyle=":", label="half a sequence, extrapolated above"
+    )
     axes.set(yscale="log", ylabel="effective memory, tokens")
     plain(axes.yaxis)
     finish(axes, found)
@@ -113,17 +115,23 @@ def needle(figure: Any, found: dict[str, Any]) -> None:
     """Accuracy by distance: of the probe on all layers, with its interval, and of each layer, as a map."""
     about = found["needle"]
     figure.set_size_inches(9.2, 3.4)
+    figure.get_layout_engine().set(wspace=0.08)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     places, names = range(len(about["distances"])), [str(n) for n in about["distances"]]
     by_layer = 100 * np.array([layer["needle"]["accuracy"] for layer in found["layers"]])
     together = 100 * np.array(about["together"]["accuracy"])
     low, high = 100 * np.array(about["together"]["interval"]).T
-    left.errorbar(
-        places, together, [together - low, high - together], fmt="o-", color=INK, capsize=2, markersize=4,
-        label="all layers, 95 % interval",
-    )  # fmt: skip
+    left.plot(places, together, "o-", color=INK, markersize=4, label="all layers, 95 % interval")
+    left.errorbar(places, together, [together - low, high - together], fmt="none", ecolor=INK, capsize=2)
     left.plot(places, np.median(by_layer, axis=0), "s-", color=SECOND, markersize=3, label="median layer")
-    left.fill_between(places, *np.quantile(by_layer, (0.25, 0.75), axis=0), color=SECOND, alpha=0.15, linewidth=0)
+    left.fill_between(
+        places,
+        *np.quantile(by_layer, (0.25, 0.75), axis=0),
+        color=SECOND,
+        alpha=0.15,
+        linewidth=0,
+        label="25 to 75 % of layers",
+    )
     left.axhline(100 / about["classes"], color="grey", linestyle=":", linewidth=0.9, label="chance")
     left.set(ylim=(0, 103), ylabel="probe accuracy, %")
     left.legend(**LEGEND, loc="upper right")
@@ -131,7 +139,7 @@ def needle(figure: Any, found: dict[str, Any]) -> None:
     image = right.imshow(by_layer.T, vmin=0, vmax=100, cmap="viridis", aspect="auto", origin="lower")
     right.set_yticks(places, names)
     numbers = [layer["layer"] for layer in found["layers"]]
-    every = max(1, len(numbers) // 10)
+    every = 1 if len(numbers) <= 12 else 5
     right.set_xticks(range(0, len(numbers), every), [str(n) for n in numbers[::every]])
     right.set(xlabel="layer", ylabel="tokens since the needle")
     left.set_xticks(places, names)

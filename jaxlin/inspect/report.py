@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxlin.config import UserError
-from jaxlin.evaluation.subject import params_sha256
 from jaxlin.inspect import gates, needle, probe, states
 from jaxlin.inspect.subject import Subject
 
@@ -53,7 +52,7 @@ def inspect(
         layers = [{**layer, "needle": scores} for layer, scores in zip(layers, found["layers"], strict=True)]
     report = {
         **{name: subject.settings.get(name) for name in ("teacher", "preset", "mixer")},
-        "params_sha256": params_sha256(params),
+        "params_sha256": subject.params_sha256,
         "softmax_layers": [i for i in range(config.num_hidden_layers) if i not in numbers],
         "text": which,
         "text_tokens": len(stream),

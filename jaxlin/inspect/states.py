@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxlin.config import ModelConfig
@@ -46,26 +47,22 @@ def measure(
     config: ModelConfig, params: Any, sequences: np.ndarray, positions: Sequence[int],
     done: Callable[[int], Any] = lambda n: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Of each linear-time layer: effective_rank, stable_rank and norm, [positions][heads], means over sequences; and
-    the shape of a head's state.
+    """Of each linear-time layer: shape [K, V] of a head's state; effective_rank, stable_rank and norm,
+    [positions][heads], means over sequences [N, T].
     """
-    found: list[dict[str, list[dict[str, np.ndarray]]]] = [{} for _ in positions]
-    shapes: dict[str, tuple[int, ...]] = {}
+    seen = []
     for tokens in sequences:
-        for at, memories in enumerate(walk(config, params, tokens[None], positions)):
-            for block, memory in memories.items():
-                found[at].setdefault(block, []).append(spectrum(memory))
-                shapes[block] = matrix(memory).shape[-2:]
+        seen.append(
+            [{b: spectrum(m) for b, m in here.items()} for here in walk(config, params, tokens[None], positions)]
+        )
         done(1)
-    means = [
-        {b: {name: np.mean([one[name][:, 0] for one in each], axis=0) for name in each[0]} for b, each in here.items()}
-        for here in found
-    ]
-    layers = []
+    means = jax.tree.map(lambda *a: np.mean(a, axis=0)[:, 0], *seen)
+    curves = jax.tree.map(lambda *a: np.stack(a), *means)  # {block: {name: [positions, R, H]}}
+    empty, layers = init_state(config, 1, 1)["layers"], []
     for number in linear_layers(config):
         row, block = number // config.period, f"block_{number % config.period}"
-        curves = {name: [here[block][name][row].tolist() for here in means] for name in means[0][block]}
-        layers.append({"shape": shapes[block], **curves})
+        shape = matrix(empty[block]["memory"]).shape[-2:]
+        layers.append({"shape": shape, **{name: a[:, row].tolist() for name, a in curves[block].items()}})
     return layers
 
 

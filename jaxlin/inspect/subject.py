@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlin.config import DataConfig, ModelConfig, RunConfig, UserError
+from jaxlin.evaluation.subject import params_sha256
 from jaxlin.export import RUN_CARD, open_student
 from jaxlin.runs import open_run
 from jaxlin.session import serving_params
@@ -29,6 +30,8 @@ class Subject:
     folder: Path
     settings: dict[str, Any]
     """Those that it was trained with."""
+    params_sha256: str
+    """As evaluations tell it, of the parameters as they are kept."""
 
     def stream(self, count: int, least: int) -> tuple[np.ndarray, str]:
         """Held-out tokens in their order, `count` of them or as many as there are; and which text that is.
@@ -62,4 +65,5 @@ def open_subject(folder: str, text: Sequence[str] = ()) -> Subject:
     if text:
         run = replace(run, conversations=(), epochs=None, data=replace(run.data, heldout=tuple(text)))
     params = jax.tree.map(jnp.asarray, serving_params(student.params, student.config))
-    return Subject(student.config, params, student.tokenizer, run, Path(folder), student.card["settings"])
+    settings, sha256 = student.card["settings"], params_sha256(student.params)
+    return Subject(student.config, params, student.tokenizer, run, Path(folder), settings, sha256)
