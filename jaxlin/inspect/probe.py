@@ -17,7 +17,7 @@ from jaxlin.inspect.gates import linear_layers
 from jaxlin.inspect.needle import DIGITS, Examples
 from jaxlin.inspect.states import matrix, walk
 
-FEATURES = 1024  # numbers that a layer's states are projected to
+FEATURES = 4096  # numbers that a layer's states are projected to
 BATCH = 8  # sequences read together
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in units of the mean eigenvalue of the training examples' products
 Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
@@ -30,44 +30,44 @@ def measure(
     """How well the needle's digit is read from the states at each of `distances` tokens after it.
 
     Returns layers, for each linear-time layer {accuracy, interval} by distance, and together, the same for one probe on
-    all of them.
+    all of them, each scaled to the same variance.
     """
-    read = _read_states(config, params, found, distances, seed, done)  # [distances][layers] of [N, features]
-
-    def scores(features: Sequence[np.ndarray]) -> dict[str, Any]:
-        right = [int(np.sum(predict(x, found.labels, found.folds) == found.labels)) for x in features]
-        counts = [(n, len(found.labels)) for n in right]
-        return {"accuracy": [n / total for n, total in counts], "interval": [wilson(*each) for each in counts]}
-
-    layers = [scores([here[i] for here in read]) for i in range(len(read[0]))]
-    return {"layers": layers, "together": scores([np.concatenate(here, axis=1) for here in read])}
+    right = []  # [distances][layers, then together]
+    for parts in _read_states(config, params, found, distances, seed, done):
+        x = [np.concatenate(batches) for batches in parts]
+        x.append(np.concatenate([layer / (np.linalg.norm(layer - layer.mean(0)) + 1e-30) for layer in x], axis=1))
+        right.append([int(np.sum(predict(each, found.labels, found.folds) == found.labels)) for each in x])
+    total = len(found.labels)
+    *layers, together = (
+        {"accuracy": [n / total for n in counts], "interval": [wilson(n, total) for n in counts]}
+        for counts in zip(*right, strict=True)
+    )
+    return {"layers": layers, "together": together}
 
 
 def _read_states(
     config: ModelConfig, params: Any, found: Examples, distances: Sequence[int], seed: int, done: Callable[[int], Any]
-) -> list[list[np.ndarray]]:
-    """States after the needle, projected: [distances][layers] of [N, features]."""
-    stops = [found.end + distance for distance in distances]
-    rows: list[list[list[np.ndarray]]] = []
+) -> list[list[list[np.ndarray]]]:
+    """States after the needle, projected: [distances][linear-time layers][batches] of [B, features]."""
+    numbers = linear_layers(config)
+    read: list[list[list[np.ndarray]]] = [[[] for _ in numbers] for _ in distances]
     for start in range(0, len(found.tokens), BATCH):
         part = found.tokens[start : start + BATCH]
         padded = np.pad(part, ((0, BATCH - len(part)), (0, 0)), mode="edge")  # one program for all
-        here = []
-        for memories in walk(config, params, padded, stops):
+        stops = [found.end + distance for distance in distances]
+        for here, memories in zip(read, walk(config, params, padded, stops), strict=True):
             blocks = {block: np.asarray(features(matrix(memory), seed)) for block, memory in memories.items()}
-            places = (divmod(i, config.period) for i in linear_layers(config))
-            here.append([blocks[f"block_{block}"][row, : len(part)] for row, block in places])
-        rows.append(here)
+            for batches, number in zip(here, numbers, strict=True):
+                row, block = divmod(number, config.period)
+                batches.append(blocks[f"block_{block}"][row, : len(part)])
         done(len(part))
-    return [[np.concatenate(parts) for parts in zip(*at, strict=True)] for at in zip(*rows, strict=True)]
+    return read
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def features(states: Float[Array, "R B H K V"], seed: int) -> Float[Array, "R B F"]:
-    """States as probes see them: each head's of unit norm, as output norms make it, and all projected together."""
-    norms = jnp.sqrt(jnp.sum(states * states, axis=(-2, -1), keepdims=True))
-    unit = states / jnp.maximum(norms, 1e-30)
-    return sketch(unit.reshape(*unit.shape[:2], -1), FEATURES, seed)
+    """States as probes see them: all heads together, projected."""
+    return sketch(states.reshape(*states.shape[:2], -1), FEATURES, seed)
 
 
 def sketch(x: Float[Array, "*n D"], size: int, seed: int) -> Float[Array, "*n F"]:
