@@ -259,7 +259,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, text):
     call(monkeypatch, *args, "--json")
     *shown, line = capsys.readouterr().out.splitlines()
     shown, found = "\n".join(shown), json.loads(line)
-    assert "Layers 1, 3 are softmax attention" in shown and "The teacher has no state" in " ".join(shown.split())
+    assert "softmax attention: layers 1, 3" in shown and "The teacher has no state" in " ".join(shown.split())
     assert (folder / "inspection.json").read_text() == line
     assert [layer["layer"] for layer in found["layers"]] == [0, 2] and found["softmax_layers"] == [1, 3]
     assert found["positions"] == [32] and found["needle"]["distances"] == [0, 8]

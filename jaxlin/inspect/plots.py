@@ -14,6 +14,11 @@ from jaxlin.inspect.report import GATES
 Draw = Callable[[Any, dict[str, Any]], None]
 DPI = 200
 INK, SECOND = "#1f4e79", "#c0504d"
+LABELS = {
+    "decay": r"forgotten at a token, $1 - \alpha$",
+    "beta": r"write strength $\beta$",
+    "input_gate": "input gate $i$",
+}
 LEGEND: dict[str, Any] = dict(fontsize="x-small", frameon=False)
 
 
@@ -41,18 +46,18 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
 def gates(figure: Any, found: dict[str, Any]) -> None:
     """Quantiles of each gate over the layers."""
     shown = [name for name in GATES if any(name in layer["gates"] for layer in found["layers"])]
-    figure.set_size_inches(0.6 + 3.6 * len(shown), 3.1)
+    figure.set_size_inches(0.6 + 3.8 * len(shown), 3.1)
+    figure.get_layout_engine().set(wspace=0.05)
     for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         with_it = [layer for layer in found["layers"] if name in layer["gates"]]
         rows = np.array([layer["gates"][name]["quantiles"] for layer in with_it])
         if name == "decay":  # what matters of decays near 1 is how far they are from it
             rows = np.maximum(1 - rows, 1e-6)
+        spread(axes, [layer["layer"] for layer in with_it], rows)
         if name != "beta":
-            axes.set_yscale("log")
-            plain(axes.yaxis)
-        bands(axes, [layer["layer"] for layer in with_it], rows, INK)
-        axes.set_ylabel({"decay": r"forgotten at a token, $1 - \alpha$"}.get(name, GATES[name]))
-        finish(axes, found)
+            logarithmic(axes)
+        axes.set_ylabel(LABELS[name])
+        of_layers(axes, found)
     legend(figure, figure.axes[0])
 
 
@@ -66,18 +71,17 @@ def memory(figure: Any, found: dict[str, Any]) -> None:
         for layer in found["layers"]:
             heads = [value for value in layer["memory"][kind]["by_head"] if value is not None]
             axes.plot([layer["layer"] + offset] * len(heads), heads, ".", color=color, markersize=3.5, alpha=0.4)
-        middle = [(layer["layer"], layer["memory"][kind]["quantiles"][2]) for layer in found["layers"]]
-        finite = [(number, value) for number, value in middle if value is not None]
-        if finite:
-            axes.plot(*zip(*finite, strict=True), "-", color=color, linewidth=1.6, label=f"{label}, dots: heads")
-        else:
-            axes.plot([], [], "-", color=color, label=f"{label}: never")
+        middle = {layer["layer"]: layer["memory"][kind]["quantiles"][2] for layer in found["layers"]}
+        x = range(max(middle) + 1)  # lines have gaps where a layer has no memory to draw, or an endless one
+        values = [np.nan if middle.get(n) is None else middle[n] for n in x]
+        never = ": endless" if np.all(np.isnan(values)) else ", small dots: heads"
+        axes.plot(x, values, "o-", color=color, markersize=3.5, linewidth=1.4, label=label + never)
     axes.axhline(
         found["window"], color="grey", linewidth=0.8, linestyle=":", label="half a sequence, extrapolated above"
     )
-    axes.set(yscale="log", ylabel="effective memory, tokens")
-    plain(axes.yaxis)
-    finish(axes, found)
+    axes.set_ylabel("effective memory, tokens")
+    logarithmic(axes)
+    of_layers(axes, found)
     legend(figure, axes)
 
 
@@ -87,6 +91,7 @@ def states(figure: Any, found: dict[str, Any]) -> None:
     from matplotlib import colormaps  # pyright: ignore[reportMissingImports] -- of the extra eval
     from matplotlib.cm import ScalarMappable  # pyright: ignore[reportMissingImports]
     from matplotlib.colors import Normalize  # pyright: ignore[reportMissingImports]
+    from matplotlib.ticker import MaxNLocator  # pyright: ignore[reportMissingImports]
 
     most = {min(layer["states"]["shape"]) for layer in found["layers"]}
     of = f", of at most {most.pop()}" if len(most) == 1 else ""
@@ -104,11 +109,12 @@ def states(figure: Any, found: dict[str, Any]) -> None:
         axes.minorticks_off()
         axes.set(xlabel="tokens read", ylabel=title)
         if name == "norm":
-            axes.set_yscale("log")
-            plain(axes.yaxis)
+            logarithmic(axes)
         tidy(axes)
     panels[0].legend(**LEGEND)
-    figure.colorbar(ScalarMappable(scale, colors), ax=list(panels), label="layer", pad=0.01)
+    figure.colorbar(
+        ScalarMappable(scale, colors), ax=list(panels), label="layer", pad=0.01, ticks=MaxNLocator(integer=True)
+    )
 
 
 def needle(figure: Any, found: dict[str, Any]) -> None:
@@ -152,31 +158,29 @@ def legend(figure: Any, axes: Any) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, **LEGEND)
 
 
-def plain(axis: Any) -> None:
-    """Numbers on a logarithmic axis as people write them, at 1, 2 and 5."""
-    from matplotlib.ticker import (  # pyright: ignore[reportMissingImports] -- of the extra eval
-        FuncFormatter,
-        LogLocator,
-        NullLocator,
-    )
+def logarithmic(axes: Any) -> None:
+    """A logarithmic y axis with numbers as people write them: 1, 2 and 5, or round ones where it spans little."""
+    from matplotlib import ticker  # pyright: ignore[reportMissingImports] -- of the extra eval
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(5) if high < 8 * low else ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-def bands(axes: Any, x: Sequence[int], rows: np.ndarray, color: str) -> None:
-    """The median of quantiles [n, 5] as a line, the others as bands."""
-    axes.fill_between(x, rows[:, 0], rows[:, 4], color=color, alpha=0.15, linewidth=0, label="5 to 95 %")
-    axes.fill_between(x, rows[:, 1], rows[:, 3], color=color, alpha=0.3, linewidth=0, label="25 to 75 %")
-    axes.plot(x, rows[:, 2], "o-", color=color, markersize=2.5, linewidth=1.2, label="median")
+def spread(axes: Any, x: Sequence[int], rows: np.ndarray) -> None:
+    """Quantiles [n, 5] as a dot, a thick and a thin bar: nothing is drawn between layers, where nothing is."""
+    axes.vlines(x, rows[:, 0], rows[:, 4], color=INK, alpha=0.4, linewidth=1, label="5 to 95 %")
+    axes.vlines(x, rows[:, 1], rows[:, 3], color=INK, alpha=0.55, linewidth=3.2, label="25 to 75 %")
+    axes.plot(x, rows[:, 2], "o", color=INK, markersize=3.5, label="median")
 
 
-def finish(axes: Any, found: dict[str, Any]) -> None:
-    """An axis of layers."""
-    axes.set_xlabel("layer")
-    axes.margins(x=0.02)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+def of_layers(axes: Any, found: dict[str, Any]) -> None:
+    """An axis of all layers, those with softmax attention too."""
+    count = len(found["layers"]) + len(found["softmax_layers"])
+    every = 1 if count <= 12 else 5
+    axes.set(xlabel="layer", xlim=(-0.7, count - 0.3), xticks=range(0, count, every))
     tidy(axes)
 
 

@@ -15,7 +15,7 @@ from jaxlin.config import UserError
 from jaxlin.inspect import gates, needle, probe, states
 from jaxlin.inspect.subject import Subject
 
-GATES = {"decay": "decay alpha", "beta": "write strength beta", "input_gate": "input gate i"}
+GATES = {"decay": "decay", "beta": "beta", "input_gate": "input gate"}
 Bar = Callable[[str, int], Callable[[int], Any]]
 
 
@@ -80,6 +80,8 @@ def _finite(value: Any) -> Any:
 
 def print_results(found: dict[str, Any], console: Console) -> None:
     """The report as tables: by layer, by position, by distance."""
+    what = f"{found['mixer']} ({found['preset']}), a student of {found['teacher']}"
+    console.print(f"{what}, on {found['sequences']} sequences of {found['length']} tokens", highlight=False)
     tables = [gate_table(found), memory_table(found), state_table(found)]
     for table in [*tables, needle_table(found) if "needle" in found else None]:
         if table is not None:
@@ -91,7 +93,7 @@ def print_results(found: dict[str, Any], console: Console) -> None:
 def gate_table(found: dict[str, Any]) -> Table | None:
     """Gates, a row a layer; None where no mixer has any."""
     shown = [name for name in GATES if any(name in layer["gates"] for layer in found["layers"])]
-    table = Table(title=f"{found['mixer']} ({found['preset']}), a student of {found['teacher']}: gates, 5 / 50 / 95 %")
+    table = Table(title="Gates, 5 / 50 / 95 %")
     for heading in ("layer", "mixer", *(GATES[name] for name in shown)):
         table.add_column(heading, justify="left" if heading == "mixer" else "right")
     for layer in found["layers"]:
@@ -114,7 +116,7 @@ def memory_table(found: dict[str, Any]) -> Table:
 
 def state_table(found: dict[str, Any]) -> Table:
     """Rank and size of the states over time, means over heads and layers."""
-    table = Table(title=f"States over time, means over layers, heads and {found['sequences']} sequences")
+    table = Table(title="States over time, means over layers, heads and sequences")
     for heading in ("tokens", "effective rank", "stable rank", "Frobenius norm"):
         table.add_column(heading, justify="right")
     for at, position in enumerate(found["positions"]):
@@ -154,7 +156,7 @@ def notes(found: dict[str, Any]) -> list[str]:
     ]
     if found["softmax_layers"]:
         numbers = ", ".join(map(str, found["softmax_layers"]))
-        lines.append(f"Layers {numbers} are softmax attention: they keep the whole context, and no state to show.")
+        lines.append(f"Not shown, softmax attention: layers {numbers}. They keep the whole context and have no state.")
     if found["text"] != "held out":
         lines.append("The run holds back too little text: this is text that it was trained on. --text gives other.")
     if "needle" in found:
