@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.exported import CARD, run_folder
 from tests.models import STUDENT_MIXERS, TEACHER, student_of
 from tests.tiny_llama import word_tokenizer
 
+ROOT = Path(__file__).resolve().parent.parent
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 48)).astype(np.int32)
 
 
@@ -317,6 +319,12 @@ def test_text_that_is_too_short(tmp_path):
 def test_refused(monkeypatch, args, words):
     with pytest.raises(UserError, match=words):
         call(monkeypatch, *args)
+
+
+def test_a_file_run_by_its_path_is_told_so():
+    """The folder's name is that of a module which everything imports, where jaxlin/ itself is searched for modules."""
+    done = subprocess.run([sys.executable, "jaxlin/chat.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "run python -m jaxlin.NAME, not python jaxlin/NAME.py\n"
 
 
 def test_softmax_alone_is_refused(tmp_path, monkeypatch):
