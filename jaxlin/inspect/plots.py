@@ -62,7 +62,7 @@ def gates(figure: Any, found: dict[str, Any]) -> None:
 
 
 def memory(figure: Any, found: dict[str, Any]) -> None:
-    """Effective memory over the layers: medians of the heads, and quantiles over all."""
+    """Effective memory over the layers: the median, and that of each head."""
     figure.set_size_inches(6.2, 3.6)
     axes = figure.subplots()
     both = any(layer["memory"]["gates"] != layer["memory"]["writes"] for layer in found["layers"])
