@@ -90,6 +90,7 @@ parity_tests() {  # both sides in float32: JAX would take TF32
 study() {
   config=$1 && shift
   mkdir -p "runs/$config" && gpus=$(nvidia-smi -L | wc -l)
+  ln -sf /tmp/carry/*.npy .  # results name files without folders
   if [ -f /tmp/carry/collected.tar.gz ]; then tar -xzf /tmp/carry/collected.tar.gz -C "runs/$config"; fi
   for ((gpu = 0; gpu < gpus; gpu++)); do
     CUDA_VISIBLE_DEVICES=$gpu python3 -m jaxlin.study --config "$config" --shard "$gpu/$gpus" --data /tmp/carry/data \

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
-    {"train", "eval", "study"},
+    {"train", "eval", "study", "inspect"},
     {"trainer", "plan"},
     {"learner"},
     {"evaluation", "generate", "chat", "synthesize", "filters", "export", "model_card"},
@@ -43,14 +43,15 @@ FOREIGN = {
 SCRIPTS = {"bench", "bench_ops", "bench_process", "bench_report", "bench_row", "bench_torch", "compile_check"}
 FILES = [
     *ROOT.glob("*.py"), *(ROOT / "jaxlin").glob("*.py"), *(ROOT / "jaxlin/mixers").glob("*.py"),
-    *(ROOT / "jaxlin/evaluation").glob("*.py"), *(ROOT / "jaxlin/study").glob("*.py"), *(ROOT / "kernels").glob("*.py"),
+    *(ROOT / "jaxlin/evaluation").glob("*.py"), *(ROOT / "jaxlin/study").glob("*.py"),
+    *(ROOT / "jaxlin/inspect").glob("*.py"), *(ROOT / "kernels").glob("*.py"),
 ]  # fmt: skip
 
 
 def part_of(path: Path) -> str:
     """The name that the arrows know a file by."""
     folder = path.parent.name
-    return folder if folder in ("mixers", "evaluation", "study", "kernels") else path.stem
+    return folder if folder in ("mixers", "evaluation", "study", "inspect", "kernels") else path.stem
 
 
 def imports(path: Path):

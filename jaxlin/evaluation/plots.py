@@ -23,14 +23,11 @@ def draw(models: Sequence[Model], folder: Path) -> list[Path]:
 
     Raises UserError without matplotlib, or where there is nothing to draw.
     """
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports] -- of the extra eval
-    except ImportError:
-        raise UserError("--plots: needs matplotlib: pip install matplotlib") from None
+    new_figure()  # refused before anything is looked at
     teachers, students = split(models)
     written = []
     for name, plot in (("figure1", by_size), ("figure2", by_tokens), ("niah", needles)):
-        figure = Figure(layout="constrained")
+        figure = new_figure()
         if plot(figure, teachers, students):
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{name}.png"
@@ -39,6 +36,15 @@ def draw(models: Sequence[Model], folder: Path) -> list[Path]:
     if not written:
         raise UserError("--plots: neither the zero-shot tasks nor the needles were measured on these runs")
     return written
+
+
+def new_figure() -> Any:
+    """An empty figure. Raises UserError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports] -- of the extra eval
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install matplotlib") from None
+    return Figure(layout="constrained")
 
 
 def averages(models: Sequence[Model]) -> tuple[dict[Model, float], int]:

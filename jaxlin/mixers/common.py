@@ -250,6 +250,14 @@ class TokenMixer(nn.Module):
             q, k = (rotate(a, positions, rope_frequencies(c, size, "own")) for a in (q, k))
         return q, k, v, tails
 
+    def record(self, **arrays: Array) -> None:
+        """Leave what the recurrence is given in the collection "intermediates", where a caller asks for that.
+
+        `jaxlin.inspect` reads keys k and gates g, beta, i and f there. Compiled programs without it are the same.
+        """
+        for name, array in arrays.items():
+            self.sow("intermediates", name, array)
+
     def gate_projection(
         self, x, features: tuple[int, ...], name: str, *, rank: int = 0, random: bool = False,
         dtype: str | None = None, **kw,

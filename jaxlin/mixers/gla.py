@@ -41,5 +41,6 @@ class GatedLinearAttention(TokenMixer):
             use_bias=True, bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, low, high),
         )  # fmt: skip
         g = nn.log_sigmoid(gate) / GATE_LOGIT_NORMALIZER
+        self.record(k=k, g=g)
         o, memory = ops.gated_linear_attention(q, k, v, g, initial_state=memory_of(state), segment_ids=segment_ids)
         return self.output(o, x), next_state(state, memory, tails)

@@ -41,6 +41,7 @@ class LinearAttention(TokenMixer):
     def __call__(self, x, *, positions, segment_ids=None, state=None):
         q, k, v, tails = self.qkv(x, positions, segment_ids, state)
         q, k = self._features(q, "q_feature_map"), self._features(k, "k_feature_map")
+        self.record(k=k)
         # Hedgehog's features are probabilities whose products need no scale; it would cancel in the quotient anyway.
         scale = 1.0 if self.options.normalize else None
         o, memory = ops.gated_linear_attention(

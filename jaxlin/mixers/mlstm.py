@@ -45,6 +45,7 @@ class MLSTM(TokenMixer):
         heads, (low, high) = q.shape[2], self.options.decay_range
         i = self._gate_input(x, heads, "igate_proj", lambda key, shape, dtype: jnp.full(shape, self.options.input_bias))
         f = self._gate_input(x, heads, "fgate_proj", lambda key, shape, dtype: jnp.linspace(low, high, heads))
+        self.record(k=k, i=i, f=f)
         h, memory = ops.mlstm(q, k, v, i, f, initial_state=memory_of(state), segment_ids=segment_ids)
         return self.output(h, x), next_state(state, memory, tails)
 

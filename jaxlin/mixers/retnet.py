@@ -25,9 +25,9 @@ class RetNet(TokenMixer):
     @nn.compact
     def __call__(self, x, *, positions, segment_ids=None, state=None):
         q, k, v, tails = self.qkv(x, positions, segment_ids, state)
-        o, memory = ops.gated_linear_attention(
-            q, k, v, retention_decay(q.shape[2]), initial_state=memory_of(state), segment_ids=segment_ids
-        )
+        g = retention_decay(q.shape[2])
+        self.record(k=k, g=g)
+        o, memory = ops.gated_linear_attention(q, k, v, g, initial_state=memory_of(state), segment_ids=segment_ids)
         return self.output(o, x), next_state(state, memory, tails)
 
 
