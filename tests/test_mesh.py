@@ -214,6 +214,15 @@ def test_two_processes(mesh, whole, compiled, tmp_path):
 
 
 @pytest.mark.slow
+def test_several_students_in_two_processes(compiled, tmp_path):
+    """Each as if it were trained alone, on one device."""
+    first, second = train_apart(tmp_path / "both", compiled, "--mixer", "retnet,gla", *flags((1, 2, 1)), devices=2)
+    assert "after stage 3" in first and second == ""
+    for mixer in ("retnet", "gla"):
+        assert_same_numbers(tmp_path / "both" / mixer, train(tmp_path / mixer, "--mixer", mixer, devices=1))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [2, 4])
 def test_accumulation_on_a_mesh(pieces, tmp_path, alone):
     accumulation = [part for n in (1, 2, 3) for part in (f"--stage{n}.accumulation", str(pieces))]
