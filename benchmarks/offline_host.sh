@@ -12,8 +12,9 @@
 #         parity_tests [pytest's arguments]              the demo teacher beside transformers on the same GPU,
 #         study CONFIG [flags]                           a job a GPU of `python -m jaxlin.study`, side by side, in runs/CONFIG,
 #                                                        on the tokens and the data that were carried; results of earlier
-#                                                        hosts (collected.tar.gz, packed as a FILE) are not made again;
-#                                                        in the end what is to be brought home: $OUT/collected.tar.gz.
+#                                                        hosts (collected.tar.gz, packed as a FILE) are not made again. What
+#                                                        there is to be brought home lies in /tmp/carry/home, made anew every 20
+#                                                        seconds. Longer than a call may last: run it by setsid.
 WHEELS="tyro==1.0.17 gguf==0.19.0 grain==0.2.18 array-record cloudpickle docstring-parser typeguard tensorboardX
   importlib_resources etils portpicker flash-linear-attention==0.6.0 fla-core==0.6.0 mlstm_kernels==2.0.6"
 EVAL_WHEELS="lm-eval==0.4.13 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 xxhash pandas python-dateutil six
@@ -89,15 +90,28 @@ parity_tests() {  # both sides in float32: JAX would take TF32
 
 study() {
   config=$1 && shift
-  mkdir -p "runs/$config" && gpus=$(nvidia-smi -L | wc -l)
-  ln -sf /tmp/carry/*.npy .  # results name files without folders
-  if [ -f /tmp/carry/collected.tar.gz ]; then tar -xzf /tmp/carry/collected.tar.gz -C "runs/$config"; fi
+  folder=runs/$config && gpus=$(nvidia-smi -L | wc -l) && pids=() && failed=0
+  cp -n /tmp/carry/*.npy .  # results name files without folders
+  if [ -f /tmp/carry/collected.tar.gz ] && [ ! -f "$folder/study.json" ]; then
+    mkdir -p "$folder" && tar -xzf /tmp/carry/collected.tar.gz --strip-components=1 -C "$folder"
+  fi
   for ((gpu = 0; gpu < gpus; gpu++)); do
     CUDA_VISIBLE_DEVICES=$gpu python3 -m jaxlin.study --config "$config" --shard "$gpu/$gpus" --data /tmp/carry/data \
-      --heldout heldout.npy --text shard?.npy "$@" > "runs/$config/job$gpu.log" 2>&1 &
+      --heldout heldout.npy --text shard?.npy "$@" > "/tmp/carry/job$gpu.log" 2>&1 &
+    pids+=($!)
   done
-  wait
-  python3 -m jaxlin.study.collect --out "runs/$config" --to "$OUT/collected.tar.gz"
+  while kill -0 "${pids[@]}" 2> /dev/null; do  # what there is, should there be no time for the rest
+    sleep 20
+    home
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+  home
+  return $failed
+}
+
+home() {  # what is to be brought home of a study: /tmp/carry/home/
+  mkdir -p /tmp/carry/home && cp /tmp/carry/job*.log /tmp/carry/home/
+  python3 -m jaxlin.study.collect --out "$folder" --to /tmp/carry/home/collected.tar.gz
 }
 
 "$@"

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from jaxlin.study.design import Arm, Contrast, Study, Suite, check, chosen, load
 from jaxlin.study.locks import Owner, take
 from jaxlin.study.report import write_report
 from jaxlin.study.results import write_design
-from jaxlin.study.runner import Runner, read_shard
+from jaxlin.study.runner import Call, Runner, _stop, read_shard
 from jaxlin.study.tables import UNDECIDED
 from tests import tiny_study
 from tests.test_train import ROOT
@@ -156,6 +157,43 @@ def test_commands(tmp_path):
     assert second.endswith("--student-only") and along.endswith("--suite quick --tasks held_out --milestones")
     alone = runner.groups(study.trials(), together=1)
     assert [trial.name for (trial,) in alone[1::2]] == [f"{GROUP}/linear_attention"]
+
+
+def sleepers(folder, trials):
+    """A command for each trial that says when it began and ended, in a file and in its order of ending."""
+    code = (
+        "import sys, time; began = time.time(); time.sleep(0.5); print(began, time.time(), file=open(sys.argv[1], 'a'))"
+    )
+    return [Call([sys.executable, "-c", code, str(folder / "times")], [trial], "sleep") for trial in trials]
+
+
+@pytest.mark.parametrize("at_once", (1, 2))
+def test_side_by_side(at_once, tmp_path):
+    """As many commands as allowed, each with a share of the device's memory; locks name them while they run."""
+    runner = Runner(tiny_study.study(tmp_path), tmp_path / "out", say=lambda line: None, at_once=at_once)
+    trials = runner.study.trials()[:2]
+    locks = {trial: take(tmp_path / f"{trial.cell.mixer}.lock") for trial in trials}
+    ended = runner._call(sleepers(tmp_path, trials), locks)
+    assert [code for _, code, _ in ended] == [0, 0]
+    lines = (tmp_path / "times").read_text().splitlines()
+    (_, end), (begin, _) = sorted([float(time) for time in line.split()] for line in lines)
+    assert (begin < end) == (at_once == 2)
+
+
+def test_what_is_stopped_has_ended(tmp_path, monkeypatch):
+    """Commands that take their time to end are waited for, or killed; a second signal leaves none behind."""
+    monkeypatch.setattr("jaxlin.study.runner.PATIENCE", 0.5)
+    slow = "import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
+    processes = [subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE) for _ in range(2)]
+    for process in processes:
+        process.stdout.readline()
+    handler = signal.getsignal(signal.SIGTERM)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    _stop(processes)
+    assert all(process.returncode == -signal.SIGKILL for process in processes)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    for process in processes:
+        process.stdout.close()
 
 
 # ---- the runs

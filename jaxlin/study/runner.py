@@ -29,6 +29,8 @@ from jaxlin.study.results import held_out_lines, kept_results
 
 ROOT = CONFIG_DIR.parent  # where train.py and eval.py are
 POLL = 0.1  # seconds between looks at the commands that run
+PATIENCE = 120.0  # seconds that a command may take to end when it is told to
+MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # of a GPU, by its names in JAX, the newer first
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class Runner:
         what = f"eval.py --suite {measurement.suite.name}{' --milestones' * measurement.milestones}"
         for call, code, last in self._call(calls, locks):
             if code != 0:
+                self._planned.discard(measurement)  # the teacher may not have been measured
                 where = f"{call.trials[0].name}: {what}"
                 self._fail(f"{where} ended with exit code {code}: {last} (log: {call.log(self.out)})")
 
@@ -159,36 +162,34 @@ class Runner:
             while waiting or running:
                 while waiting and len(running) < self.at_once:
                     call = waiting.pop(0)
-                    running.append((call, self._start(call, locks, beside)))
+                    running.append((call, self._start(call, beside)))
+                    for trial in call.trials:
+                        locks[trial].share(running[-1][1].pid)
                 for call, process in [pair for pair in running if pair[1].poll() is not None]:
                     running.remove((call, process))
                     lines = call.log(self.out).read_text(errors="replace").strip().splitlines()
                     ended.append((call, process.returncode, lines[-1].strip()))
                 time.sleep(POLL)
         finally:
-            for _, process in running:
-                process.terminate()
-                process.wait()
+            _stop([process for _, process in running])
             signal.signal(signal.SIGTERM, before)
         return ended
 
-    def _start(self, call: Call, locks: dict[Trial, Lock], beside: int) -> subprocess.Popen:
+    def _start(self, call: Call, beside: int) -> subprocess.Popen:
         """A command, one of `beside` that share the device's memory."""
         environment = dict(os.environ)
         if beside > 1:
-            environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / beside:.2f}")
+            name = next((name for name in MEMORY if name in environment), MEMORY[-1])
+            environment[name] = f"{float(environment.get(name, 0.9)) / beside:.3f}"
         log = call.log(self.out)
         log.parent.mkdir(parents=True, exist_ok=True)
         self.say(f"{', '.join(trial.name for trial in call.trials)}: {call.what} (log: {log})")
         with log.open("ab") as file:
             file.write(f"$ {shlex.join(call.command)}\n".encode())
             file.flush()
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 call.command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
             )
-        for trial in call.trials:
-            locks[trial].share(process.pid)
-        return process
 
     def _in_step(self, trials: Sequence[Trial]) -> list[list[Trial]]:
         """The trials in groups that can go on together: all new, or with a checkpoint of one step in common."""
@@ -276,6 +277,23 @@ class Runner:
         command += ["--data", self.study.data] if self.study.data and suite != ON_MILESTONES.suite else []
         flags = {"--chat": suite.chat, "--milestones": measurement.milestones, "--student-only": alone}
         return command + [flag for flag, given in flags.items() if given]
+
+
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    """End commands, and wait until they have: nobody may take their runs before. Being told twice changes nothing."""
+    if not processes:
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _interrupt(*_: Any) -> None:
