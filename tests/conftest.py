@@ -1,14 +1,17 @@
 """Shared test set-up, chosen before JAX starts: eight fake CPU devices, and quick compilation of slower programs."""
 
+import gc
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+from tests.quick_xla import QUICK
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+gc.set_threshold(100_000, 20, 100)  # tracing makes many objects and little garbage
 
 MAPS = Path("/proc/self/maps")
 

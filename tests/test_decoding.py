@@ -18,6 +18,7 @@ from jaxlin.model import init_params, init_state
 from jaxlin.sampling import GREEDY, row_keys
 from tests import hopper
 from tests.models import STUDENT_MIXERS, TEACHER, student_of
+from tests.quick_xla import USUAL
 
 BATCH, ROOM, LAYERS = 3, 512, 4
 
@@ -57,7 +58,7 @@ def test_a_cache(monkeypatch):
     cache = max(shapes, key=math.prod)
     stack, *layer = (",".join(map(str, shape)) for shape in (cache, cache[1:], (1, *cache[1:])))
     made, fused = [], False
-    for line in program.lower().compile().as_text().splitlines():
+    for line in program.lower().compile(USUAL).as_text().splitlines():
         if line.endswith("{"):  # a computation: what is inside a fusion is not written down
             fused = "fused" in line.split()[0] or "scatter" in line.split()[0]
         found = re.match(r"\s*(?:ROOT )?%?(\S+) = (\w+)\[([\d,]+)\]\S* ([\w-]+)\(", line)

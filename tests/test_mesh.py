@@ -23,6 +23,7 @@ from jaxlin.config import UserError
 from jaxlin.evaluation.report import report_run
 from jaxlin.trainer import Trainer
 from tests.models import STUDENT_MIXERS
+from tests.quick_xla import QUICK
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ("--config", str(ROOT / "tests" / "eight_heads.py"), "--keep", "99")
@@ -66,7 +67,7 @@ def train_apart(folder, compiled, *args, devices=8):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    share = f"--xla_force_host_platform_device_count={devices // 2} --xla_backend_optimization_level=0"
+    share = f"--xla_force_host_platform_device_count={devices // 2} {QUICK}"
     environment = {**os.environ, **compiled, "XLA_FLAGS": share, "PYTHONPATH": str(ROOT),
                    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}  # fmt: skip
     started = [

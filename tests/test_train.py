@@ -21,6 +21,7 @@ from jaxlin.checkpoint import Checkpoints, load_params
 from jaxlin.command_line import parse_run
 from jaxlin.trainer import Trainer
 from tests.models import STUDENT_MIXERS
+from tests.quick_xla import QUICK
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = re.compile("^tokens_per_second$|^seconds_|_flops_per_token$")
@@ -34,7 +35,7 @@ def command(folder, *args):
 def environment(tmp_path_factory):
     """One device, and compiled programs kept between the processes of this module."""
     cache = tmp_path_factory.mktemp("compiled")
-    return {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache),
+    return {**os.environ, "XLA_FLAGS": QUICK, "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
 
 

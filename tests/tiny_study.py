@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jaxlin.evaluation import bear
 from jaxlin.study.design import Arm, Contrast, Study, Suite
+from tests.quick_xla import QUICK
 
 SETTINGS = (
     "--config", "tiny", "--data.seq-len", "32", "--data.eval-tokens", "128", "--stage1.batch-size", "4",
@@ -58,7 +59,7 @@ def write_bear(folder: Path) -> Path:
 def environment(cache: Path) -> dict[str, str]:
     """For processes: one device, quick compilation, and what is compiled kept between them."""
     return {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICK,
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
