@@ -7,6 +7,7 @@ machine's runs come home, as one file where --to ends in .tar.gz, and several ma
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import math
@@ -68,12 +69,17 @@ def _measurements(run: TrialResults, suites: Sequence[str]) -> Iterator[Path]:
 
 
 def thinned(lines: Sequence[str]) -> list[str]:
-    """A log's whole lines without most of those of training steps."""
-    whole = [line for line in lines if line.endswith("\n")]
-    steps = [at for at, line in enumerate(whole) if "loss" in json.loads(line)]
-    every = max(1, math.ceil(len(steps) / LINES))
-    dropped = {at for nth, at in enumerate(steps) if nth % every}
-    return [line for at, line in enumerate(whole) if at not in dropped]
+    """A log's whole lines without most of those of training steps.
+
+    The step before a measurement stays: it says of how many tokens the measurement is.
+    """
+    whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    steps = [at for at, (_, values) in enumerate(whole) if "loss" in values]
+    kept = set(steps[:: max(1, math.ceil(len(steps) / LINES))])
+    for at, (_, values) in enumerate(whole):
+        if "heldout_kl" in values:
+            kept.update(steps[: bisect.bisect(steps, at)][-1:])
+    return [line for at, (line, values) in enumerate(whole) if "loss" not in values or at in kept]
 
 
 def _whole_numbers(value: Any) -> Any:
