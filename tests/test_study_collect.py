@@ -91,6 +91,8 @@ def test_collected(out, to):
     home = out.parent / "home"
     if to.endswith("gz"):
         with tarfile.open(out.parent / to) as archive:
+            assert all(m.name.startswith("home/") and m.mode == 0o644 for m in archive.getmembers())
+            assert {(m.uid, m.gid, m.uname, m.gname) for m in archive.getmembers()} == {(0, 0, "", "")}
             archive.extractall(out.parent, filter="data")
     here, there = (write_report(folder)[0].read_text() for folder in (out, home))
     assert here == there and "KL to the teacher against tokens" in there
