@@ -306,6 +306,12 @@ def test_read(folders):
     assert {field.name for field in dataclasses.fields(model)} >= {"results", "tokens"}
 
 
+def test_figures_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="--plots needs matplotlib: pip install matplotlib"):
+        plots.draw(models(), tmp_path)
+
+
 def test_figures(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     needles = {
