@@ -8,7 +8,7 @@ most 3.6 %. Of paired differences that all have one sign it then decides as the 
 
 Means of several tasks are resampled task by task, with one such example in all: 0 of 1,200 is at most 0.3 %, in one
 task or in twelve (no other shares of hits make none likelier at the same mean: Hoeffding 1956). Of other scores these
-are approximations; of tasks with 20 examples each an end misses the truth in up to 3 % of cases instead of 2.5 %.
+are approximations; of tasks with 20 examples each an end misses the truth in about 3 % of cases instead of 2.5 %.
 Numbers without bounds have no such example; their weights are the more uneven, the fewer they are.
 """
 
@@ -24,7 +24,7 @@ from scipy.special import ndtri, stdtrit
 
 Key = TypeVar("Key", bound=Hashable)
 
-DRAWS = 2000
+DRAWS = 10_000
 CHUNK = 1 << 20  # weights drawn at one time
 SHARES = (0.0, 1.0)
 ROUNDING = 1e-12  # relative: of weighted means of equal numbers
