@@ -21,6 +21,7 @@ from jaxlin import convert, processes
 from jaxlin.checkpoint import Checkpoints, load_params
 from jaxlin.command_line import from_dict, to_json
 from jaxlin.config import ModelConfig, RunConfig, StageConfig, UserError
+from jaxlin.drafts import draft
 from jaxlin.model import init_params
 from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params, student_config
@@ -214,14 +215,13 @@ def new_run(run: RunConfig, teacher: ModelConfig) -> Run:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Of several processes the first writes."""
+    """Write a file whole or not at all, whoever else writes it. Of a run's several processes the first writes."""
     if not processes.is_first():
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(text)
-        os.replace(part, path)
+        with draft(path) as part:
+            part.write_text(text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 

@@ -16,7 +16,7 @@ from jaxlin.command_line import load_config_file, preset
 from jaxlin.config import UserError
 from jaxlin.evaluation import compare as command
 from jaxlin.evaluation import comparison, paper, plots
-from jaxlin.evaluation.bootstrap import Series, ranks, resample
+from jaxlin.evaluation.bootstrap import Draws, Series, ranks, resample
 from jaxlin.evaluation.columns import COLUMNS
 from jaxlin.evaluation.comparison import Model, compare
 from jaxlin.evaluation.task import Kept, Result
@@ -73,10 +73,15 @@ def test_no_reference():
 # ---- intervals and ranks
 
 
+def drawn_from(series, **options):
+    """Every series as a column of its own."""
+    return {key: Draws.of_column([(1.0, mean)]) for key, mean in resample(series, **options).items()}
+
+
 def test_interval_covers():
     """The interval of a share is that of the normal approximation."""
     values = [1.0] * 300 + [0.0] * 700
-    low, high = resample({"a": Series(values, "x")}, draws=4000)["a"].interval()
+    low, high = drawn_from({"a": Series(values, "x")}, draws=4000)["a"].interval()
     half = 1.96 * np.sqrt(0.3 * 0.7 / 1000)
     assert (low, high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.002)
 
@@ -89,21 +94,21 @@ def test_pairing():
         name: Series(values - less, prompts)
         for name, less, prompts in (("a", 0, "x"), ("b", 0.02, "x"), ("c", 0.02, "y"))
     }
-    drawn = resample(series)
+    drawn = drawn_from(series)
     low, high = (drawn["a"] - drawn["b"]).interval()
     assert 0.01 < low < 0.02 < high < 0.03
     low, high = (drawn["a"] - drawn["c"]).interval()
     assert low < -0.01 and high > 0.05
     assert ranks([drawn["a"], drawn["b"]]) == [(1, 1), (2, 2)]
     assert ranks([drawn["a"], drawn["c"]]) == [(1, 2), (1, 2)]
-    np.testing.assert_allclose(resample({"b": series["b"]})["b"].low, drawn["b"].low)  # whatever else is drawn
-    assert not np.allclose(resample(series, seed=1)["a"].low, drawn["a"].low)
+    np.testing.assert_allclose(drawn_from({"b": series["b"]})["b"].low, drawn["b"].low)  # whatever else is drawn
+    assert not np.allclose(drawn_from(series, seed=1)["a"].low, drawn["a"].low)
 
 
 @pytest.mark.parametrize("hits, n", [(0, 100), (100, 100), (0, 24), (3, 100), (50, 100), (24, 25)])
 def test_hits_and_misses(hits, n):
     """Clopper and Pearson's interval, none and all included."""
-    found = resample({"a": Series([1.0] * hits + [0.0] * (n - hits), "x")}, draws=20000)["a"].interval()
+    found = drawn_from({"a": Series([1.0] * hits + [0.0] * (n - hits), "x")}, draws=20000)["a"].interval()
     exact = binomtest(hits, n).proportion_ci(0.95, method="exact")
     assert found == pytest.approx((exact.low, exact.high), abs=0.004)
 
@@ -111,15 +116,15 @@ def test_hits_and_misses(hits, n):
 def test_differences_of_few():
     """Two zeros are as far apart as their number allows; of prompts that only one got right six decide, five do not."""
     zeros = [0.0] * 100
-    drawn = {n: resample({"a": Series([1.0] * n + zeros[n:], "x"), "b": Series(zeros, "x")}) for n in (0, 5, 6)}
+    drawn = {n: drawn_from({"a": Series([1.0] * n + zeros[n:], "x"), "b": Series(zeros, "x")}) for n in (0, 5, 6)}
     found = {n: (of_n["a"] - of_n["b"]).interval() for n, of_n in drawn.items()}
-    assert found[0] == pytest.approx((-0.036, 0.036), abs=0.003)
+    assert found[0] == pytest.approx((-0.0362, 0.0362), abs=0.001)
     assert found[5][0] < 0 < found[6][0]
 
 
 def test_scores_without_bounds():
     """Nothing is added to them; where all are alike there is no interval."""
-    drawn = resample({"a": Series([1.0, 5.0] * 50, "x", None), "b": Series([2.0] * 100, "x", None)})
+    drawn = drawn_from({"a": Series([1.0, 5.0] * 50, "x", None), "b": Series([2.0] * 100, "x", None)})
     low, high = drawn["a"].interval()
     assert drawn["a"].low is drawn["a"].high and (low, high) == pytest.approx((3 - 0.392, 3 + 0.392), abs=0.05)
     assert drawn["b"].interval() is None
@@ -127,8 +132,29 @@ def test_scores_without_bounds():
 
 def test_long_series_are_drawn_in_parts(monkeypatch):
     monkeypatch.setattr("jaxlin.evaluation.bootstrap.CHUNK", 1000)
-    found = resample({"a": Series([0.0, 1.0] * 50, "x")}, draws=105)["a"]
+    found = drawn_from({"a": Series([0.0, 1.0] * 50, "x")}, draws=105)["a"]
     assert found.low.shape == (105,) == found.high.shape and len(set(found.low)) > 10
+
+
+def equal_tasks(*hits, n):
+    """A mean of tasks of n prompts each, with so many hits."""
+    series = {task: Series([1.0] * k + [0.0] * (n - k), task) for task, k in enumerate(hits)}
+    return Draws.of_column([(1 / len(hits), mean) for mean in resample(series, draws=20000).values()])
+
+
+def test_tasks_together():
+    """A mean of twelve tasks is as sure of none, and decides by as few prompts, as one task with all their prompts."""
+    none = equal_tasks(*[0] * 12, n=100)
+    assert none.interval() == pytest.approx((0, binomtest(0, 1200).proportion_ci(0.95, method="exact").high), abs=1e-4)
+    assert (equal_tasks(2, 2, 1, *[0] * 9, n=100) - none).interval()[0] < 0
+    assert (equal_tasks(2, 2, 1, 1, *[0] * 8, n=100) - none).interval()[0] > 0
+
+
+def test_tasks_of_other_sizes():
+    """Nothing right in two tasks: all that may be missed is in the smaller one."""
+    series = {n: Series([0.0] * n, n) for n in (20, 2000)}
+    drawn = Draws.of_column([(0.5, mean) for mean in resample(series, draws=20000).values()])
+    assert drawn.interval() == pytest.approx((0, (1 - 0.025 ** (1 / 20)) / 2), abs=0.002)
 
 
 # ---- columns and comparison
@@ -278,6 +304,12 @@ def test_read(folders):
     config = json.loads((folders / "b" / "config.json").read_text())
     assert model.tokens == sum(config[f"stage{i}"]["tokens"] for i in (1, 2, 3)) and model.parameters > 1000
     assert {field.name for field in dataclasses.fields(model)} >= {"results", "tokens"}
+
+
+def test_figures_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="--plots needs matplotlib: pip install matplotlib"):
+        plots.draw(models(), tmp_path)
 
 
 def test_figures(tmp_path):

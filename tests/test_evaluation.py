@@ -264,10 +264,15 @@ def test_milestones(run_folder, monkeypatch, tmp_path, capsys):
     found = json.loads((folder / "milestones/2/evaluation.json").read_text())
     assert (found["step"], found["tokens"]) == (2, 128) and found["params_sha256"] == params_sha256(before)
     assert "stage_losses" not in found and found["held_out_sums"] and not (folder / "milestones/4").exists()
-    monkeypatch.setattr(quick, "TASKS", {"held_out": None})
-    shown = capsys.readouterr().out
+    shown, (task, asked) = capsys.readouterr().out, (quick.TASKS["held_out"], [])
+    monkeypatch.setattr(quick, "TASKS", {"held_out": lambda *args: asked.append(args[1]) or task(*args)})
     call(monkeypatch, "--run", folder, "--milestones", "--tasks", "held_out", "--json")
-    assert capsys.readouterr().out.splitlines()[-1] == shown.splitlines()[-1]
+    assert capsys.readouterr().out.splitlines()[-1] == shown.splitlines()[-1] and not asked
+    call(monkeypatch, "--run", folder, "--milestones", "--tasks", "held_out", "--limit", 3)
+    assert asked == [3]
+    (folder / "milestones/2/evaluation.json").write_text('{"suite": "qu')
+    call(monkeypatch, "--run", folder, "--milestones", "--tasks", "held_out", "--limit", 3)
+    assert asked == [3, 3]
 
 
 def test_a_student_alone(run_folder):

@@ -157,9 +157,8 @@ def test_parts_lower_for_cuda(form, monkeypatch):
     g = None if shape is None else jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def loss(x, g):
-        return ops.gated_linear_attention(
-            x, x, x, g, normalize=form == "normalize", implementation="pallas"
-        )[0].astype(jnp.float32).sum()  # fmt: skip
+        o, _ = ops.gated_linear_attention(x, x, x, g, normalize=form == "normalize", implementation="pallas")
+        return o.astype(jnp.float32).sum()
 
     assert kernels_of(jax.grad(loss), x, g) == (6 if form == "channel" else 4)
 
@@ -215,9 +214,8 @@ def test_grid_in_parts(form):
         run("mlstm", replace(case, strength="weak"))
     else:
         gate = "none" if form == "normalize" else form
-        heads = (
-            4 if form == "constant" else 2
-        )  # the sums over time of two are near zero, and nobody's bfloat16 has them
+        # The sums over time of two heads' constant gates are near zero, and nobody's bfloat16 has them.
+        heads = 4 if form == "constant" else 2
         run("gated_linear_attention", replace(case, gate=gate, HV=heads), normalize=form == "normalize")
 
 
@@ -225,9 +223,8 @@ def test_grid_in_parts(form):
 @pytest.mark.parametrize("form", ("scalar", "channel", "normalize", "mlstm"))
 def test_reruns_are_bit_equal(form):
     op = "mlstm" if form == "mlstm" else "gated_linear_attention"
-    case = replace(
-        BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate=form if form in ("scalar", "channel") else "none"
-    )
+    gate = form if form in ("scalar", "channel") else "none"
+    case = replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate=gate)
     hopper.check_reruns(op, case, normalize=form == "normalize")
 
 

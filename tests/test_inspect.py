@@ -269,7 +269,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, text):
         assert len(layer["needle"]["accuracy"]) == 2 and len(layer["states"]["effective_rank"]) == 1
     figures = sorted(path.name for path in folder.glob("*.png"))
     assert figures == [f"inspection_{name}.png" for name in ("gates", "memory", "needle", "states")] or (
-        not figures and "no figures: figures need matplotlib" in shown
+        not figures and "no figures: drawing needs matplotlib" in shown
     )
     call(monkeypatch, *args, "--out", tmp_path / "again")
     assert (tmp_path / "again" / "inspection.json").read_text() == line
@@ -314,6 +314,7 @@ def test_text_that_is_too_short(tmp_path):
         (("--run", "x", "--distances", "-1"), "--distances -1: must be in ascending order, from 0"),
         (("--run", "x", "--examples", "20"), "--examples 20: must be at least 50"),
         (("--run", "x", "--sequences", "0"), "--sequences 0: must be at least 1"),
+        (("--run", "x", "--seed", "-1"), "--seed -1: must be at least 0"),
     ],
 )
 def test_refused(monkeypatch, args, words):

@@ -74,17 +74,7 @@ def test_grid():
     [
         (Study("", ()), "no arm has"),
         (Study("", (Arm(("gla",), preset="best"),)), "preset best"),
-        (
-            Study(
-                "",
-                (
-                    Arm(
-                        ("gla", "gla+gda"),
-                    ),
-                ),
-            ),
-            "mixer gda is none of softmax, linear_attention",
-        ),
+        (Study("", (Arm(("gla", "gla+gda")),)), "mixer gda is none of softmax, linear_attention"),
         (Study("", (Arm(("gla",), options=("--a", "b")),)), "options or a variant"),
         (Study("", (Arm(("gla",), variant="a/b", options=("--a", "b")),)), "'a/b' cannot be part"),
         (Study("", (Arm(("gla",)), Arm(("gla",)))), "recommended-60M-s0/gla is there twice"),

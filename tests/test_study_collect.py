@@ -35,8 +35,11 @@ def out(tmp_path):
     opened = runs.new_run(run, run.teacher_config)
     opened.write("card.json", {"command": "/home/me/train.py --text /data/fineweb", "student_parameters": 5})
     opened.write("evaluation.json", evaluation())
-    lines = [{"step": n, "stage": 3, "loss": 1.0, "tokens": n} for n in range(1, 1001)]
-    lines.insert(1000, {"step": 1000, "stage": 3, **{f"heldout_{name}": value for name, value in FOUND.items()}})
+    lines: list[dict] = []
+    for stage, steps in ((2, range(1, 358)), (3, range(358, 1001))):
+        lines += [{"step": n, "stage": stage, "loss": 1.0, "tokens": n} for n in steps]
+        measured = {f"heldout_{name}": value for name, value in FOUND.items()}
+        lines.append({"step": steps[-1], "stage": stage, **measured})
     write_text(run.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     write_text(run.folder / "evaluation/niah-student-x.predictions.jsonl", "{}\n")
     for step, tokens in ((4, 400), (8, 800), (10, 1000)):
@@ -88,9 +91,15 @@ def test_collected(out, to):
     home = out.parent / "home"
     if to.endswith("gz"):
         with tarfile.open(out.parent / to) as archive:
+            assert all(m.name.startswith("home/") and m.mode == 0o644 for m in archive.getmembers())
+            assert {(m.uid, m.gid, m.uname, m.gname) for m in archive.getmembers()} == {(0, 0, "", "")}
             archive.extractall(out.parent, filter="data")
     here, there = (write_report(folder)[0].read_text() for folder in (out, home))
     assert here == there and "KL to the teacher against tokens" in there
+    learned = [
+        [(line["stage"], line["tokens"]) for line in read_study(folder).trials[0].lines] for folder in (out, home)
+    ]
+    assert learned == [[(2, 357), (3, 1000)]] * 2
     assert not list(home.rglob("checkpoints")) and not list(home.rglob("*.predictions.jsonl"))
     assert json.loads((home / "recommended-1k-s0/retnet/card.json").read_text())["command"] == "train.py --text fineweb"
     runner = Runner(STUDY, home)
@@ -107,11 +116,12 @@ def test_collected_from_several(out, tmp_path):
 
 
 def test_a_log_is_thinned():
-    """Lines of other things than steps stay, as does the first step; one that a kill cut goes."""
+    """Lines of other things than steps stay, as do the first step and that before a measurement; one that a kill cut
+    goes."""
     lines = [json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(950)]
-    found = thinned([*lines, '{"step": 950, "heldout_kl": 1.0}\n', '{"st'])
-    assert len(found) == 950 // 10 + 1 <= LINES + 1
-    assert found[0] == lines[0] and found[-1].startswith('{"step": 950, "held')
+    found = thinned([*lines, '{"step": 949, "heldout_kl": 1.0}\n', '{"st'])
+    assert len(found) == 950 // 10 + 2 <= LINES + 2
+    assert found[0] == lines[0] and found[-2] == lines[-1] and found[-1].startswith('{"step": 949, "held')
     assert thinned(lines[:100]) == lines[:100]
 
 

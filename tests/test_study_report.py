@@ -176,6 +176,12 @@ def test_nothing_and_everything():
     assert said(0.01, 0.0003, 0.0545, 100) == "1.00 [0.03, 5.45]"
 
 
+def test_a_recovery_is_no_count(estimates, monkeypatch):
+    """A student that scores as its teacher does got no more right than that."""
+    monkeypatch.setattr(Estimates, "recovery", lambda *_: Estimate(1.0, (0.93, 1.05), (0,), 100, ()))
+    assert {row["recovery"] for row in rows_of(estimates, "BEAR")} == {"", "100.00 [93.00, 105.00]"}
+
+
 def test_against_tokens(estimates):
     """Milestones and the end, each with its interval over text and seeds, and its files."""
     found = estimates.along(cell(GOOD), "kl")

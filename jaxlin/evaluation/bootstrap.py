@@ -1,11 +1,15 @@
 """Intervals of means over examples, by bootstrap: paired where models answered the same prompts.
 
-A resample weighs the examples by independent exponential numbers, normalised (Rubin 1981). Scores have bounds, and
-examples that were not drawn might lie there: the lower end of an interval is that of means with one more example at
-the lower bound, the upper end of means with one at the upper bound (Gaffke 2005; Learned-Miller and Thomas 2019, arXiv
-1905.06208). Of hits and misses this is Clopper and Pearson's interval: 0 of 100 is at most 3.6 %. Of paired
-differences that all have one sign it decides as the sign test does: five of them do not, six do. Numbers without
-bounds have no such example; their weights are the more uneven, the fewer they are.
+A resample weighs the examples by independent exponential numbers, normalised (Rubin 1981). Scores have bounds, and an
+example that was not drawn might lie there: the lower end of an interval is that of means with one more example at the
+lower bound, the upper end of means with one at the upper bound (Gaffke 2005; Learned-Miller and Thomas 2019, arXiv
+1905.06208). Up to the noise of resampling, of hits and misses this is Clopper and Pearson's interval: 0 of 100 is at
+most 3.6 %. Of paired differences that all have one sign it then decides as the sign test does: five do not, six do.
+
+Means of several tasks are resampled task by task, with one such example in all: 0 of 1,200 is at most 0.3 %, in one
+task or in twelve (no other shares of hits make none likelier at the same mean: Hoeffding 1956). Of other scores these
+are approximations; of tasks with 20 examples each an end misses the truth in about 3 % of cases instead of 2.5 %.
+Numbers without bounds have no such example; their weights are the more uneven, the fewer they are.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from scipy.special import ndtri, stdtrit
 
 Key = TypeVar("Key", bound=Hashable)
 
-DRAWS = 2000
+DRAWS = 10_000
 CHUNK = 1 << 20  # weights drawn at one time
 SHARES = (0.0, 1.0)
 ROUNDING = 1e-12  # relative: of weighted means of equal numbers
@@ -37,6 +41,20 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """The mean of a series over resamples; arrays are [draws]."""
+
+    values: np.ndarray
+    """Of the examples that are there."""
+    total: np.ndarray
+    """Of their weights, each of which is 1 on average."""
+    unseen: np.ndarray
+    """Weight of an example that is not there."""
+    examples: int
+    bounds: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
 class Draws:
     """A number over resamples, each [draws]: with what was not drawn at its worst, and at its best."""
 
@@ -47,6 +65,23 @@ class Draws:
     def of(cls, values: np.ndarray) -> Draws:
         """Of a number without bounds."""
         return cls(values, values)
+
+    @classmethod
+    def of_column(cls, parts: Sequence[tuple[float, Mean]]) -> Draws:
+        """The sum of means, each times its weight; the weights add up to 1.
+
+        One more example is at either bound: one of all together, in the part where a single one weighs most.
+        """
+        weights, means = zip(*parts, strict=True)
+        values = np.dot(weights, [mean.values for mean in means])
+        bounds = [mean.bounds for mean in means if mean.bounds]
+        if len(bounds) < len(means):
+            return cls.of(values)
+        most = max(weight / mean.examples for weight, mean in parts)
+        total = sum(mean.total for mean in means) / sum(mean.examples for mean in means)
+        unseen = means[0].unseen * most / total
+        low, high = ((values + unseen * np.dot(weights, ends)) / (1 + unseen) for ends in zip(*bounds, strict=True))
+        return cls(low, high)
 
     @classmethod
     def weighted(cls, parts: Iterable[tuple[float, Draws]]) -> Draws:
@@ -72,7 +107,7 @@ class Draws:
         return float(np.percentile(self.low, tail)), float(np.percentile(self.high, 100 - tail))
 
 
-def resample(series: Mapping[Key, Series], *, draws: int = DRAWS, seed: int = 0) -> dict[Key, Draws]:
+def resample(series: Mapping[Key, Series], *, draws: int = DRAWS, seed: int = 0) -> dict[Key, Mean]:
     """The mean of each series over `draws` resamples of its examples.
 
     Resamples depend on the pairing and the seed only, not on what else is drawn.
@@ -80,21 +115,22 @@ def resample(series: Mapping[Key, Series], *, draws: int = DRAWS, seed: int = 0)
     paired: dict[tuple[Hashable, bool], list[Key]] = {}
     for key, one in series.items():
         paired.setdefault((one.pairing, one.bounds is None), []).append(key)
-    means: dict[Key, Draws] = {}
+    means: dict[Key, Mean] = {}
     for (pairing, unbounded), keys in paired.items():
         values = np.array([series[key].values for key in keys], np.float64)
         digest = hashlib.sha256(repr(pairing).encode()).digest()
         rng = np.random.default_rng([seed, int.from_bytes(digest[:8])])
         # One weight decides the ends for few hits: its quantiles, in a random order, have no ragged tails.
-        extra = rng.permutation(-np.log1p(-(np.arange(draws) + 0.5) / draws))
+        unseen = rng.permutation(-np.log1p(-(np.arange(draws) + 0.5) / draws))
         shape = _shape(values.shape[1]) if unbounded else 1.0
         sums, totals = [], []
         for start in range(0, draws, step := max(1, CHUNK // values.shape[1])):
             weights = rng.standard_gamma(shape, (min(step, draws - start), values.shape[1]))
             sums.append(values @ weights.T)
             totals.append(weights.sum(1))
-        total, drawn = np.concatenate(totals), zip(keys, np.concatenate(sums, axis=1), strict=True)
-        means |= {key: _with_one_more(of_key, total, extra, series[key].bounds) for key, of_key in drawn}
+        total, of_keys = np.concatenate(totals), np.concatenate(sums, axis=1)
+        for key, of_key in zip(keys, of_keys, strict=True):
+            means[key] = Mean(of_key / total, total, unseen, values.shape[1], series[key].bounds)
     return means
 
 
@@ -104,16 +140,6 @@ def _shape(n: int) -> float:
     The mean's variance is s^2 / (n shape + 1), s^2 that of the numbers as they are; Student's s^2 / (n - 1).
     """
     return max((n - 1) * (float(ndtri(0.975)) / float(stdtrit(max(n - 1, 1), 0.975))) ** 2 - 1, 0.1) / n
-
-
-def _with_one_more(
-    sums: np.ndarray, total: np.ndarray, weight: np.ndarray, bounds: tuple[float, float] | None
-) -> Draws:
-    """Means of weighted sums, [draws], with an example of `weight` at either bound."""
-    if bounds is None:
-        return Draws.of(sums / total)
-    low, high = ((sums + weight * bound) / (total + weight) for bound in bounds)
-    return Draws(low, high)
 
 
 def ranks(draws: Sequence[Draws], confidence: float = 0.95) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxlin.evaluation import benchmarks, longbench, ruler
-from jaxlin.evaluation.bootstrap import Draws, Series
+from jaxlin.evaluation.bootstrap import Draws, Mean, Series
 from jaxlin.evaluation.task import Result
 
 FEWEST = 20  # examples for an interval: of fewer, what is measured decides nothing
@@ -31,11 +31,11 @@ class Column:
             total += weight * found
         return total
 
-    def draws(self, means: Mapping[tuple[str, str], Draws]) -> Draws | None:
-        """The score over resamples, from those of its parts; None where one has no scores of examples."""
+    def draws(self, means: Mapping[tuple[str, str], Mean]) -> Draws | None:
+        """The score over resamples, from those of the means of its parts; None where one has no scores of examples."""
         if any((task, metric) not in means for task, metric, _ in self.parts):
             return None
-        return Draws.weighted((weight, means[task, metric]) for task, metric, weight in self.parts)
+        return Draws.of_column([(weight, means[task, metric]) for task, metric, weight in self.parts])
 
 
 def _mean(name: str, parts: list[tuple[str, str, float]]) -> Column:

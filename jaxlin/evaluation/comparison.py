@@ -12,7 +12,7 @@ import jax
 from jaxlin import runs
 from jaxlin.config import UserError
 from jaxlin.evaluation import paper
-from jaxlin.evaluation.bootstrap import DRAWS, Draws, ranks, resample
+from jaxlin.evaluation.bootstrap import DRAWS, Draws, Mean, ranks, resample
 from jaxlin.evaluation.columns import COLUMNS, Column, Results, series
 from jaxlin.evaluation.task import Kept, Result
 from jaxlin.student import abstract_params
@@ -109,10 +109,10 @@ def compare(models: Sequence[Model], *, draws: int = DRAWS, confidence: float = 
 Drawn = Mapping[Model, Draws | None]
 
 
-def _resampled(models: Sequence[Model], draws: int, seed: int) -> dict[Model, dict[tuple[str, str], Draws]]:
+def _resampled(models: Sequence[Model], draws: int, seed: int) -> dict[Model, dict[tuple[str, str], Mean]]:
     """For each model and (task, metric), the mean over resamples; of the same prompts, the same resamples."""
     every = {(model, *key): one for model in models for key, one in series(model.results).items()}
-    found: dict[Model, dict[tuple[str, str], Draws]] = {model: {} for model in models}
+    found: dict[Model, dict[tuple[str, str], Mean]] = {model: {} for model in models}
     for (model, task, metric), values in resample(every, draws=draws, seed=seed).items():
         found[model][task, metric] = values
     return found

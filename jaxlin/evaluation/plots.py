@@ -23,7 +23,7 @@ def draw(models: Sequence[Model], folder: Path) -> list[Path]:
 
     Raises UserError without matplotlib, or where there is nothing to draw.
     """
-    new_figure()  # refused before anything is looked at
+    new_figure("--plots")  # refused before anything is looked at
     teachers, students = split(models)
     written = []
     for name, plot in (("figure1", by_size), ("figure2", by_tokens), ("niah", needles)):
@@ -38,12 +38,12 @@ def draw(models: Sequence[Model], folder: Path) -> list[Path]:
     return written
 
 
-def new_figure() -> Any:
-    """An empty figure. Raises UserError without matplotlib."""
+def new_figure(what: str = "drawing") -> Any:
+    """An empty figure, which `what` (a flag) asks for. Raises UserError without matplotlib."""
     try:
         from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports] -- of the extra eval
     except ImportError:
-        raise UserError("figures need matplotlib: pip install matplotlib") from None
+        raise UserError(f"{what} needs matplotlib: pip install matplotlib") from None
     return Figure(layout="constrained")
 
 

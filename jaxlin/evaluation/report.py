@@ -51,17 +51,17 @@ def choose_tasks(name: str, tasks: Sequence[str]) -> list[str]:
 def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None = None) -> dict[str, Any]:
     """Measure `subject` with the quick suite; what is found of a run is kept in its evaluation.json as well.
 
-    Returns what was measured (suite, teacher, and for a run preset and mixer), params_sha256, for a run stage_losses
-    ({stage: {start, end}}), kl ({initialisation, now}) and held_out_sums (of each batch, for intervals), for a
-    milestone, which is not measured twice, step and tokens instead of the losses, and results
+    Returns what was measured (suite, teacher, and for a run preset and mixer), params_sha256, limit, for a run
+    stage_losses ({stage: {start, end}}), kl ({initialisation, now}) and held_out_sums (of each batch, for intervals),
+    for a milestone, which is not measured twice, step and tokens instead of the losses, and results
     ({task: {model: {metric: value}}}).
     Values that are not finite numbers are None.
     """
     chosen = choose_tasks("quick", tasks)
     samples = quick.SAMPLES if limit is None else limit
     run = subject.run
-    found = _what(subject, "quick")
-    if (kept := _kept(subject, found["params_sha256"], chosen)) is not None:
+    found = _what(subject, "quick") | {"limit": samples}
+    if (kept := _kept(subject, found, chosen)) is not None:
         return kept
     results = {task: quick.TASKS[task](subject, samples) for task in chosen}
     if run is not None:
@@ -82,15 +82,22 @@ def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None =
     return found
 
 
-def _kept(subject: Subject, params: str, tasks: Sequence[str]) -> dict[str, Any] | None:
-    """What was measured of a milestone, which nobody trains further; None where a task of it is missing."""
+def _kept(subject: Subject, what: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any] | None:
+    """What was measured of a milestone, which nobody trains further.
+
+    None where a task of it is missing, where it is of other parameters or another limit, and where it is damaged.
+    """
     if subject.step is None:
         return None
     path = subject.folder / "evaluation.json"
 
     def find() -> dict[str, Any] | None:
-        found = json.loads(path.read_text()) if path.exists() else {}
-        return found if found.get("params_sha256") == params and set(tasks) <= set(found["results"]) else None
+        try:
+            found = json.loads(path.read_text())
+            is_same = all(found[name] == what[name] for name in ("params_sha256", "limit"))
+            return found if is_same and set(tasks) <= set(found["results"]) else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
 
     return processes.from_first(find)
 

@@ -91,6 +91,7 @@ def check(settings: Settings) -> None:
         ("--sequences", settings.sequences, 1),
         ("--length", settings.length, 2),
         ("--examples", settings.examples or FEWEST, FEWEST),
+        ("--seed", settings.seed, 0),
     ):
         if value < least:
             raise UserError(f"{flag} {value}: must be at least {least}")

@@ -44,7 +44,8 @@ def needles(tokenizer: Any) -> np.ndarray:
 def examples(stream: np.ndarray, tokenizer: Any, distances: Sequence[int], count: int, seed: int) -> Examples:
     """`count` examples, of places in `stream` chosen at random; each fold's lie in a stretch of its own.
 
-    Digits are as often as each other, in every fold. Raises UserError where the text is too short.
+    Of a multiple of 50, each fold has every digit as often as any other; else the counts differ by at most one. Raises
+    UserError where the text is too short.
     """
     inserted = needles(tokenizer)
     after, window = max(distances), BEFORE + max(distances)

@@ -7,12 +7,12 @@ machine's runs come home, as one file where --to ends in .tar.gz, and several ma
 
 from __future__ import annotations
 
-import contextlib
+import bisect
+import io
 import json
 import math
-import os
 import tarfile
-import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 from jaxlin.command_line import parse, run_main
 from jaxlin.config import UserError
+from jaxlin.drafts import draft
 from jaxlin.runs import without_local_paths, write_text
 from jaxlin.study.results import StudyResults, TrialResults, read_study
 
@@ -68,12 +69,17 @@ def _measurements(run: TrialResults, suites: Sequence[str]) -> Iterator[Path]:
 
 
 def thinned(lines: Sequence[str]) -> list[str]:
-    """A log's whole lines without most of those of training steps."""
-    whole = [line for line in lines if line.endswith("\n")]
-    steps = [at for at, line in enumerate(whole) if "loss" in json.loads(line)]
-    every = max(1, math.ceil(len(steps) / LINES))
-    dropped = {at for nth, at in enumerate(steps) if nth % every}
-    return [line for at, line in enumerate(whole) if at not in dropped]
+    """A log's whole lines without most of those of training steps.
+
+    The step before a measurement stays: it says of how many tokens the measurement is.
+    """
+    whole = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    steps = [at for at, (_, values) in enumerate(whole) if "loss" in values]
+    kept = set(steps[:: max(1, math.ceil(len(steps) / LINES))])
+    for at, (_, values) in enumerate(whole):
+        if "heldout_kl" in values:
+            kept.update(steps[: bisect.bisect(steps, at)][-1:])
+    return [line for at, (line, values) in enumerate(whole) if "loss" not in values or at in kept]
 
 
 def _whole_numbers(value: Any) -> Any:
@@ -90,19 +96,17 @@ def _small(value: Any) -> str:
 
 
 def _archive(texts: dict[str, str], to: Path) -> None:
-    """The files as one, in a folder of the archive's name; whole or not at all."""
-    part = to.with_name(to.name + ".part")
+    """The files as one, in a folder of the archive's name and of no user; whole or not at all."""
+    folder = to.name.removesuffix(ARCHIVE)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with draft(to) as part, part.open("wb") as file, tarfile.open(to.name, "w:gz", fileobj=file) as archive:
             for name, text in texts.items():
-                write_text(Path(folder) / name, text)
-            with tarfile.open(part, "w:gz") as archive:
-                archive.add(folder, arcname=to.name.removesuffix(ARCHIVE))
-        os.replace(part, to)
+                content = text.encode()
+                member = tarfile.TarInfo(f"{folder}/{name}")
+                member.size, member.mtime = len(content), int(time.time())
+                archive.addfile(member, io.BytesIO(content))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         raise UserError(f"--to {to}: cannot be written ({error.strerror})") from error
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
-from jaxlin.evaluation.bootstrap import DRAWS, SHARES, Draws, Series, resample
+from jaxlin.evaluation.bootstrap import DRAWS, SHARES, Draws, Mean, Series, resample
 from jaxlin.evaluation.columns import COLUMNS, FEWEST
 from jaxlin.evaluation.columns import series as series_of
 from jaxlin.study.design import HELD_OUT, Cell
@@ -145,7 +145,7 @@ class Estimates:
         return COLUMN[metric].draws(self._resampled.get((run.folder, _model(cell)), {}))
 
     @cached_property
-    def _resampled(self) -> dict[tuple[Path, str], dict[tuple[str, str], Draws]]:
+    def _resampled(self) -> dict[tuple[Path, str], dict[tuple[str, str], Mean]]:
         """The scores of examples of every run and model: of the same prompts, the same resamples, drawn once."""
         every = {
             (run.folder, model, *key): one
@@ -154,7 +154,7 @@ class Estimates:
             for model in ("student", "teacher")
             for key, one in series_of(run.results(model)).items()
         }
-        found: dict[tuple[Path, str], dict[tuple[str, str], Draws]] = {}
+        found: dict[tuple[Path, str], dict[tuple[str, str], Mean]] = {}
         for (folder, model, task, metric), drawn in resample(every, draws=self.draws).items():
             found.setdefault((folder, model), {})[task, metric] = drawn
         return found
@@ -166,7 +166,7 @@ class Estimates:
             return None
         pairing = ("held-out text", *(batch["tokens"] for batch in sums))
         series = {key: Series([batch[key] for batch in sums], pairing, bounds=None) for key in sums[0]}
-        means = {key: drawn.low for key, drawn in resample(series, draws=self.draws).items()}
+        means = {key: drawn.values for key, drawn in resample(series, draws=self.draws).items()}
         if metric == "perplexity":
             return Draws.of(np.exp(means["ce"] / means["next_tokens"]))
         return Draws.of(means["kl" if metric == "kl" else "agree"] / means["tokens"])

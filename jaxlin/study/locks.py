@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from jaxlin.drafts import draft
+
 ENDED = ("Z", "X")  # zombies and the dead, as the kernel calls them
 
 
@@ -107,9 +109,8 @@ def _create(path: Path, owners: list[Owner]) -> None:
 
 
 def _replace(path: Path, owners: list[Owner]) -> None:
-    draft = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
-    draft.write_text(_text(owners))
-    draft.replace(path)
+    with draft(path) as part:
+        part.write_text(_text(owners))
 
 
 def _text(owners: list[Owner]) -> str:

@@ -157,7 +157,7 @@ def scores(estimates: Estimates, title: str, columns: Sequence[str], note: str) 
         row = [
             Entry(cell.mixer if cell == TEACHER else cell.name),
             *_beside_paper(estimates, cell, last, parameters),
-            entry(estimates.recovery(cell, last)) if cell != TEACHER else Entry(""),
+            _measured(estimates.recovery(cell, last) if cell != TEACHER else None, _percent),
             Entry(_cited_recovery(last, cell, parameters)),
             Entry(rank_text(rank) if rank else "", found.sources if found and rank else ()),
             Entry(", ".join(map(str, found.seeds)) if found and cell != TEACHER else ""),
@@ -220,7 +220,7 @@ def entry(found: Estimate | None) -> Entry:
         low, high = found.interval
         limit = f"at most {100 * high:.1f} %" if found.value == 0 else f"at least {100 * low:.1f} %"
         return Entry(f"{found.value * found.examples:,.0f} of {found.examples:,} ({limit})", found.sources)
-    return _measured(found, lambda value: f"{100 * value:.2f}")
+    return _measured(found, _percent)
 
 
 def rank_text(rank: tuple[int, int]) -> str:
@@ -286,7 +286,11 @@ def _format(metric: str) -> Callable[[float], str]:
 
 
 def _plain(metric: str) -> Callable[[float], str]:
-    return _format(metric) if metric in HELD_OUT else (lambda value: f"{100 * value:.2f}")
+    return _format(metric) if metric in HELD_OUT else _percent
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}"
 
 
 def _signed(metric: str) -> Callable[[float], str]:
