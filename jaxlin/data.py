@@ -26,6 +26,7 @@ from absl import flags
 from jaxlin.arrays import growing_array
 from jaxlin.command_line import parse, run_main
 from jaxlin.config import DataConfig, UserError
+from jaxlin.drafts import draft
 from jaxlin.sources import Document, open_text
 from jaxlin.split import Corpus, documents, split
 from jaxlin.streams import GROUP, Batch, Packed, ShardedText, segment_ids_of
@@ -173,18 +174,15 @@ def prepare(settings: Prepare, tokenizer: Any) -> tuple[int, int]:
     every = documents(_open(settings.text, DataConfig(text_field=settings.text_field), tokenizer))
     tokenize = _Tokenize(tokenizer, separate=True)
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    part, counts = settings.out.with_suffix(".npy.part"), np.zeros(2, int)
+    counts = np.zeros(2, int)
     try:
-        with growing_array(part, dtype) as append:
+        with draft(settings.out) as part, growing_array(part, dtype) as append:
             while group := list(itertools.islice(every, GROUP)):
                 tokens = tokenize(group)
                 append(tokens["tokens"])
                 counts += (int(tokens["starts"].sum()), len(tokens["tokens"]))
-        part.replace(settings.out)
     except OSError as error:
         raise UserError(f"--out {settings.out}: cannot be written ({error.strerror})") from error
-    finally:
-        part.unlink(missing_ok=True)
     return int(counts[0]), int(counts[1])
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from jaxlin.command_line import parse, run_main
 from jaxlin.config import ModelConfig, RunConfig, UserError
 from jaxlin.decoding import BLOCK
 from jaxlin.detokenizer import TextUntil, check_stops
+from jaxlin.drafts import draft
 from jaxlin.engine import Completion, Engine, check_budget
 from jaxlin.prefix_cache import common_prefix
 from jaxlin.sampling import GREEDY, Sampling
@@ -257,16 +257,11 @@ def _written(path: str) -> Iterator[TextIO]:
     if not path:
         yield sys.stdout
         return
-    part = Path(f"{path}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with draft(Path(path)) as part, part.open("w", encoding="utf-8") as file:
             yield file
-        os.replace(part, path)
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

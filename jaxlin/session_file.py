@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from jaxlin.config import ModelConfig, UserError
+from jaxlin.drafts import draft
 
 FORMAT = "jaxlin session 1"
 
@@ -32,14 +31,11 @@ def write(path: Path, config: ModelConfig, params: Any, numbers: dict[str, int],
         "numbers": json.dumps(numbers),
     }
     data = save(tensors, metadata={**about, "checksum": _checksum(about, tensors)})
-    part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        os.replace(part, path)
+        with draft(path) as part:
+            part.write_bytes(data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise UserError(f"--save-state {path}: cannot be written ({error.strerror})") from None
 
 
