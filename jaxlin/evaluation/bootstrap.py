@@ -154,3 +154,8 @@ def ranks(draws: Sequence[Draws], confidence: float = 0.95) -> list[tuple[int, i
 
     above = np.array([[is_above(a, b) for b in draws] for a in draws])
     return [(1 + int(above[:, i].sum()), len(draws) - int(above[i].sum())) for i in range(len(draws))]
+
+
+def rank_text(rank: tuple[int, int]) -> str:
+    """A rank, or the range that it is in."""
+    return str(rank[0]) if rank[0] == rank[1] else f"{rank[0]} to {rank[1]}"

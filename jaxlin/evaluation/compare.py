@@ -16,7 +16,7 @@ from rich.table import Table
 from jaxlin.command_line import parse, run_main
 from jaxlin.config import UserError
 from jaxlin.evaluation import plots
-from jaxlin.evaluation.bootstrap import DRAWS
+from jaxlin.evaluation.bootstrap import DRAWS, rank_text
 from jaxlin.evaluation.columns import FEWEST
 from jaxlin.evaluation.comparison import Interval, Line, Model, compare, read, split
 from jaxlin.runs import write_text
@@ -36,7 +36,7 @@ def cells(lines: Sequence[Line]) -> list[tuple[str, ...]]:
                 _range(line.interval),
                 "" if line.recovery is None else f"{line.recovery:.1%}",
                 _range(line.recovery_interval),
-                _rank(line.rank),
+                rank_text(line.rank) if line.rank else "",
                 "" if line.paper is None else f"{line.paper.value:.2f}",
                 "" if line.paper_recovery is None else f"{line.paper_recovery:.1%}",
                 str(line.n),
@@ -48,12 +48,6 @@ def cells(lines: Sequence[Line]) -> list[tuple[str, ...]]:
 
 def _range(limits: Interval | None) -> str:
     return "" if limits is None else f"{100 * limits[0]:.1f} to {100 * limits[1]:.1f}"
-
-
-def _rank(rank: tuple[int, int] | None) -> str:
-    if rank is None:
-        return ""
-    return str(rank[0]) if rank[0] == rank[1] else f"{rank[0]} to {rank[1]}"
 
 
 def notes(lines: Sequence[Line], models: Sequence[Model]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +19,6 @@ from jaxlin.inspect.states import matrix, walk
 FEATURES = 4096  # numbers that a layer's states are projected to
 BATCH = 8  # sequences read together
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in units of the mean eigenvalue of the training examples' products
-Z95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 
 
 def measure(
@@ -122,7 +120,7 @@ def ridge(train: np.ndarray, labels: np.ndarray, test: np.ndarray, classes: int)
 
 def wilson(right: int, total: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson 1927), which holds for few examples and near 0 and 1."""
-    share, unit = right / total, Z95**2 / total
-    middle = (share + unit / 2) / (1 + unit)
-    half = Z95 / (1 + unit) * math.sqrt(share * (1 - share) / total + unit / (4 * total))
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # whatever is rounded
+    from scipy.stats import binomtest  # takes a moment to import
+
+    low, high = binomtest(right, total).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from jaxlin.evaluation import longbench, paper, ruler
-from jaxlin.evaluation.bootstrap import SHARES
+from jaxlin.evaluation.bootstrap import SHARES, rank_text
 from jaxlin.study.design import HELD_OUT, Cell
 from jaxlin.study.estimates import COLUMN, LIMITS, TEACHER, Estimate, Estimates, within
 from jaxlin.study.results import TrialResults, number
@@ -221,11 +221,6 @@ def entry(found: Estimate | None) -> Entry:
         limit = f"at most {100 * high:.1f} %" if found.value == 0 else f"at least {100 * low:.1f} %"
         return Entry(f"{found.value * found.examples:,.0f} of {found.examples:,} ({limit})", found.sources)
     return _measured(found, _percent)
-
-
-def rank_text(rank: tuple[int, int]) -> str:
-    """A rank, or the range that it is in."""
-    return str(rank[0]) if rank[0] == rank[1] else f"{rank[0]} to {rank[1]}"
 
 
 def questions(estimates: Estimates) -> Table:
