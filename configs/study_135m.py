@@ -91,9 +91,9 @@ def study() -> Study:
         milestone_tokens=30_000_000,
         suites=(
             Suite("zero_shot", limit=1000),
-            Suite("bear", limit=40),
-            Suite("niah", limit=100, tasks=NEEDLES),
             Suite("niah_short", limit=100),
+            Suite("niah", limit=100, tasks=NEEDLES),
+            Suite("bear", limit=40),
         ),
         contrasts=(*PUZZLES, *(replace(puzzle, name=f"{puzzle.name}, KL", metric="kl") for puzzle in PUZZLES[:6])),
     )
