@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlin.config import MixerOptions, ModelConfig
 from jaxlin.mixers import MIXERS
-from jaxlin.mixers.common import Dense, RMSNorm, partitioned, positions_in_segments, precision
+from jaxlin.mixers.common import Dense, RMSNorm, partitioned, positions_in_segments, precision, silu
 from jaxlin.mixers.layer_state import LayerState
 from jaxlin.sharding import by_tokens
 
@@ -50,7 +50,7 @@ class MLP(nn.Module):
         c = self.config
         gate = Dense(c, (c.intermediate_size,), ("embed", "mlp"), c.mlp_bias, name="gate_proj")(x)
         up = Dense(c, (c.intermediate_size,), ("embed", "mlp"), c.mlp_bias, name="up_proj")(x)
-        return Dense(c, (c.hidden_size,), ("mlp", "embed"), c.mlp_bias, name="down_proj")(nn.silu(gate) * up)
+        return Dense(c, (c.hidden_size,), ("mlp", "embed"), c.mlp_bias, name="down_proj")(silu(gate) * up)
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from jaxlin.mixers import MIXERS
-from jaxlin.mixers.common import SILU_NEUTRAL_BIAS, Dense
+from jaxlin.mixers.common import SILU_NEUTRAL_BIAS, Dense, silu
 from jaxlin.model import LanguageModel, init_state
 from tests import grid
 from tests.models import STUDENT_MIXERS, TEACHER, logits, random_params, student_of
@@ -128,3 +128,11 @@ def test_state_size_is_constant():
         ]
         assert (sizes[0] == sizes[1]) == (mixer != "softmax")
     assert TEACHER.num_key_value_heads < TEACHER.num_attention_heads  # so that the tests above cover grouped heads
+
+
+def test_silu_of_bfloat16_is_rounded_once():
+    x = jnp.linspace(-8, 8, 1001, dtype=jnp.bfloat16)
+    exact, vjp = jax.vjp(nn.silu, x.astype(jnp.float32))
+    found, rounded_vjp = jax.vjp(silu, x)
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(rounded_vjp(jnp.ones_like(x))[0], vjp(jnp.ones_like(exact))[0].astype(jnp.bfloat16))

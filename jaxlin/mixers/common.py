@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -28,6 +29,12 @@ def precision(dtype: str) -> lax.Precision:
 def gate_dtype(config: ModelConfig) -> str:
     """Gates are computed in float32 at least."""
     return "float64" if config.dtype == "float64" else "float32"
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def silu(x: Array) -> Array:
+    """x sigmoid(x) (Hendrycks & Gimpel 2016, arXiv 1606.08415), rounded once; the backward pass keeps x alone."""
+    return nn.silu(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
 def partitioned(init: Any, axes: tuple[str | None, ...]) -> Any:
@@ -182,7 +189,7 @@ class ShortConv(nn.Module):
         past = jnp.zeros((x.shape[0], size - 1, *x.shape[2:]), x.dtype) if tail is None else tail.astype(x.dtype)
         y, new_tail = short_conv(kernel, x, segment_ids, past, packed=self.packed)
         if o.conv_activation == "silu":
-            y = nn.silu(y)
+            y = silu(y)
         return y, None if tail is None else new_tail
 
 

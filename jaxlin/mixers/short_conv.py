@@ -7,8 +7,9 @@ states of the recurrences do.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,25 +85,46 @@ def _outputs(kernel: Array, x: Array, segment_ids: Array | None, tail: Array, pa
 
 def _shifted(kernel: Array, padded: Array, counts: Callable[[slice], Array | None]) -> Array:
     """Every tap on the rows so many tokens before; `counts` says of such rows which do (None: all)."""
-    size, y = kernel.shape[0], 0.0
-    for lag in range(size):
-        rows = slice(size - 1 - lag, padded.shape[1] - lag)
-        term, same = kernel[size - 1 - lag] * padded[:, rows], counts(rows)
-        y += term if same is None else _where(same, term)
-    return jnp.asarray(y)
+
+    @_summed_in_float32
+    def taps(kernel, padded):
+        size, y = kernel.shape[0], 0.0
+        for lag in range(size):
+            rows = slice(size - 1 - lag, padded.shape[1] - lag)
+            term, same = kernel[size - 1 - lag] * padded[:, rows], counts(rows)
+            y += term if same is None else _where(same, term)
+        return y
+
+    return taps(kernel, padded)
 
 
 def _gathered(kernel: Array, padded: Array, ids: Array) -> Array:
     """Every tap on the last tokens of a segment, however much padding is between them."""
-    size, y = kernel.shape[0], kernel[-1] * padded
-    before = previous_valid(ids)
-    index = jnp.where(ids != 0, jnp.arange(ids.shape[1], dtype=jnp.int32), -1)
-    for lag in range(1, size):
-        index = jnp.where(index >= 0, jnp.take_along_axis(before, jnp.maximum(index, 0), axis=1), -1)
-        same = (index >= 0) & (jnp.take_along_axis(ids, jnp.maximum(index, 0), axis=1) == ids)
-        inverse = _invert(jnp.where(same, index, -1))
-        y = y + kernel[size - 1 - lag] * _take_rows(padded, jnp.where(same, index, -1), inverse)
-    return y
+
+    @_summed_in_float32
+    def taps(kernel, padded):
+        size, y = kernel.shape[0], kernel[-1] * padded
+        before = previous_valid(ids)
+        index = jnp.where(ids != 0, jnp.arange(ids.shape[1], dtype=jnp.int32), -1)
+        for lag in range(1, size):
+            index = jnp.where(index >= 0, jnp.take_along_axis(before, jnp.maximum(index, 0), axis=1), -1)
+            same = (index >= 0) & (jnp.take_along_axis(ids, jnp.maximum(index, 0), axis=1) == ids)
+            inverse = _invert(jnp.where(same, index, -1))
+            y = y + kernel[size - 1 - lag] * _take_rows(padded, jnp.where(same, index, -1), inverse)
+        return y
+
+    return taps(kernel, padded)
+
+
+def _summed_in_float32(taps: Callable[[Array, Array], Any]) -> Callable[[Array, Array], Array]:
+    """`taps` of kernel and inputs in float32 at least, rounded once; the backward pass keeps what came in alone."""
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def rounded_once(kernel, padded):
+        wide = jnp.promote_types(padded.dtype, jnp.float32)
+        return jnp.asarray(taps(kernel.astype(wide), padded.astype(wide))).astype(padded.dtype)
+
+    return rounded_once
 
 
 @jax.custom_vjp
