@@ -10,7 +10,7 @@
 #         of this repository (`python3 eval.py --teacher demo --suite all --data /tmp/carry/data`), and
 #         kernel_tests [pytest's arguments]              the tests that need a GPU, without the CPU settings of conftest.py,
 #         parity_tests [pytest's arguments]              the demo teacher beside transformers on the same GPU,
-#         study CONFIG [flags]                           a job a GPU of `python -m jaxlin.study`, side by side, in runs/CONFIG,
+#         study CONFIG [flags]                           a job a GPU of `python -m jaxlin.study`, side by side, in /tmp/carry,
 #                                                        on the tokens and the data that were carried; results of earlier
 #                                                        hosts (collected.tar.gz, packed as a FILE) are not made again. What
 #                                                        there is to be brought home lies in /tmp/carry/home, made anew every 20
@@ -88,16 +88,16 @@ parity_tests() {  # both sides in float32: JAX would take TF32
   JAX_DEFAULT_MATMUL_PRECISION=highest JAXLIN_DATA=/tmp/carry/data gpu_tests -s "$@" tests/test_harness_parity.py tests/test_needle_parity.py
 }
 
-study() {
+study() (  # in /tmp/carry, where nothing is replaced when the next call brings the repository again
   config=$1 && shift
-  folder=runs/$config && gpus=$(nvidia-smi -L | wc -l) && pids=() && failed=0
-  cp -n /tmp/carry/*.npy .  # results name files without folders
-  if [ -f /tmp/carry/collected.tar.gz ] && [ ! -f "$folder/study.json" ]; then
-    mkdir -p "$folder" && tar -xzf /tmp/carry/collected.tar.gz --strip-components=1 -C "$folder"
+  cd /tmp/carry && folder=runs/$(basename "$config" .py) && gpus=$(nvidia-smi -L | wc -l) && pids=() && failed=0
+  export JAX_COMPILATION_CACHE_DIR=/tmp/carry/cache  # eval.py's suites, and other seeds, are the same programs again
+  if [ -f collected.tar.gz ] && [ ! -f "$folder/study.json" ]; then
+    mkdir -p "$folder" && tar -xzf collected.tar.gz --strip-components=1 -C "$folder"
   fi
   for ((gpu = 0; gpu < gpus; gpu++)); do
-    CUDA_VISIBLE_DEVICES=$gpu python3 -m jaxlin.study --config "$config" --shard "$gpu/$gpus" --data /tmp/carry/data \
-      --heldout heldout.npy --text shard?.npy "$@" > "/tmp/carry/job$gpu.log" 2>&1 &
+    CUDA_VISIBLE_DEVICES=$gpu python3 -m jaxlin.study --config "$config" --shard "$gpu/$gpus" --data data \
+      --heldout heldout.npy --text shard?.npy "$@" > "job$gpu.log" 2>&1 &
     pids+=($!)
   done
   while kill -0 "${pids[@]}" 2> /dev/null; do  # what there is, should there be no time for the rest
@@ -107,11 +107,11 @@ study() {
   for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
   home
   return $failed
-}
+)
 
 home() {  # what is to be brought home of a study: /tmp/carry/home/
-  mkdir -p /tmp/carry/home && cp /tmp/carry/job*.log /tmp/carry/home/
-  python3 -m jaxlin.study.collect --out "$folder" --to /tmp/carry/home/collected.tar.gz
+  mkdir -p home && cp job*.log home/ && tar -czf home/logs.tar.gz "$folder"/logs
+  python3 -m jaxlin.study.collect --out "$folder" --to home/collected.tar.gz
 }
 
 "$@"
