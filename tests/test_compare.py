@@ -17,7 +17,7 @@ from jaxlin.config import UserError
 from jaxlin.evaluation import compare as command
 from jaxlin.evaluation import comparison, paper, plots
 from jaxlin.evaluation.bootstrap import Draws, Series, ranks, resample
-from jaxlin.evaluation.columns import COLUMNS
+from jaxlin.evaluation.columns import COLUMNS, series
 from jaxlin.evaluation.comparison import Model, compare
 from jaxlin.evaluation.task import Kept, Result
 
@@ -189,6 +189,20 @@ def zero_shot(share, **options):
     """All zero-shot tasks at one share."""
     metrics = {task: metric for column in COLUMNS if column.name == "average" for task, metric, _ in column.parts}
     return {task: result(task, metric, share, **options) for task, metric in metrics.items()}
+
+
+def test_variants_of_one_passage_are_drawn_together():
+    """LAMBADA's two with equal answers are as certain as one; of other numbers of examples they are independent."""
+    widths = {}
+    for name, results in (("equal", zero_shot(0.5)), ("one shorter", zero_shot(0.5))):
+        if name != "equal":
+            results["lambada_standard"] = result("lambada_standard", "acc", 0.5, n=100)
+        means = resample(series(results))
+        low, high = next(c for c in COLUMNS if c.name == "lambada").draws(means).interval()
+        widths[name] = high - low
+    low, high = Draws.of_column([(1.0, means["lambada_openai", "acc"])]).interval()
+    assert widths["equal"] == pytest.approx(high - low, abs=0.002)
+    assert widths["one shorter"] < 0.95 * widths["equal"]
 
 
 def models():

@@ -52,6 +52,7 @@ class Mean:
     """Weight of an example that is not there."""
     examples: int
     bounds: tuple[float, float] | None
+    pairing: Hashable
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,18 @@ class Draws:
     def of_column(cls, parts: Sequence[tuple[float, Mean]]) -> Draws:
         """The sum of means, each times its weight; the weights add up to 1.
 
-        One more example is at either bound: one of all together, in the part where a single one weighs most.
+        One more example is at either bound: one of all together, where a single one weighs most. Means of one pairing
+        have the same examples.
         """
         weights, means = zip(*parts, strict=True)
         values = np.dot(weights, [mean.values for mean in means])
         bounds = [mean.bounds for mean in means if mean.bounds]
         if len(bounds) < len(means):
             return cls.of(values)
-        most = max(weight / mean.examples for weight, mean in parts)
-        total = sum(mean.total for mean in means) / sum(mean.examples for mean in means)
+        of_examples = {mean.pairing: mean for mean in means}
+        weight_of = {key: sum(w for w, mean in parts if mean.pairing == key) for key in of_examples}
+        most = max(weight_of[key] / mean.examples for key, mean in of_examples.items())
+        total = sum(mean.total for mean in of_examples.values()) / sum(mean.examples for mean in of_examples.values())
         unseen = means[0].unseen * most / total
         low, high = ((values + unseen * np.dot(weights, ends)) / (1 + unseen) for ends in zip(*bounds, strict=True))
         return cls(low, high)
@@ -130,7 +134,7 @@ def resample(series: Mapping[Key, Series], *, draws: int = DRAWS, seed: int = 0)
             totals.append(weights.sum(1))
         total, of_keys = np.concatenate(totals), np.concatenate(sums, axis=1)
         for key, of_key in zip(keys, of_keys, strict=True):
-            means[key] = Mean(of_key / total, total, unseen, values.shape[1], series[key].bounds)
+            means[key] = Mean(of_key / total, total, unseen, values.shape[1], series[key].bounds, pairing)
     return means
 
 

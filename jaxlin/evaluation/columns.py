@@ -69,10 +69,20 @@ COLUMNS = _columns()
 def series(results: Results) -> dict[tuple[str, str], Series]:
     """The scores of examples, where there are enough, of every metric that a column needs; paired by their prompts."""
     wanted = {(task, metric) for column in COLUMNS for task, metric, _ in column.parts}
+    scores = {
+        (task, metric): values
+        for task, metric in sorted(wanted)
+        if task in results and len(values := results[task].per_example.get(metric) or []) >= FEWEST
+    }
     found = {}
-    for task, metric in sorted(wanted):
-        values = results[task].per_example.get(metric) if task in results else None
-        if values and len(values) >= FEWEST:
-            pairing = (task, metric, len(values), results[task].prompts_sha256)
-            found[task, metric] = Series(values, pairing)
+    for (task, metric), values in scores.items():
+        alike = [one for one in _same_passages(task) if len(scores.get((one, metric), [])) == len(values)]
+        pairing = (metric, len(values), *((one, results[one].prompts_sha256) for one in alike))
+        found[task, metric] = Series(values, pairing)
     return found
+
+
+def _same_passages(task: str) -> tuple[str, ...]:
+    """The task and those that ask the same of the same passages, row by row: LAMBADA's two variants."""
+    variants, _ = benchmarks.COLUMNS["lambada"]
+    return variants if task in variants else (task,)
