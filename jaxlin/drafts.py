@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import socket
 from collections.abc import Iterator
@@ -11,8 +12,15 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def draft(path: Path) -> Iterator[Path]:
-    """A file to write, this process's own, which becomes `path` at the end; on an error nothing is left of it."""
-    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    """A file to write, this process's own, which becomes `path` at the end; on an error nothing is left of it.
+
+    What processes of this host that were killed left of the same file is removed.
+    """
+    ours = f"{path.name}.{socket.gethostname()}."
+    part = path.with_name(f"{ours}{os.getpid()}.part")
+    for left in path.parent.glob(f"{glob.escape(ours)}*.part"):
+        if not _runs(left.name[len(ours) :].removesuffix(".part")):
+            left.unlink(missing_ok=True)
     try:
         yield part
         os.replace(part, path)
@@ -20,3 +28,14 @@ def draft(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+def _runs(pid: str) -> bool:
+    """Whether there is such a process on this host; who cannot tell says yes."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OverflowError, PermissionError):
+        pass
+    return True

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
+import socket
 
 import pytest
 
@@ -41,3 +44,25 @@ def test_nothing_half_written(tmp_path, error):
         part.write_text("ha")
         raise error
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def leave_half(path):
+    with draft(path) as part:
+        part.write_text("ha")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_process_left_goes(tmp_path):
+    """With the next draft of the same file; those of processes that run, other hosts and other files stay."""
+    path, context = tmp_path / "result.json", multiprocessing.get_context("spawn")
+    killed = context.Process(target=leave_half, args=(path,))
+    killed.start()
+    killed.join()
+    host = socket.gethostname()
+    stay = [f"result.json.{host}.{os.getppid()}.part", "result.json.elsewhere.1.part", f"other.json.{host}.x.part"]
+    for name in stay:
+        (tmp_path / name).touch()
+    assert len(list(tmp_path.iterdir())) == 1 + len(stay)
+    with draft(path) as part:
+        part.write_text("whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["result.json", *stay])
