@@ -21,7 +21,8 @@ TPU_BLOCK = 128
 QUERY_BLOCK = 128
 """Queries of a device's piece whose scores exist at a time, where sequences are cut over devices."""
 CUDNN_QUERY_BLOCK = 1024
-"""The same where cuDNN attends: a mask for all heads is all that exists of the scores, and GPUs want many queries."""
+"""The same where cuDNN attends, which GPUs want many queries for: a mask for all heads, a row's own where there are
+segments, is all that is in memory."""
 
 
 def attend_within(
@@ -102,29 +103,21 @@ def attend_to_cache(
 
 
 def _has_cudnn_attention(q, k, dtype: str) -> bool:
-    """Whether cuDNN's flash attention takes these.
+    """Whether cuDNN's flash attention (Dao et al. 2022, arXiv 2205.14135) takes these, as GPUs since Ampere have it.
 
     Its backward pass wants even lengths where there is a mask; for a token or few it is no faster. It refuses sequences
-    that are cut over devices; `_in_blocks` gives it pieces.
+    that are cut over devices: `_in_blocks` gives it pieces.
     """
-    length = q.shape[1]
-    return (
-        _on_cudnn(q, dtype)
-        and length >= FLASH_TOKENS
-        and length % 2 == k.shape[1] % 2 == 0
-        and sharding.time_axis(length) is None
-    )
-
-
-def _on_cudnn(q, dtype: str) -> bool:
-    """Whether such heads have cuDNN's flash attention (Dao et al. 2022, arXiv 2205.14135), on GPUs since Ampere."""
-    major = ops.compute_capability().split(".")[0]
+    length, major = q.shape[1], ops.compute_capability().split(".")[0]
     return (
         dtype == "bfloat16"
         and ops.platform() == "gpu"
         and (major.isdigit() and int(major) >= 8)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
+        and length >= FLASH_TOKENS
+        and length % 2 == k.shape[1] % 2 == 0
+        and sharding.time_axis(length) is None
     )
 
 
@@ -175,11 +168,11 @@ def _in_blocks(q, k, v, segment_ids, dtype: str):
     cuDNN could do without a mask in two calls, over the pieces before and a query's own, but jax rounds the
     log-sum-exps that would merge them to bfloat16 and drops their gradients.
     """
-    size = CUDNN_QUERY_BLOCK if _on_cudnn(q, dtype) else QUERY_BLOCK
 
     def local(t, q, k, v, ids_q, ids_k):
         batch, length, *_ = q.shape
-        block = min(size, length)
+        flash = _has_cudnn_attention(q[:, :CUDNN_QUERY_BLOCK], k, dtype)
+        block = min(CUDNN_QUERY_BLOCK if flash else QUERY_BLOCK, length)
         s = jnp.arange(k.shape[1])
         wide = [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (k, v)]  # blocks' gradients are added up
 
