@@ -122,9 +122,9 @@ def _listed(items: Sequence[str], word: str) -> str:
 
 
 def kernel_mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh that a kernel call must be mapped over, or None where there is nothing to map."""
+    """The mesh that a kernel call must be mapped over, or None where there is nothing to map, or where it has been."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
+    return mesh if mesh.axis_names == AXES and mesh.size > 1 and not mesh.are_all_axes_manual else None
 
 
 class Layout(NamedTuple):
@@ -153,9 +153,14 @@ def layout(batch: int, length: int, heads: int) -> Layout | None:
 
 def time_axis(length: int) -> str | None:
     """The mesh axis over which `length` tokens are split: none where it has one device or does not divide them."""
+    return None if pieces(length) == 1 else TIME_AXIS
+
+
+def pieces(length: int) -> int:
+    """The number of pieces that `length` tokens are cut into."""
     mesh = kernel_mesh()
     size = 1 if mesh is None else mesh.shape[TIME_AXIS]
-    return None if size == 1 or length % size else TIME_AXIS
+    return 1 if length % size else size
 
 
 def by_tokens(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Splash attention, interpreted, against products in float32; on a mesh of rows and heads too."""
+"""Splash attention, interpreted, against products in float32; on meshes of rows, heads and pieces of sequences too."""
 
 from __future__ import annotations
 
@@ -28,12 +28,22 @@ def both(q, k, v, ids, dy, dtype):
     return y, *pullback(dy.astype(dtype))
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(1), MeshConfig(2, 2, 2), MeshConfig(1, 2, 4)], ids=["1", "2x2x2", "1x2x4"])
+MESHES = {
+    "1": MeshConfig(),
+    "2x2x2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "1x2x4": MeshConfig(fsdp=2, tensor=4),
+    "sequence 2": MeshConfig(sequence=2),
+    "2x1x2, sequence 2": MeshConfig(data=2, tensor=2, sequence=2),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 def test_splash_attention(mesh, monkeypatch):
     expected = both(*arguments(jnp.bfloat16), "float32")
     monkeypatch.setenv("JAXLIN_INTERPRET", "tpu")
-    count = abs(mesh.data) * mesh.fsdp * mesh.tensor
-    with jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:count])):
+    axes = MESHES[mesh]
+    count = abs(axes.data) * axes.fsdp * axes.tensor * axes.sequence
+    with jax.set_mesh(sharding.make_mesh(axes, jax.devices()[:count])):
         q, *_ = given = arguments(jnp.bfloat16)
         assert attention._has_splash_attention(q, "bfloat16")
         found = jax.jit(both, static_argnums=5)(*given, "bfloat16")

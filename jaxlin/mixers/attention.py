@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlin import ops, sharding
@@ -16,6 +18,11 @@ FLASH_TOKENS = 64
 """Queries from which flash attention is worth its launch."""
 TPU_BLOCK = 128
 """Splash attention's blocks are multiples of this many tokens."""
+QUERY_BLOCK = 128
+"""Queries of a device's piece whose scores exist at a time, where sequences are cut over devices."""
+CUDNN_QUERY_BLOCK = 1024
+"""The same where cuDNN attends, which GPUs want many queries for: a mask for all heads, a row's own where there are
+segments, is all that is in memory."""
 
 
 def attend_within(
@@ -25,6 +32,8 @@ def attend_within(
     """Every token attends to the past of its own segment; padding (id 0) to padding, to stay finite."""
     if _has_splash_attention(q, dtype):
         return _splash(q, k, v, segment_ids)
+    if sharding.time_axis(q.shape[1]) is not None:
+        return _in_blocks(q, k, v, segment_ids, dtype)
     if segment_ids is None and _has_cudnn_attention(q, k, dtype):  # a mask would be read, T x T
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     return attend(q, k, v, causal_mask(q.shape[1], segment_ids), dtype)
@@ -33,9 +42,14 @@ def attend_within(
 def causal_mask(length: int, segment_ids: Int[Array, "B T"] | None) -> Bool[Array, "b 1 T T"]:
     """Who may see whom, [B or 1, 1, T, T]: the past of one's own segment; padding sees itself, to stay finite."""
     t = jnp.arange(length)
-    causal = (t[:, None] >= t)[None]
-    if segment_ids is not None:
-        causal = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return _visible(t, t, segment_ids, segment_ids)
+
+
+def _visible(t, s, ids_t, ids_s):
+    """Whether queries at `t` [T], of segments `ids_t` [B, T], see keys at `s` [S]: [B or 1, 1, T, S]."""
+    causal = (t[:, None] >= s)[None]
+    if ids_t is not None:
+        causal = causal & (ids_t[:, :, None] == ids_s[:, None, :])
     return causal[:, None]
 
 
@@ -92,7 +106,7 @@ def _has_cudnn_attention(q, k, dtype: str) -> bool:
     """Whether cuDNN's flash attention (Dao et al. 2022, arXiv 2205.14135) takes these, as GPUs since Ampere have it.
 
     Its backward pass wants even lengths where there is a mask; for a token or few it is no faster. It refuses sequences
-    that are cut over devices.
+    that are cut over devices: `_in_blocks` gives it pieces.
     """
     length, major = q.shape[1], ops.compute_capability().split(".")[0]
     return (
@@ -108,41 +122,89 @@ def _has_cudnn_attention(q, k, dtype: str) -> bool:
 
 
 def _has_splash_attention(q, dtype: str) -> bool:
-    """Whether jax's splash attention takes these: on TPUs, whole sequences of whole blocks, in bfloat16."""
-    length = q.shape[1]
+    """Whether jax's splash attention takes these: on TPUs, in bfloat16, sequences or their pieces of whole blocks."""
+    piece = q.shape[1] // sharding.pieces(q.shape[1])
     on_tpu = "tpu" in (ops.platform(), ops.interpreted())
-    return on_tpu and dtype == "bfloat16" and length % TPU_BLOCK == 0 and sharding.time_axis(length) is None
+    return on_tpu and dtype == "bfloat16" and piece % TPU_BLOCK == 0
 
 
 def _splash(q, k, v, segment_ids):
-    """jax.experimental.pallas.ops.tpu.splash_attention, each device with its rows and heads."""
+    """jax.experimental.pallas.ops.tpu.splash_attention, each device with its rows, heads and queries.
+
+    The kernel's mask is an argument, cut like the queries, so that each piece walks over the blocks that it sees.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    batch, length, heads, d = q.shape
-    block = next(size for size in (512, 256, 128) if length % size == 0)
+    length, d = q.shape[1], q.shape[-1]
+    shards = sharding.pieces(length)
+    block = next(size for size in (512, 256, 128) if length // shards % size == 0)
     sizes = splash.BlockSizes(**dict.fromkeys(
         ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq",
          "block_kv_dq"), block,
     ))  # fmt: skip
+    one_for_all_heads = masks.MultiHeadMask([masks.CausalMask((length, length))])
+    kernel = splash.make_splash_mha(
+        one_for_all_heads, block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=ops.interpreted() == "tpu"
+    )
 
-    def local(q, k, v, segment_ids):
-        heads = q.shape[2]
-        mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
-        kernel = splash.make_splash_mha(
-            mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=ops.interpreted() == "tpu"
-        )
+    def local(kernel, q, k, v, ids_q, ids_k):
         q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * jnp.asarray(d**-0.5, q.dtype), k, v))
-        ids = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
+        ids = None if ids_q is None else splash.SegmentIds(ids_q, ids_k)
         y: Any = jax.vmap(kernel)(q, k, v, ids)
         return jnp.swapaxes(y, 1, 2)
 
-    layout = sharding.layout(batch, length, heads)
+    mesh, cut = sharding.kernel_mesh(), PartitionSpec(None, sharding.time_axis(length))
+    spec = None if mesh is None else kernel.manual_sharding_spec(NamedSharding(mesh, cut))
+    return _by_device(local, kernel, spec, q, k, v, segment_ids)
+
+
+def _in_blocks(q, k, v, segment_ids, dtype: str):
+    """`attend_within` where sequences are cut over devices: block after block of queries, the scores of one at a time.
+
+    Each query sees all of its keys at once, so that, unlike with blocks of keys (Rabe & Staats 2021, arXiv 2112.05682),
+    nothing has to be merged: what attends to a block is `attend`. The backward pass recomputes a block's scores. Keys
+    after a block are masked, not skipped: the device with the last piece, for which others wait, has next to none.
+    cuDNN could do without a mask in two calls, over the pieces before and a query's own, but jax rounds the
+    log-sum-exps that would merge them to bfloat16 and drops their gradients.
+    """
+
+    def local(t, q, k, v, ids_q, ids_k):
+        batch, length, *_ = q.shape
+        flash = _has_cudnn_attention(q[:, :CUDNN_QUERY_BLOCK], k, dtype)
+        block = min(CUDNN_QUERY_BLOCK if flash else QUERY_BLOCK, length)
+        s = jnp.arange(k.shape[1])
+        wide = [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (k, v)]  # blocks' gradients are added up
+
+        def blocks(x):  # [B, L, ...] -> [L / block, B, block, ...], the last one filled up
+            x = jnp.pad(x, ((0, 0), (0, -length % block), *((0, 0),) * (x.ndim - 2)))
+            return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def attend_block(of_block):
+            t, q, ids_q = of_block
+            return attend(q, *(a.astype(k.dtype) for a in wide), _visible(t[0], s, ids_q, ids_k), dtype)
+
+        y = lax.map(attend_block, jax.tree.map(blocks, (t[None], q, ids_q)))
+        return jnp.moveaxis(y, 0, 1).reshape(batch, -1, *y.shape[3:])[:, :length]
+
+    length = q.shape[1]
+    return _by_device(local, jnp.arange(length), PartitionSpec(sharding.time_axis(length)), q, k, v, segment_ids)
+
+
+def _by_device(local, own, spec, q, k, v, segment_ids):
+    """local(own, q, k, v, ids of q, ids of k) -> y, on each device of its rows, heads and queries, and all their keys.
+
+    `spec` says how `own`, what differs between pieces, is cut.
+    """
+    layout = sharding.layout(*q.shape[:3])
     if layout is None:
-        return local(q, k, v, segment_ids)
-    if sharding.layout(batch, length, k.shape[2]) != layout:  # too few key heads for the mesh
-        k, v = (repeat_heads(a, heads) for a in (k, v))
-    tokens = layout.by_token(layout.heads)
-    ids = None if segment_ids is None else layout.by_token()
-    mapped = jax.shard_map(local, in_specs=(tokens, tokens, tokens, ids), out_specs=tokens, check_vma=False)
-    return mapped(q, k, v, segment_ids)
+        return local(own, q, k, v, segment_ids, segment_ids)
+    if sharding.layout(*k.shape[:3]) != layout:  # too few key heads for the mesh
+        k, v = (repeat_heads(a, q.shape[2]) for a in (k, v))
+    whole = layout._replace(time=None)
+    queries, keys = (cut.by_token(layout.heads) for cut in (layout, whole))
+    ids_q, ids_k = (None if segment_ids is None else cut.by_token() for cut in (layout, whole))
+    in_specs = (spec, queries, keys, keys, ids_q, ids_k)
+    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=queries, check_vma=False)
+    return mapped(own, q, k, v, segment_ids, segment_ids)
