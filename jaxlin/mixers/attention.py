@@ -183,7 +183,8 @@ def _in_blocks(q, k, v, segment_ids, dtype: str):
         @partial(jax.checkpoint, prevent_cse=False)
         def attend_block(of_block):
             t, q, ids_q = of_block
-            return attend(q, *(a.astype(k.dtype) for a in wide), _visible(t[0], s, ids_q, ids_k), dtype)
+            keys, values = (a.astype(k.dtype) for a in wide)
+            return attend(q, keys, values, _visible(t[0], s, ids_q, ids_k), dtype)
 
         y = lax.map(attend_block, jax.tree.map(blocks, (t[None], q, ids_q)))
         return jnp.moveaxis(y, 0, 1).reshape(batch, -1, *y.shape[3:])[:, :length]
