@@ -90,7 +90,9 @@ parity_tests() {  # both sides in float32: JAX would take TF32
 
 study() (  # in /tmp/carry, where nothing is replaced when the next call brings the repository again
   config=$1 && shift
-  cd /tmp/carry && folder=runs/$(basename "$config" .py) && gpus=$(nvidia-smi -L | wc -l) && pids=() && failed=0
+  [ ! -f "$config" ] || config=$(realpath "$config")
+  cd /tmp/carry || return 1
+  folder=runs/$(basename "$config" .py) && gpus=$(nvidia-smi -L | wc -l) && pids=() && failed=0
   export JAX_COMPILATION_CACHE_DIR=/tmp/carry/cache  # eval.py's suites, and other seeds, are the same programs again
   if [ -f collected.tar.gz ] && [ ! -f "$folder/study.json" ]; then
     mkdir -p "$folder" && tar -xzf collected.tar.gz --strip-components=1 -C "$folder"
@@ -110,7 +112,7 @@ study() (  # in /tmp/carry, where nothing is replaced when the next call brings 
 )
 
 home() {  # what is to be brought home of a study: /tmp/carry/home/
-  mkdir -p home && cp job*.log home/ && tar -czf home/logs.tar.gz "$folder"/logs
+  mkdir -p home "$folder"/logs && cp job*.log home/ && tar -czf home/logs.tar.gz "$folder"/logs
   python3 -m jaxlin.study.collect --out "$folder" --to home/collected.tar.gz
 }
 

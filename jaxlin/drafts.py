@@ -6,8 +6,11 @@ import contextlib
 import glob
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+AGE = 3600.0  # seconds since a draft was written to, before anybody else may remove it: containers share names of hosts
 
 
 @contextlib.contextmanager
@@ -19,8 +22,9 @@ def draft(path: Path) -> Iterator[Path]:
     ours = f"{path.name}.{socket.gethostname()}."
     part = path.with_name(f"{ours}{os.getpid()}.part")
     for left in path.parent.glob(f"{glob.escape(ours)}*.part"):
-        if not _runs(left.name[len(ours) :].removesuffix(".part")):
-            left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what cannot be removed is in nobody's way
+            if time.time() - left.stat().st_mtime > AGE and not _runs(left.name[len(ours) :].removesuffix(".part")):
+                left.unlink()
     try:
         yield part
         os.replace(part, path)

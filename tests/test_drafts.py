@@ -7,10 +7,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 
 import pytest
 
-from jaxlin.drafts import draft
+from jaxlin.drafts import AGE, draft
 
 TIMES, LENGTH = 200, 20_000
 
@@ -53,7 +54,7 @@ def leave_half(path):
 
 
 def test_what_a_killed_process_left_goes(tmp_path):
-    """With the next draft of the same file; those of processes that run, other hosts and other files stay."""
+    """After an hour, with the next draft of the same file; those of processes that run, other hosts and files stay."""
     path, context = tmp_path / "result.json", multiprocessing.get_context("spawn")
     killed = context.Process(target=leave_half, args=(path,))
     killed.start()
@@ -62,7 +63,13 @@ def test_what_a_killed_process_left_goes(tmp_path):
     stay = [f"result.json.{host}.{os.getppid()}.part", "result.json.elsewhere.1.part", f"other.json.{host}.x.part"]
     for name in stay:
         (tmp_path / name).touch()
-    assert len(list(tmp_path.iterdir())) == 1 + len(stay)
-    with draft(path) as part:
-        part.write_text("whole")
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["result.json", *stay])
+    (tmp_path / f"result.json.{host}.x.part").mkdir()
+    (left,) = tmp_path.glob(f"result.json.{host}.{killed.pid}.part")
+    for age in (0, 2 * AGE):
+        for file in tmp_path.iterdir():
+            os.utime(file, times=(time.time() - age,) * 2)
+        with draft(path) as part:
+            part.write_text("whole")
+        assert left.exists() == (age == 0)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"result.json", f"result.json.{host}.x.part", *stay}

@@ -111,7 +111,9 @@ def numbers(config, dtype):
     ids = grid.segment_ids("packed", 2, 48, np.random.default_rng(0))
     ids[0, :7] = 0
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, ids.shape)
-    drawn = random_params(config)  # in float32 whatever the dtype: with x64 other numbers would be drawn
+    # In float32 whatever the dtype: with x64 other numbers would be drawn. Of seeds 0 and 1 a segment's first output,
+    # (q . k) v, has in GLA or RetNet a q . k near 0, whose sign is all that its norm leaves: rounding counts tenfold.
+    drawn = random_params(config, seed=2)
     with jax.enable_x64(dtype == jnp.float64):
         config = replace(config, dtype=dtype.dtype.name)
         params = jax.tree.map(lambda a: np.asarray(a, dtype), drawn)

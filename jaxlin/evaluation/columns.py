@@ -67,7 +67,10 @@ COLUMNS = _columns()
 
 
 def series(results: Results) -> dict[tuple[str, str], Series]:
-    """The scores of examples, where there are enough, of every metric that a column needs; paired by their prompts."""
+    """The scores of examples, where there are enough, of every metric that a column needs; paired by their prompts.
+
+    So models are paired whose variants of the same passages were measured on as many.
+    """
     wanted = {(task, metric) for column in COLUMNS for task, metric, _ in column.parts}
     scores = {
         (task, metric): values
@@ -83,6 +86,6 @@ def series(results: Results) -> dict[tuple[str, str], Series]:
 
 
 def _same_passages(task: str) -> tuple[str, ...]:
-    """The task and those that ask the same of the same passages, row by row: LAMBADA's two variants."""
+    """The task and those that ask the same of the same passages, row by row, the first N: LAMBADA's two variants."""
     variants, _ = benchmarks.COLUMNS["lambada"]
     return variants if task in variants else (task,)

@@ -21,8 +21,7 @@ TPU_BLOCK = 128
 QUERY_BLOCK = 128
 """Queries of a device's piece whose scores exist at a time, where sequences are cut over devices."""
 CUDNN_QUERY_BLOCK = 1024
-"""The same where cuDNN attends, which GPUs want many queries for: a mask for all heads, a row's own where there are
-segments, is all that is in memory."""
+"""The same where cuDNN attends, and a mask, not scores, is in memory: one for all heads, with segments one a row."""
 
 
 def attend_within(
@@ -174,7 +173,7 @@ def _in_blocks(q, k, v, segment_ids, dtype: str):
         flash = _has_cudnn_attention(q[:, :CUDNN_QUERY_BLOCK], k, dtype)
         block = min(CUDNN_QUERY_BLOCK if flash else QUERY_BLOCK, length)
         s = jnp.arange(k.shape[1])
-        wide = [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (k, v)]  # blocks' gradients are added up
+        wide = [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in (k, v)]  # blocks' gradients add up in it
 
         def blocks(x):  # [B, L, ...] -> [L / block, B, block, ...], the last one filled up
             x = jnp.pad(x, ((0, 0), (0, -length % block), *((0, 0),) * (x.ndim - 2)))

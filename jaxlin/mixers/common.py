@@ -33,7 +33,7 @@ def gate_dtype(config: ModelConfig) -> str:
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def silu(x: Array) -> Array:
-    """x sigmoid(x) (Hendrycks & Gimpel 2016, arXiv 1606.08415), rounded once; the backward pass keeps x alone."""
+    """x sigmoid(x) (Hendrycks & Gimpel 2016, arXiv 1606.08415), rounded once; loops keep x alone for the way back."""
     return nn.silu(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 

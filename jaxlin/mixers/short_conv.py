@@ -101,23 +101,25 @@ def _shifted(kernel: Array, padded: Array, counts: Callable[[slice], Array | Non
 def _gathered(kernel: Array, padded: Array, ids: Array) -> Array:
     """Every tap on the last tokens of a segment, however much padding is between them."""
 
+    before, rows = previous_valid(ids), []
+    index = jnp.where(ids != 0, jnp.arange(ids.shape[1], dtype=jnp.int32), -1)
+    for _ in range(1, kernel.shape[0]):
+        index = jnp.where(index >= 0, jnp.take_along_axis(before, jnp.maximum(index, 0), axis=1), -1)
+        same = (index >= 0) & (jnp.take_along_axis(ids, jnp.maximum(index, 0), axis=1) == ids)
+        rows.append(jnp.where(same, index, -1))
+
     @_summed_in_float32
     def taps(kernel, padded):
-        size, y = kernel.shape[0], kernel[-1] * padded
-        before = previous_valid(ids)
-        index = jnp.where(ids != 0, jnp.arange(ids.shape[1], dtype=jnp.int32), -1)
-        for lag in range(1, size):
-            index = jnp.where(index >= 0, jnp.take_along_axis(before, jnp.maximum(index, 0), axis=1), -1)
-            same = (index >= 0) & (jnp.take_along_axis(ids, jnp.maximum(index, 0), axis=1) == ids)
-            inverse = _invert(jnp.where(same, index, -1))
-            y = y + kernel[size - 1 - lag] * _take_rows(padded, jnp.where(same, index, -1), inverse)
+        y = kernel[-1] * padded
+        for lag, row in enumerate(rows, 1):
+            y += kernel[-1 - lag] * _take_rows(padded, row, _invert(row))
         return y
 
     return taps(kernel, padded)
 
 
 def _summed_in_float32(taps: Callable[[Array, Array], Any]) -> Callable[[Array, Array], Array]:
-    """`taps` of kernel and inputs in float32 at least, rounded once; the backward pass keeps what came in alone."""
+    """`taps` of kernel and inputs in float32 at least, rounded once; a loop keeps them alone for its backward pass."""
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def rounded_once(kernel, padded):

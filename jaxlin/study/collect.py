@@ -48,7 +48,7 @@ def collect(out: Path, to: Path) -> int:
 
 def _texts(found: StudyResults) -> Iterator[tuple[str, str]]:
     """The files, by name relative to the study's folder."""
-    yield "study.json", (found.out / "study.json").read_text()
+    yield "study.json", _small(without_local_paths(json.loads((found.out / "study.json").read_text())))
     for run in found.trials:
         for path in (run.folder / name for name in OF_RUN):
             if path.exists():
