@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxlin.config import MixerOptions, ModelConfig
 from jaxlin.mixers import MIXERS
-from jaxlin.mixers.common import Dense, RMSNorm, partitioned, positions_in_segments, precision, silu
+from jaxlin.mixers.common import Dense, RMSNorm, partitioned, positions_in_segments, precision
 from jaxlin.mixers.layer_state import LayerState
+from jaxlin.mixers.rounding import silu
 from jaxlin.sharding import by_tokens
 
 # What a period of blocks keeps of its forward pass for the backward one, by `RunConfig.remat`; its input always.

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxlin.config import MixerOptions, ModelConfig
+from jaxlin.config import MeshConfig, MixerOptions, ModelConfig
 from jaxlin.mixers import MIXERS, resolve_options
 from jaxlin.model import LanguageModel
+from jaxlin.sharding import make_mesh
 
 STUDENT_MIXERS = [name for name in MIXERS if name != "softmax"]
 TEACHER = ModelConfig(
@@ -30,6 +31,12 @@ def student_of(mixer: str, preset: str = "recommended", teacher: ModelConfig = T
     names = tuple(mixer.split("+"))
     resolved = tuple(resolve_options(name, preset, MixerOptions(**options)) for name in names)
     return replace(teacher, mixer=names, options=resolved)
+
+
+def mesh_of(config: MeshConfig) -> jax.sharding.Mesh:
+    """A mesh of the first devices, as many as it has places."""
+    count = abs(config.data) * config.fsdp * config.tensor * config.sequence
+    return make_mesh(config, jax.devices()[:count])
 
 
 @functools.cache

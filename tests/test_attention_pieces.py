@@ -13,6 +13,7 @@ import pytest
 from jaxlin import sharding
 from jaxlin.config import MeshConfig
 from jaxlin.mixers import attention
+from tests.models import mesh_of
 
 MESHES = {
     "sequence 2": MeshConfig(sequence=2),
@@ -23,11 +24,6 @@ MESHES = {
 }
 ROWS, LENGTH, HEADS, KEY_HEADS, DIM = 2, 96, 4, 2, 8
 IDS = jnp.array([[1] * 40 + [2] * 1 + [3] * 55, [0] * 5 + [1] * 45 + [2] * 16 + [0] * 30], jnp.int32)
-
-
-def mesh_of(config):
-    count = abs(config.data) * config.fsdp * config.tensor * config.sequence
-    return sharding.make_mesh(config, jax.devices()[:count])
 
 
 def arguments(length=LENGTH, dim=DIM, dtype=jnp.float32):

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlin import sharding
 from jaxlin.config import MeshConfig
 from jaxlin.kernels import hlo_tpu_traffic as hlo
 from jaxlin.mixers import attention
+from tests.models import mesh_of
 
 
 def arguments(dtype):
@@ -41,9 +41,7 @@ MESHES = {
 def test_splash_attention(mesh, monkeypatch):
     expected = both(*arguments(jnp.bfloat16), "float32")
     monkeypatch.setenv("JAXLIN_INTERPRET", "tpu")
-    axes = MESHES[mesh]
-    count = abs(axes.data) * axes.fsdp * axes.tensor * axes.sequence
-    with jax.set_mesh(sharding.make_mesh(axes, jax.devices()[:count])):
+    with jax.set_mesh(mesh_of(MESHES[mesh])):
         q, *_ = given = arguments(jnp.bfloat16)
         assert attention._has_splash_attention(q, "bfloat16")
         found = jax.jit(both, static_argnums=5)(*given, "bfloat16")

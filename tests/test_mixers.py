@@ -11,7 +11,8 @@ import pytest
 from flax import linen as nn
 
 from jaxlin.mixers import MIXERS
-from jaxlin.mixers.common import SILU_NEUTRAL_BIAS, Dense, silu
+from jaxlin.mixers.common import SILU_NEUTRAL_BIAS, Dense
+from jaxlin.mixers.rounding import silu
 from jaxlin.model import LanguageModel, init_state
 from tests import grid
 from tests.models import STUDENT_MIXERS, TEACHER, logits, random_params, student_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlin.config import MixerOptions, ModelConfig, UserError
 from jaxlin.mixers.layer_state import LayerState
+from jaxlin.mixers.rounding import silu
 from jaxlin.mixers.short_conv import previous_valid, short_conv
 
 State = dict[str, Any]
@@ -29,12 +29,6 @@ def precision(dtype: str) -> lax.Precision:
 def gate_dtype(config: ModelConfig) -> str:
     """Gates are computed in float32 at least."""
     return "float64" if config.dtype == "float64" else "float32"
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def silu(x: Array) -> Array:
-    """x sigmoid(x) (Hendrycks & Gimpel 2016, arXiv 1606.08415), rounded once; loops keep x alone for the way back."""
-    return nn.silu(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
 def partitioned(init: Any, axes: tuple[str | None, ...]) -> Any:

@@ -7,9 +7,8 @@ states of the recurrences do.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxlin import sharding
+from jaxlin.mixers.rounding import rounded_once
 from jaxlin.sequence_parallel import hand_over, last_segment
 
 
@@ -86,7 +86,7 @@ def _outputs(kernel: Array, x: Array, segment_ids: Array | None, tail: Array, pa
 def _shifted(kernel: Array, padded: Array, counts: Callable[[slice], Array | None]) -> Array:
     """Every tap on the rows so many tokens before; `counts` says of such rows which do (None: all)."""
 
-    @_summed_in_float32
+    @rounded_once
     def taps(kernel, padded):
         size, y = kernel.shape[0], 0.0
         for lag in range(size):
@@ -100,7 +100,6 @@ def _shifted(kernel: Array, padded: Array, counts: Callable[[slice], Array | Non
 
 def _gathered(kernel: Array, padded: Array, ids: Array) -> Array:
     """Every tap on the last tokens of a segment, however much padding is between them."""
-
     before, rows = previous_valid(ids), []
     index = jnp.where(ids != 0, jnp.arange(ids.shape[1], dtype=jnp.int32), -1)
     for _ in range(1, kernel.shape[0]):
@@ -108,7 +107,7 @@ def _gathered(kernel: Array, padded: Array, ids: Array) -> Array:
         same = (index >= 0) & (jnp.take_along_axis(ids, jnp.maximum(index, 0), axis=1) == ids)
         rows.append(jnp.where(same, index, -1))
 
-    @_summed_in_float32
+    @rounded_once
     def taps(kernel, padded):
         y = kernel[-1] * padded
         for lag, row in enumerate(rows, 1):
@@ -116,17 +115,6 @@ def _gathered(kernel: Array, padded: Array, ids: Array) -> Array:
         return y
 
     return taps(kernel, padded)
-
-
-def _summed_in_float32(taps: Callable[[Array, Array], Any]) -> Callable[[Array, Array], Array]:
-    """`taps` of kernel and inputs in float32 at least, rounded once; a loop keeps them alone for its backward pass."""
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def rounded_once(kernel, padded):
-        wide = jnp.promote_types(padded.dtype, jnp.float32)
-        return jnp.asarray(taps(kernel.astype(wide), padded.astype(wide))).astype(padded.dtype)
-
-    return rounded_once
 
 
 @jax.custom_vjp

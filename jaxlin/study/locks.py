@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from jaxlin.drafts import draft
-
-ENDED = ("Z", "X")  # zombies and the dead, as the kernel calls them
+from jaxlin.drafts import draft, process_runs, process_status
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Owner:
 
     def is_gone(self) -> bool:
         """Whether it certainly no longer runs; of another host nothing is certain."""
-        return self.host == socket.gethostname() and (self.started != _started(self.pid) or not _exists(self.pid))
+        return self.host == socket.gethostname() and (self.started != _started(self.pid) or not process_runs(self.pid))
 
     def __str__(self) -> str:
         return f"process {self.pid} of {self.host}"
@@ -41,29 +39,9 @@ def _started(pid: int) -> str:
     """The start of a process in the kernel's clock ticks, and the boot that they count from; empty without /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {_status(pid)[19]}"
+        return f"{boot} {process_status(pid)[19]}"
     except OSError:
         return ""
-
-
-def _status(pid: int) -> list[str]:
-    """What the kernel says of a process, from its state on. Raises OSError where there is none, or no /proc."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def _exists(pid: int) -> bool:
-    """Whether a process runs; one that has ended, and that nobody asked about (containers' first processes may not),
-    does not."""
-    with contextlib.suppress(OSError):
-        if _status(pid)[0] in ENDED:
-            return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 class Lock:
