@@ -2,10 +2,10 @@
 
 A row is one op at one shape (B, T, H, D), H heads of q, k and v, bfloat16, by one implementation, in a process of its
 own that may crash or hang without harm to others; it is printed when it ends, and `--out` has all rows so far as JSON.
-Rows are compiled side by side and timed one at a time (`bench_process.py` says how): kernels, then the peers,
-flash-linear-attention and mlstm_kernels, then what XLA makes. The op `softmax` is softmax attention (cuDNN through
-JAX). `--steps` are the decode steps of whole models. `--from` reads earlier results instead of timing; `--markdown` and
-`--plot` show them (`bench_report.py`). Neither needs a device.
+Rows are compiled side by side and timed one at a time (`bench_process.py` says how), on several GPUs those of a shape
+on one of them: kernels, then the peers, flash-linear-attention and mlstm_kernels, then what XLA makes. The op `softmax`
+is softmax attention (cuDNN through JAX). `--steps` are the decode steps of whole models. `--from` reads earlier results
+instead of timing; `--markdown` and `--plot` show them (`bench_report.py`). Neither needs a device.
 """
 
 from __future__ import annotations
@@ -80,23 +80,25 @@ class Job:
     def limit(self, settings: Bench) -> float:
         return settings.peer_timeout if self.implementation in bench_report.PEERS else settings.timeout
 
-    def run(self, settings: Bench, until: float) -> tuple[dict[str, Any], str]:
-        """(the row, all that its process printed)."""
+    def run(self, settings: Bench, until: float, gpu: str | None = None) -> tuple[dict[str, Any], str]:
+        """(the row, all that its process printed); `gpu` as CUDA_VISIBLE_DEVICES names it."""
         row: dict[str, Any] = dict(op=self.op, shape=self.shape, implementation=self.implementation, failed={})
         start = time.monotonic()
         if until <= start:
             return row | dict(failed=dict(row="not started before the deadline")), ""
         limit = self.limit(settings)
-        good, output = child([self.op, self.shape, self.implementation, str(limit)], self, until - start)
+        good, output = child([self.op, self.shape, self.implementation, str(limit)], self, until - start, gpu)
         row = (last_row(output) or row) | dict(seconds=round(time.monotonic() - start, 1))
         if not good:
             row["failed"] = {**row["failed"], "row": why(output)}
         return row, output
 
 
-def child(arguments: list[str], job: Job | None, timeout: float) -> tuple[bool, str]:
+def child(arguments: list[str], job: Job | None, timeout: float, gpu: str | None = None) -> tuple[bool, str]:
     """Run bench_row; a peer's process has its arrays from JAX on the CPU, and tunes for its shape alone."""
     environment = dict(XLA_PYTHON_CLIENT_PREALLOCATE="false", TF_CPP_MIN_LOG_LEVEL="2")
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     if job is not None and job.implementation in bench_report.PEERS:
         cache = os.environ.get("TRITON_CACHE_DIR") or Path(tempfile.gettempdir()) / "jaxlin_triton"
         environment |= dict(JAX_PLATFORMS="cpu", TRITON_CACHE_DIR=str(Path(cache) / job.shape))
@@ -110,6 +112,13 @@ def last_row(output: str) -> dict[str, Any] | None:
         if line.startswith("ROW {") and line.endswith("}"):  # the last may be cut
             return json.loads(line[4:])
     return None
+
+
+def gpu_of_each(shapes: Sequence[str], count: int) -> dict[str, str]:
+    """The GPU, as CUDA_VISIBLE_DEVICES names it, of each shape: what is compared is measured on one card."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    return {shape: names[place % len(names)] for place, shape in enumerate(shapes)}
 
 
 def serves(implementation: str, op: str) -> bool:
@@ -192,9 +201,11 @@ def measure(settings: Bench) -> dict[str, Any]:
     about = dict(device="unknown device") | (last_row(output) or {}) | dict(versions=versions())
     print(bench_report.heading(about) + ("" if good else f" (the roofs failed: {why(output)})"), flush=True)
     results = Results(about, settings.out)
+    shapes = (*settings.shapes, *(f"step:{shape}" for shape in settings.steps))
+    gpu_of = gpu_of_each(shapes, about.get("gpus", 1))
     for group in jobs(settings):
         with ThreadPoolExecutor(settings.jobs or max(2, (os.cpu_count() or 2) * 3 // 2)) as pool:
-            list(pool.map(lambda job: results.add(*job.run(settings, until)), group))
+            list(pool.map(lambda job: results.add(*job.run(settings, until, gpu_of[job.shape])), group))
     print(f"{len(results.rows)} rows in {time.monotonic() - start:.0f} s", flush=True)
     return dict(about=about, rows=results.rows)
 

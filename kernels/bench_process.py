@@ -9,6 +9,7 @@ and nobody wins by quicker Python. Several calls in one program would do for JAX
 and a loop may hoist its body or copy what it carries.
 
 **Turns**: whoever compiles, tunes or checks holds the lock with others, whoever times holds it alone, and goes first.
+There is a lock for each CUDA_VISIBLE_DEVICES.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def turn(alone: bool, seconds: float) -> Iterator[None]:
 
     Nobody begins to compile while somebody waits to time: else those who are ready would wait for ever new compilers.
     """
-    folder = Path(tempfile.gettempdir())
-    with open(folder / "jaxlin_timing.waiting", "w") as waiting, open(folder / "jaxlin_timing.lock", "w") as lock:
+    name = Path(tempfile.gettempdir()) / f"jaxlin_timing{os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
+    with open(f"{name}.waiting", "w") as waiting, open(f"{name}.lock", "w") as lock:
         fcntl.flock(waiting, fcntl.LOCK_SH if alone else fcntl.LOCK_EX)
         fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         if not alone:

@@ -70,7 +70,8 @@ def heading(about: Row) -> str:
     """The device and its roofs."""
     versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
     copy, matmul = about.get("copy_tbs", 0), about.get("matmul_tflops", 0)
-    return f"{about['device']}: copy {copy:.2f} TB/s, bfloat16 product {matmul:.0f} TFLOP/s; {versions}"
+    cards = f" ({about['gpus']} of them, a shape's rows on one)" if about.get("gpus", 1) > 1 else ""
+    return f"{about['device']}{cards}: copy {copy:.2f} TB/s, bfloat16 product {matmul:.0f} TFLOP/s; {versions}"
 
 
 def origin(about: Row) -> str:

@@ -197,7 +197,7 @@ def relative(x: Any, expected: Any) -> float:
 def roofs(seconds: float) -> None:
     """TB/s of the best copy (x + 1, read and written) and TFLOP/s of a bfloat16 product."""
     sizes, n = ((1 << 28, 1 << 29, 1 << 30, 1 << 31), 8192) if on_gpu() else ((1 << 24,), 512)
-    found: dict[str, Any] = dict(device=jax.devices()[0].device_kind, copy_tbs=0.0)
+    found: dict[str, Any] = dict(device=jax.devices()[0].device_kind, gpus=jax.device_count(), copy_tbs=0.0)
     with turn(alone=True, seconds=seconds):
         add, product = jax.jit(lambda x: x + 1), jax.jit(lambda x, y: x @ y)
         for size in sizes:

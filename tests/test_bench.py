@@ -52,6 +52,13 @@ def test_every_implementation_gets_its_ops():
     assert len(mine) == 4 * (7 + 1) + 2 * 7 and len(peers) == 4 * 7 and len(xla) == 4 * 7 + 7
 
 
+def test_rows_of_a_shape_share_a_gpu(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert bench.gpu_of_each(("a", "b", "c"), 2) == dict(a="0", b="1", c="0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert bench.gpu_of_each(("a", "b", "c"), 2) == dict(a="2", b="5", c="2")
+
+
 def test_roof_that_binds():
     assert bench_report.roof(part(0.2), ABOUT) == (pytest.approx(0.5), "copy")
     assert bench_report.roof(part(0.2) | dict(flops=9e10), ABOUT) == (pytest.approx(0.75), "matmul")
