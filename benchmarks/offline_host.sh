@@ -10,7 +10,8 @@
 #         of this repository (`python3 eval.py --teacher demo --suite all --data /tmp/carry/data`), and
 #         kernel_tests [pytest's arguments]              the tests that need a GPU, without the CPU settings of conftest.py,
 #         parity_tests [pytest's arguments]              the demo teacher beside transformers on the same GPU,
-#         study CONFIG [flags]                           a job a GPU of `python -m jaxlin.study`, side by side, in /tmp/carry,
+#         [JOBS=FILE] study CONFIG [flags]               a job a GPU of `python -m jaxlin.study`, or one for each line
+#                                                        "GPU [flags]" of FILE (0 --only NAME...), side by side, in /tmp/carry,
 #                                                        on the tokens and the data that were carried; results of earlier
 #                                                        hosts (collected.tar.gz, packed as a FILE) are not made again. What
 #                                                        there is to be brought home lies in /tmp/carry/home, made anew every 20
@@ -97,11 +98,13 @@ study() (  # in /tmp/carry, where nothing is replaced when the next call brings 
   if [ -f collected.tar.gz ] && [ ! -f "$folder/study.json" ]; then
     mkdir -p "$folder" && tar -xzf collected.tar.gz --strip-components=1 -C "$folder"
   fi
-  for ((gpu = 0; gpu < gpus; gpu++)); do
-    CUDA_VISIBLE_DEVICES=$gpu python3 -m jaxlin.study --config "$config" --shard "$gpu/$gpus" --data data \
-      --heldout heldout.npy --text shard?.npy "$@" > "job$gpu.log" 2>&1 &
+  [ -n "${JOBS:-}" ] || for ((gpu = 0; gpu < gpus; gpu++)); do echo "$gpu --shard $gpu/$gpus"; done > jobs.txt
+  while read -r gpu flags; do
+    fraction=$(awk -v gpu="$gpu" '$1 == gpu { jobs++ } END { print 0.9 / jobs }' "${JOBS:-jobs.txt}")
+    CUDA_VISIBLE_DEVICES=$gpu XLA_PYTHON_CLIENT_MEM_FRACTION=$fraction python3 -m jaxlin.study --config "$config" --data data \
+      --heldout heldout.npy --text shard?.npy "$@" $flags > "job${#pids[@]}.log" 2>&1 < /dev/null &
     pids+=($!)
-  done
+  done < "${JOBS:-jobs.txt}"
   while kill -0 "${pids[@]}" 2> /dev/null; do  # what there is, should there be no time for the rest
     sleep 20
     home

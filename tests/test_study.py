@@ -99,6 +99,8 @@ def test_configs(name, tmp_path):
 def test_unknown_names(tmp_path):
     study = tiny_study.study(tmp_path)
     assert [trial.cell.mixer for trial in chosen(study, ["retnet", f"{BAD}/gla"])] == ["gla", "retnet"]
+    seeds = chosen(load_study("study_135m"), ["recommended-60M"])
+    assert len(seeds) == 10 and {trial.group for trial in seeds} == {"recommended-60M-s0", "recommended-60M-s1"}
     with pytest.raises(UserError, match="--only mlstm: no run of that name"):
         chosen(study, ["mlstm"])
     with pytest.raises(UserError, match=r"--config tiny: .* defines no function study"):

@@ -28,7 +28,8 @@ class Settings:
     data: str = ""
     """Folder with the benchmarks' data; by default the study's."""
     only: tuple[str, ...] = ()
-    """Runs, groups (PRESET-BUDGET-sSEED), cells (PRESET-BUDGET/MIXER) or mixers; by default all."""
+    """Runs, groups (PRESET-BUDGET-sSEED), those of all seeds (PRESET-BUDGET), cells (PRESET-BUDGET/MIXER) or mixers; by
+    default all."""
     shard: str = "0/1"
     """I/N: this is job I of N, from 0, and takes every N-th group."""
     together: int = 4

@@ -110,10 +110,11 @@ class Cell:
     @property
     def name(self) -> str:
         """PRESET[-VARIANT]-BUDGET/MIXER."""
-        return f"{self._settings}/{self.mixer}"
+        return f"{self.settings}/{self.mixer}"
 
     @property
-    def _settings(self) -> str:
+    def settings(self) -> str:
+        """PRESET[-VARIANT]-BUDGET."""
         return "-".join(part for part in (self.preset, self.variant, short(self.tokens)) if part)
 
 
@@ -128,7 +129,7 @@ class Trial:
     @property
     def group(self) -> str:
         """The folder of the trials that differ from this one in the mixer alone."""
-        return f"{self.cell._settings}-s{self.seed}"
+        return f"{self.cell.settings}-s{self.seed}"
 
     @property
     def name(self) -> str:
@@ -191,9 +192,10 @@ def check(study: Study, name: str) -> Study:
 
 
 def chosen(study: Study, only: Sequence[str]) -> list[Trial]:
-    """The trials whose run, group, cell or mixer `only` names; all where it is empty."""
+    """The trials whose run, group, cell, settings or mixer `only` names; all where it is empty."""
     trials = study.trials()
-    named = {name: [t for t in trials if name in (t.name, t.group, t.cell.name, t.cell.mixer)] for name in only}
+    names = {t: (t.name, t.group, t.cell.name, t.cell.settings, t.cell.mixer) for t in trials}
+    named = {name: [t for t in trials if name in names[t]] for name in only}
     if unknown := [name for name, found in named.items() if not found]:
         raise UserError(f"--only {unknown[0]}: no run of that name; there are {', '.join(t.name for t in trials)}")
     return [trial for trial in trials if not only or any(trial in found for found in named.values())]
