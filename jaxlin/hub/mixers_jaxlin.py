@@ -1,7 +1,9 @@
 """The token mixers of jaxlin's students in PyTorch, with the options that jaxlin's own have (`jaxlin/mixers/`).
 
 What is computed in float32 here is what jaxlin computes so: norms, gates, rotary embedding, softmax, the recurrences
-(`recurrence_jaxlin.py`) and their states; all other products are in the dtype of the weights.
+(`recurrence_jaxlin.py`) and their states; all other products are in the dtype of the weights. What follows a product
+up to the next one is rounded once, at its end, as XLA and fused kernels do it on GPUs: convolution, SiLU, rotary
+embedding and unit norm of q, k, v; norm and gate of the output.
 
 Shapes: B batch, T tokens, D width, H heads, KV heads of keys and values, d head size, W taps of the short convolution.
 `valid` [B, T] is False at padding, which stands behind a row's tokens; None means that there is none.
@@ -41,7 +43,10 @@ class JaxlinRMSNorm(nn.Module):
 
 
 class ShortConv(nn.Module):
-    """Causal convolution of each channel over its last W inputs, [B, T, C]; the last W - 1 of them are its state."""
+    """Causal convolution of each channel over its last W inputs, [B, T, C]; the last W - 1 of them are its state.
+
+    The output is in float32, for the caller to round.
+    """
 
     def __init__(self, channels: int, taps: int, activation: str) -> None:
         super().__init__()
@@ -53,7 +58,7 @@ class ShortConv(nn.Module):
         size = self.weight.shape[-1] - 1
         tail = x.new_zeros(x.shape[0], size, x.shape[2]) if tail is None else tail
         inputs = torch.cat([tail, x], 1)
-        y = F.conv1d(inputs.transpose(1, 2), self.weight, groups=x.shape[2]).transpose(1, 2)
+        y = F.conv1d(inputs.float().transpose(1, 2), self.weight.float(), groups=x.shape[2]).transpose(1, 2)
         read = torch.full_like(inputs[:, 0, :1], x.shape[1]) if valid is None else valid.sum(1, keepdim=True)
         rows = read.long() + torch.arange(size, device=x.device)
         tail = inputs.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
@@ -74,11 +79,11 @@ def rope_frequencies(config: JaxlinConfig, head_dim: int, kind: str) -> Tensor:
 
 
 def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
-    """Rotary embedding of x [B, T, H, d] in the half layout, in float32."""
+    """Rotary embedding of x [B, T, H, d] in the half layout; float32, for the caller to round."""
     angles = positions[:, :, None, None] * frequencies.to(x.device)
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
@@ -107,7 +112,7 @@ class Softmax(nn.Module):
         heads, _, d = self.shape
         q, k, v = (p(x).view(batch, length, -1, d) for p in (self.q_proj, self.k_proj, self.v_proj))
         frequencies = rope_frequencies(self.config, d, "teacher")
-        q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+        q, k = (rotate(a, positions, frequencies).to(x.dtype) for a in (q, k))
         seen = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
         if state is not None:
             k, v, seen = (torch.cat([state[n], a], 1) for n, a in (("k", k), ("v", v), ("seen", seen)))
@@ -177,7 +182,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def qkv(self, x: Tensor, positions: Tensor, valid: Tensor | None, state: dict, new: dict) -> list[Tensor]:
-        """q, k, v [B, T, H, d] after convolution, rotary embedding and head layout; new convolution states in `new`."""
+        """q, k, v [B, T, H, d] as the recurrence reads them; new convolution states in `new`."""
         c, o = self.config, self.options
         parts = []
         for name in "qkv":
@@ -193,11 +198,16 @@ class Mixer(nn.Module):
         if o.rope == "own":
             frequencies = rope_frequencies(c, self.size, "own")
             parts[:2] = [rotate(a, positions, frequencies) for a in parts[:2]]
-        return parts
+        parts[:2] = self.normalized(*parts[:2])
+        return [a.to(x.dtype) for a in parts]
+
+    def normalized(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k [B, T, H, d] as the recurrence wants them, not yet rounded."""
+        return q, k
 
     def output(self, y: Tensor, x: Tensor) -> Tensor:
         """Norm of each head, output gate and o_proj of y [B, T, H, d]; x is the mixer's input."""
-        o = self.options
+        o, y = self.options, y.float()
         if o.out_gate == "added":
             y = y + self.gate("g_proj", x, wide=False).view_as(y)
         if o.out_norm == "layernorm":
@@ -300,9 +310,12 @@ class DeltaNet(Mixer):
         beta = self.gate("b_proj", x).sigmoid()
         if self.options.allow_neg_eigval:
             beta = 2 * beta
+        return delta_rule(q, k, v, beta, self.decay(x), memory, valid)
+
+    def normalized(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.options.qk_rmsnorm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return delta_rule(_unit(q), _unit(k), v, beta, self.decay(x), memory, valid)
+            q, k = self.q_norm(q.float()), self.k_norm(k.float())
+        return _unit(q), _unit(k)
 
     def decay(self, x: Tensor) -> Tensor | None:
         """The log decay, [B, T, H] or [B, T, H, K]; None where there is none."""
@@ -342,9 +355,9 @@ class KimiDeltaAttention(DeltaNet):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x with unit L2 norm over the last axis."""
-    y = x.float()
-    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    """x with unit L2 norm over the last axis, in float32."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 MIXERS: dict[str, Any] = {
