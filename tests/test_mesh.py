@@ -27,7 +27,7 @@ from tests.quick_xla import QUICK
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ("--config", str(ROOT / "tests" / "eight_heads.py"), "--keep", "99")
-CHEAP = ("--mixer", "retnet")  # compiles fastest
+CHEAP = ("--config", str(ROOT / "tests" / "eight_heads_tied.py"), "--mixer", "retnet")  # compiles fastest
 ROUNDING = 2e-7  # float32's of a KL of 0.01, the mean of differences between logarithms of size 6
 MESHES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8]
 
