@@ -98,13 +98,14 @@ study() (  # in /tmp/carry, where nothing is replaced when the next call brings 
   if [ -f collected.tar.gz ] && [ ! -f "$folder/study.json" ]; then
     mkdir -p "$folder" && tar -xzf collected.tar.gz --strip-components=1 -C "$folder"
   fi
-  [ -n "${JOBS:-}" ] || for ((gpu = 0; gpu < gpus; gpu++)); do echo "$gpu --shard $gpu/$gpus"; done > jobs.txt
+  jobs=${JOBS:-jobs.txt}
+  [ -n "${JOBS:-}" ] || for ((gpu = 0; gpu < gpus; gpu++)); do echo "$gpu --shard $gpu/$gpus"; done > "$jobs"
   while read -r gpu flags; do
-    fraction=$(awk -v gpu="$gpu" '$1 == gpu { jobs++ } END { print 0.9 / jobs }' "${JOBS:-jobs.txt}")
+    fraction=$(awk -v gpu="$gpu" '$1 == gpu { jobs++ } END { print 0.9 / jobs }' "$jobs")
     CUDA_VISIBLE_DEVICES=$gpu XLA_PYTHON_CLIENT_MEM_FRACTION=$fraction python3 -m jaxlin.study --config "$config" --data data \
       --heldout heldout.npy --text shard?.npy "$@" $flags > "job${#pids[@]}.log" 2>&1 < /dev/null &
     pids+=($!)
-  done < "${JOBS:-jobs.txt}"
+  done < "$jobs"
   while kill -0 "${pids[@]}" 2> /dev/null; do  # what there is, should there be no time for the rest
     sleep 20
     home
