@@ -198,7 +198,7 @@ def measure(settings: Bench) -> dict[str, Any]:
     start = time.monotonic()
     until = start + settings.deadline if settings.deadline else float("inf")
     good, output = child(["roofs", str(settings.timeout)], None, min(settings.timeout, until - start))
-    about = dict(device="unknown device") | (last_row(output) or {}) | dict(versions=versions())
+    about: dict[str, Any] = dict(device="unknown device") | (last_row(output) or {}) | dict(versions=versions())
     print(bench_report.heading(about) + ("" if good else f" (the roofs failed: {why(output)})"), flush=True)
     results = Results(about, settings.out)
     shapes = (*settings.shapes, *(f"step:{shape}" for shape in settings.steps))
