@@ -80,7 +80,10 @@ class MixerOptions:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-family decoder; teacher and student differ in `mixer` only. Field names are Hugging Face's."""
+    """A decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3); teacher and student differ in `mixer` only.
+
+    Field names are Hugging Face's.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -95,6 +98,10 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = True
     attention_bias: bool = False
+    attention_out_bias: bool = True
+    """With `attention_bias`: o_proj has one too, and not q_proj, k_proj and v_proj alone (Qwen2)."""
+    qk_norm: bool = False
+    """RMS norm of each query and key head before the rotary embedding, with one weight for all heads (Qwen3)."""
     mlp_bias: bool = False
     mixer: tuple[str, ...] = ("softmax",)
     """Mixer ids of one period; the layers repeat it."""
@@ -114,6 +121,11 @@ class ModelConfig:
                 f"mixer={'+'.join(self.mixer)} has a period of {len(self.mixer)}, "
                 f"which does not divide the {self.num_hidden_layers} layers"
             )
+
+    @property
+    def out_bias(self) -> bool:
+        """Whether o_proj has a bias."""
+        return self.attention_bias and self.attention_out_bias
 
     @property
     def period(self) -> int:

@@ -11,7 +11,7 @@ import jax
 import ml_dtypes  # noqa: F401  (teaches numpy the name "bfloat16")
 import numpy as np
 
-from jaxlin import gguf_teacher, hf_files, hf_student, hf_writer
+from jaxlin import gguf_teacher, hf_config, hf_files, hf_student, hf_writer
 from jaxlin.config import ModelConfig, UserError
 from jaxlin.hf_table import Entry, table
 
@@ -143,11 +143,11 @@ def _open(source: str) -> tuple[ModelConfig, hf_files.Reader, Path]:
     if _in_gguf(source := os.fspath(source)):
         path = gguf_teacher.demo_file() if source == "demo" else Path(source).expanduser()
         reader = gguf_teacher.GGUFTensors(path)
-        return hf_files.config_from_hf(reader.hf_config(), str(path)), reader, path
+        return hf_config.config_from_hf(reader.hf_config(), str(path)), reader, path
     path = hf_files.locate(source)
     file = path / "config.json"
     hf = hf_files.read_json(file)
-    read = hf_student.config_from_hf if hf.get("model_type") == hf_student.MODEL_TYPE else hf_files.config_from_hf
+    read = hf_student.config_from_hf if hf.get("model_type") == hf_student.MODEL_TYPE else hf_config.config_from_hf
     return read(hf, str(file)), hf_files.open_folder(path), path
 
 
@@ -211,7 +211,7 @@ def export_hf(
     tokenizer: Any = None,
     shard_bytes: int = hf_writer.SHARD_BYTES,
 ) -> None:
-    """Write a softmax model as an HF folder that `LlamaForCausalLM.from_pretrained` loads.
+    """Write a softmax model as an HF folder that `AutoModelForCausalLM.from_pretrained` loads.
 
     Args:
         params: the parameters, each addressable by this process.
@@ -221,17 +221,19 @@ def export_hf(
         shard_bytes: the largest weights file; a larger model becomes several, with an index.
 
     Raises:
-        UserError: another mixer, or `path` exists already.
+        UserError: another mixer, attention that no class of transformers has, or `path` exists already.
         ValueError: `params` is not what `config` describes.
     """
     if config.mixer != ("softmax",):
-        raise UserError(f"mixer={'+'.join(config.mixer)} cannot be written as an HF Llama folder, only softmax")
+        raise UserError(
+            f"mixer={'+'.join(config.mixer)} cannot be written with a class of transformers' own, only softmax"
+        )
     entries = table(config)
     check_params(params, entries)
     dtype = params["embed_tokens"]["embedding"].dtype
     with hf_writer.new_folder(Path(path)) as folder:
         hf_writer.write_tensors(params, entries, folder, dtype=dtype, shard_bytes=shard_bytes)
-        hf = hf_files.config_to_hf(config, dtype.name)
+        hf = hf_config.config_to_hf(config, dtype.name)
         if tokenizer is not None:
             hf |= hf_writer.write_tokenizer(tokenizer, folder)
         hf_writer.write_json(folder / "config.json", hf)

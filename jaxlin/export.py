@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxlin import convert, hf_files, hf_fla, hf_student, hf_writer, model_card
+from jaxlin import convert, hf_config, hf_files, hf_fla, hf_student, hf_writer, model_card
 from jaxlin.checkpoint import Checkpoints
 from jaxlin.command_line import parse, run_main, to_json
 from jaxlin.config import ModelConfig, UserError
@@ -98,7 +98,8 @@ def export(
 ) -> None:  # fmt: skip
     """Write a student as a folder: tensors, configurations, tokenizer, model card, run card, and the model's code.
 
-    A student whose mixer is softmax alone becomes a Llama. The folder appears only when complete.
+    A student whose mixer is softmax alone becomes what its teacher was, a Llama or a Qwen. The folder appears only when
+    complete.
 
     Args:
         student: the model; each parameter addressable by this process.
@@ -117,7 +118,7 @@ def export(
     entries = hf_fla.fla_table(config) if kind == "fla" else table(config)
     convert.check_params(student.params, entries)
     dtype = dtype or _common_dtype(student.params)
-    to_hf = {"softmax": hf_files.config_to_hf, "jaxlin": hf_student.config_to_hf, "fla": hf_fla.config_to_hf}[kind]
+    to_hf = {"softmax": hf_config.config_to_hf, "jaxlin": hf_student.config_to_hf, "fla": hf_fla.config_to_hf}[kind]
     with hf_writer.new_folder(folder) as temporary:
         hf_writer.write_tensors(student.params, entries, temporary, dtype=dtype, shard_bytes=shard_bytes)
         tokens = hf_writer.write_tokenizer(student.tokenizer, temporary)

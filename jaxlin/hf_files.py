@@ -1,4 +1,4 @@
-"""Finding and reading Hugging Face checkpoint folders: config.json, and safetensors or PyTorch files, whole or sharded.
+"""Finding and reading Hugging Face checkpoint folders: safetensors or PyTorch files, whole or sharded.
 
 A reader is anything with `label`, `names()`, `spec(name)` and `get(name)`; tensors are read one at a time.
 """
@@ -15,111 +15,12 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from jaxlin.config import ModelConfig, RopeScaling, UserError
+from jaxlin.config import UserError
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-# ---- configuration ---------------------------------------------------------------------------------------------------
-
-
-def config_from_hf(hf: dict[str, Any], where: str, model_type: str = "llama") -> ModelConfig:
-    """The `ModelConfig` of an HF Llama config, in the spellings of transformers 4 and 5; mixers are not looked at.
-
-    Args:
-        hf: the contents of config.json.
-        where: what error messages call it.
-        model_type: what it has to be.
-
-    Raises:
-        UserError: another architecture, a feature this decoder lacks, a missing or senseless value.
-    """
-
-    def integer(key: str, default: int | None = None) -> int:
-        value = hf.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise UserError(f"{where} has no {key}")
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise UserError(f"{where}: {key}={value!r} should be a positive integer")
-        return value
-
-    def number(key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{where}: {key}={value!r} should be a positive number")
-        return float(value)
-
-    if (kind := hf.get("model_type")) != model_type:
-        raise UserError(f"{where}: model_type={kind!r} is not supported; teachers are of the Llama family (llama)")
-    if (activation := hf.get("hidden_act", "silu")) != "silu":
-        raise UserError(f"{where}: hidden_act={activation!r} is not supported, only silu")
-    if hf.get("quantization_config"):
-        raise UserError(
-            f"{where}: quantized HF checkpoints are not supported; give the original weights or a .gguf file"
-        )
-
-    heads, width = integer("num_attention_heads"), integer("hidden_size")
-    if hf.get("head_dim") is None and width % heads:
-        raise UserError(f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
-    # transformers 5 has one dictionary for what 4 keeps in rope_theta and rope_scaling.
-    rope = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(given := hf.get(key) or {}, dict):
-            raise UserError(f"{where}: {key}={given!r} should be an object")
-        rope |= given
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(f"{where}: rope type {kind!r} is not supported, only default and llama3")
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor is not supported, only whole heads are rotated")
-    scaling = None
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if lacking := [n for n in names if n not in rope]:
-            raise UserError(f"{where}: rope type llama3 lacks {', '.join(lacking)}")
-        values: dict[str, Any] = {n: number(n, rope[n]) for n in names}
-        scaling = RopeScaling(**{**values, names[-1]: int(values[names[-1]])})
-
-    fields: dict[str, Any] = dict(
-        vocab_size=integer("vocab_size"),
-        hidden_size=width,
-        intermediate_size=integer("intermediate_size"),
-        num_hidden_layers=integer("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=integer("num_key_value_heads", heads),
-        head_dim=integer("head_dim", width // heads),
-        rope_theta=number("rope_theta", rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-        rope_scaling=scaling,
-        rms_norm_eps=number("rms_norm_eps", hf.get("rms_norm_eps", 1e-6)),
-        max_position_embeddings=integer("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        attention_bias=bool(hf.get("attention_bias", False)),
-        mlp_bias=bool(hf.get("mlp_bias", False)),
-    )
-    try:
-        return ModelConfig(**fields)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of a softmax model, in transformers 4's spelling, which 5 reads too."""
-    same = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "rope_theta rms_norm_eps max_position_embeddings tie_word_embeddings attention_bias mlp_bias"
-    )
-    scaling = config.rope_scaling
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        **{key: getattr(config, key) for key in same.split()},
-        "rope_scaling": {"rope_type": "llama3", **vars(scaling)} if scaling else None,
-        "torch_dtype": dtype,
-    }
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------

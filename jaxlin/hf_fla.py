@@ -93,7 +93,7 @@ def _problems(config: ModelConfig) -> Iterator[str]:
         yield f"retnet with {heads} heads has no counterpart there: decays of more than 8 are others"
     if mixer == "retnet" and size > LARGEST_RETNET_HEAD:
         yield f"retnet with heads of {size} has no counterpart there, only up to {LARGEST_RETNET_HEAD}"
-    for name in ("attention_bias", "mlp_bias"):
+    for name in ("attention_bias", "mlp_bias", "qk_norm"):
         if getattr(config, name):
             yield f"{name}=true has no counterpart there"
 

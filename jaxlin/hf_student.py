@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from jaxlin import hf_files
+from jaxlin import hf_config
 from jaxlin.command_line import from_dict
 from jaxlin.config import MixerOptions, ModelConfig, UserError
 from jaxlin.mixers import MIXERS
@@ -31,16 +31,19 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
     Rotary settings are spelled as in transformers 5; options that a mixer does not read (None) are left out.
     """
-    hf = hf_files.config_to_hf(config, dtype)
-    theta, scaling = hf.pop("rope_theta"), hf.pop("rope_scaling")
-    return hf | {
+    scaling = vars(config.rope_scaling) | {"rope_type": "llama3"} if config.rope_scaling else {"rope_type": "default"}
+    shared = [key for key in hf_config.SHARED if key != "rope_theta"]
+    return {
         "architectures": ["JaxlinForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_jaxlin.JaxlinConfig",
             "AutoModelForCausalLM": "modeling_jaxlin.JaxlinForCausalLM",
         },
         "model_type": MODEL_TYPE,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta, **(scaling or {})},
+        "hidden_act": "silu",
+        **{key: getattr(config, key) for key in (*shared, *hf_config.ATTENTION)},
+        "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
+        "torch_dtype": dtype,
         "mixer": list(config.mixer),
         "options": [{k: v for k, v in asdict(o).items() if v is not None} for o in config.options],
         "compute_dtype": config.dtype,
@@ -49,7 +52,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 def config_from_hf(hf: dict[str, Any], where: str) -> ModelConfig:
     """The inverse of `config_to_hf`. Raises UserError, which calls the file `where`, for what no student can have."""
-    config = hf_files.config_from_hf(hf, where, MODEL_TYPE)
+    config = hf_config.config_from_hf(hf, where, MODEL_TYPE)
     mixer, options, dtype = (hf.get(key) for key in ("mixer", "options", "compute_dtype"))
     if not isinstance(mixer, list) or not mixer or any(name not in MIXERS for name in mixer):
         raise UserError(f"{where}: mixer={mixer!r} should be a list of {', '.join(MIXERS)}")

@@ -52,8 +52,8 @@ class Entry:
 def table(config: ModelConfig) -> list[Entry]:
     """Every parameter of a model, in the order of their paths, the head last.
 
-    Names are those of LlamaForCausalLM where the mixer is softmax alone, and otherwise of `hub/modeling_jaxlin.py`,
-    whose modules are called as ours.
+    Names are those of transformers' classes where the mixer is softmax alone, and otherwise of
+    `hub/modeling_jaxlin.py`, whose modules are called as ours.
     """
     tree: dict[tuple[str, ...], Any] = dict(flax.traverse_util.flatten_dict(nn.unbox(abstract_params(config))))
     paths = sorted(tree, key=lambda path: path[0] == "lm_head")

@@ -12,7 +12,7 @@ from jaxlin.mixers import MIXERS
 
 MEANING = {1: "attention outputs", 2: "hidden states", 3: "logits"}
 LOADING = {
-    "softmax": ("transformers", "", "A Llama of transformers' own; nothing else is needed."),
+    "softmax": ("transformers", "", "A class of transformers' own; nothing else is needed."),
     "jaxlin": (
         "transformers",
         ", trust_remote_code=True",

@@ -16,7 +16,7 @@ from jaxlin.mixers.common import heads_of_kv
 from jaxlin.model import LanguageModel, init_params
 
 Path = tuple[Any, ...]  # of names
-COPIED_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+COPIED = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
 def student_config(run: RunConfig, teacher: ModelConfig) -> ModelConfig:
@@ -42,7 +42,7 @@ def abstract_params(config: ModelConfig) -> Any:
 
 def is_new(path: Path) -> bool:
     """True for parameters that the teacher does not have."""
-    return "mixer" in path and path[path.index("mixer") + 1] not in COPIED_PROJECTIONS
+    return "mixer" in path and path[path.index("mixer") + 1] not in COPIED
 
 
 def init_student(teacher_params: Any, config: ModelConfig, key: jax.Array) -> Any:

@@ -27,7 +27,7 @@ from jaxlin.convert import (
 from jaxlin.hf_files import open_folder
 from jaxlin.model import LanguageModel
 from tests.goldens.make_llama_goldens import VARIANTS, make_model, run, sample_tokens
-from tests.tiny_llama import BIASED, CONFIG, assert_same, random_params, word_tokenizer
+from tests.tiny_llama import BIASED, CONFIG, QWEN2, QWEN3, assert_same, random_params, word_tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = 1e-4  # relative to the largest value, float32
@@ -75,7 +75,7 @@ def test_live_parity(variant, tmp_path):
 
 def test_table_is_the_models():
     """The table's paths and shapes are those that the model itself makes, tied or not, with biases or not."""
-    for config in (CONFIG, BIASED):
+    for config in (CONFIG, BIASED, replace(CONFIG, **QWEN2), replace(CONFIG, **QWEN3)):
         tree = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
         flat = flax.traverse_util.flatten_dict(nn.unbox(tree)["params"])
         assert {path: leaf.shape for path, leaf in flat.items()} == {e.path: e.stacked_shape for e in table(config)}
@@ -86,7 +86,15 @@ def test_table_is_the_models():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "config", [CONFIG, BIASED, replace(CONFIG, head_dim=12, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32))]
+    "config",
+    [
+        CONFIG,
+        BIASED,
+        replace(CONFIG, head_dim=12, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32)),
+        replace(CONFIG, **QWEN2),
+        replace(CONFIG, **QWEN3),
+        replace(CONFIG, attention_bias=True, **QWEN3),
+    ],
 )
 @pytest.mark.parametrize("shard_bytes", [10**9, 8000])
 def test_round_trip(config, dtype, shard_bytes, tmp_path):
@@ -100,17 +108,20 @@ def test_round_trip(config, dtype, shard_bytes, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 8000])
-def test_transformers_loads_the_export(shard_bytes, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "shard_bytes"), [("llama", 10**9), ("llama", 8000), ("qwen2", 10**9), ("qwen3", 8000)]
+)
+def test_transformers_loads_the_export(kind, shard_bytes, tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = replace(BIASED, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32), rope_theta=500.0)
+    config = {"llama": BIASED, "qwen2": replace(CONFIG, **QWEN2), "qwen3": replace(CONFIG, **QWEN3)}[kind]
+    config = replace(config, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32), rope_theta=500.0)
     params = random_params(config, "bfloat16")
     export_hf(params, config, tmp_path / "out", tokenizer=word_tokenizer(48), shard_bytes=shard_bytes)
-    model, report = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values())
-    assert model.dtype == torch.bfloat16
+    assert (model.config.model_type, model.dtype) == (kind, torch.bfloat16)
     assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
     assert model.config.rope_parameters["rope_type"] == "llama3"
     with torch.no_grad():
@@ -133,6 +144,9 @@ def test_export_refuses(folder, tmp_path):
     params = random_params(CONFIG)
     with pytest.raises(UserError, match=r"mixer=gla cannot be written .* only softmax"):
         export_hf(params, replace(CONFIG, mixer=("gla",)), tmp_path / "out")
+    neither = replace(CONFIG, mlp_bias=True, **QWEN2)
+    with pytest.raises(UserError, match=r"no class of transformers has .* mlp_bias=True together"):
+        export_hf(random_params(neither), neither, tmp_path / "out")
     with pytest.raises(UserError, match="exists already"):
         export_hf(params, CONFIG, folder)
     with pytest.raises(ValueError, match="params: embed_tokens/embedding has shape"):

@@ -62,8 +62,9 @@ def test_round_trip(mixer, preset, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip_of_another_llama(dtype, shard_bytes, tmp_path):
     config = replace(
-        student_of("gated_deltanet+softmax", "recommended"), attention_bias=True, mlp_bias=True, head_dim=24,
-        tie_word_embeddings=False, rope_theta=500.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32), dtype="bfloat16",
+        student_of("gated_deltanet+softmax", "recommended"), attention_bias=True, attention_out_bias=False,
+        mlp_bias=True, qk_norm=True, head_dim=24, tie_word_embeddings=False, rope_theta=500.0,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32), dtype="bfloat16",
     )  # fmt: skip
     folder = folder_of(config, tmp_path / "out", dtype=dtype, shard_bytes=shard_bytes)
     assert (folder / "model.safetensors.index.json").exists() == (shard_bytes == 8000)
@@ -86,10 +87,14 @@ def test_safetensors_reads_the_file(tmp_path):
     assert np.array_equal(tensors[name("g_proj_down.weight")], mixer["g_proj_down"]["kernel"][1].T)
 
 
-def test_softmax_becomes_a_llama(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("llama", {}), ("qwen2", dict(attention_bias=True, attention_out_bias=False)), ("qwen3", dict(qk_norm=True))],
+)
+def test_softmax_becomes_what_it_was(kind, changes, tmp_path):
     """The fine-tuned teacher, the baseline, needs no code of ours."""
-    folder = folder_of(replace(TEACHER, mixer=("softmax",)), tmp_path / "out")
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    folder = folder_of(replace(TEACHER, mixer=("softmax",), **changes), tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == kind
     assert not list(folder.glob("*.py"))
     export(open_student(folder), tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folder)
@@ -253,8 +258,9 @@ def test_fla_refuses(mixer, preset, options, said):
     with pytest.raises(UserError, match=said) as error:
         hf_fla.check(config)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="attention_bias=true has no counterpart"):
-        hf_fla.check(replace(student_of("deltanet", "paper_code"), attention_bias=True))
+    for name in ("attention_bias", "qk_norm"):
+        with pytest.raises(UserError, match=f"{name}=true has no counterpart"):
+            hf_fla.check(replace(student_of("deltanet", "paper_code"), **{name: True}))
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxlin.config import RopeScaling, UserError
 from jaxlin.convert import export_hf, load_teacher
-from jaxlin.hf_files import config_from_hf
+from jaxlin.hf_config import config_from_hf
 from tests.tiny_llama import BIASED, CONFIG, assert_same, random_params, word_tokenizer
 
 
@@ -63,10 +63,37 @@ def test_config_spellings(spelling):
 
 
 @pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (dict(model_type="llama", qk_norm=True), (False, False, False)),
+        (dict(model_type="llama", attention_bias=True), (True, True, False)),
+        (dict(model_type="mistral", sliding_window=None, attention_bias=True), (False, False, False)),
+        (dict(model_type="qwen2", attention_bias=False, sliding_window=64), (True, False, False)),
+        (dict(model_type="qwen3", use_sliding_window=False, sliding_window=64), (False, False, True)),
+        (dict(model_type="qwen3", attention_bias=True), (True, True, True)),
+    ],
+)
+def test_families(kind, expected):
+    """Biases and norms are those of transformers' class, whatever else config.json says."""
+    config = config_from_hf(HF | dict(num_key_value_heads=2) | kind, "config.json")
+    assert (config.attention_bias, config.out_bias, config.qk_norm) == expected
+    assert config.head_dim == (128 if kind["model_type"] == "qwen3" else 8)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(model_type="mistral", sliding_window=4096), "config.json: model_type='mistral' is not supported"),
-        (dict(model_type="qwen3"), "model_type='qwen3' is not supported"),
+        (
+            dict(model_type="gemma"),
+            r"config.json: model_type='gemma' is not supported; .* \(llama, mistral, qwen2, qwen3\)",
+        ),
+        (dict(model_type="mistral", num_key_value_heads=2), "sliding_window=4096 is not supported"),
+        (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64), "sliding_window=64 is not supported"),
+        (
+            dict(model_type="qwen3", layer_types=["full_attention", "sliding_attention"]),
+            "sliding_window=None is not supp",
+        ),
+        (dict(model_type="qwen3"), "config.json has no num_key_value_heads"),
         (dict(model_type=None), "model_type=None is not supported"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),
         (dict(quantization_config=dict(bits=4)), "quantized"),

@@ -120,10 +120,19 @@ def test_logits(mixer, preset, options, load):
     assert_close(read(model, tokens[1:2]).logits, expected[1:2])
 
 
-@pytest.mark.parametrize("mixer", ["gated_deltanet+softmax", "retnet"])
-def test_logits_of_another_llama(mixer, load):
-    """Biases, an untied head, heads of another size than width / heads, Llama 3's rotary scaling."""
-    config = student_of(mixer, "recommended", BIASED)
+@pytest.mark.parametrize(
+    ("mixer", "teacher", "options"),
+    [
+        ("gated_deltanet+softmax", BIASED, {}),
+        ("retnet", BIASED, {}),
+        ("gla+softmax", replace(TEACHER, attention_bias=True, attention_out_bias=False), {}),
+        ("linear_attention+softmax", replace(TEACHER, qk_norm=True, head_dim=24), {"conv_size": 0}),
+        ("deltanet", replace(TEACHER, qk_norm=True), {"qk_rmsnorm": True, "conv_activation": "silu"}),
+    ],
+)
+def test_logits_of_other_teachers(mixer, teacher, options, load):
+    """Biases, an untied head, heads of another size than width / heads, Llama 3's rotary scaling; Qwen2 and Qwen3."""
+    config = student_of(mixer, "recommended", teacher, **options)
     tokens = tokens_of(2, 70)
     assert_close(read(load(config), tokens).logits, np.asarray(logits(config, random_params(config), tokens)))
 

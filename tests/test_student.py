@@ -48,20 +48,21 @@ def test_expand_kv():
 
 def test_copies_what_the_teacher_has():
     """Everything but the mixers' new parameters is the teacher's; a hybrid's softmax layers are the teacher's whole."""
-    teacher_params = random_params(TEACHER)
-    params = init_student(teacher_params, student_of("gated_deltanet+softmax"), jax.random.key(0))
+    teacher = replace(TEACHER, qk_norm=True, attention_bias=True)
+    teacher_params = random_params(teacher)
+    params = init_student(teacher_params, student_of("gated_deltanet+softmax", teacher=teacher), jax.random.key(0))
     old, new = teacher_params["layers"]["block_0"], params["layers"]
     for i, block in enumerate(("block_0", "block_1")):
         for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
             jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a, b[i::2]), new[block][name], old[name])
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            np.testing.assert_array_equal(new[block]["mixer"][name]["kernel"], old["mixer"][name]["kernel"][i::2])
-    assert set(new["block_1"]["mixer"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+        for name, leaves in old["mixer"].items():
+            jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a, b[i::2]), new[block]["mixer"][name], leaves)
+    assert set(new["block_1"]["mixer"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
     np.testing.assert_array_equal(params["embed_tokens"]["embedding"], teacher_params["embed_tokens"]["embedding"])
-    softmax = replace(TEACHER, mixer=("softmax", "softmax"), options=(MixerOptions(),) * 2)
+    softmax = replace(teacher, mixer=("softmax", "softmax"), options=(MixerOptions(),) * 2)
     same = init_student(teacher_params, softmax, jax.random.key(0))
     np.testing.assert_allclose(
-        logits(softmax, same, TOKENS), logits(TEACHER, teacher_params, TOKENS), rtol=1e-5, atol=1e-5
+        logits(softmax, same, TOKENS), logits(teacher, teacher_params, TOKENS), rtol=1e-5, atol=1e-5
     )
 
 

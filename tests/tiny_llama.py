@@ -21,6 +21,8 @@ CONFIG = ModelConfig(
     max_position_embeddings=64,
 )
 BIASED = replace(CONFIG, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
+QWEN2 = dict(attention_bias=True, attention_out_bias=False)
+QWEN3 = dict(qk_norm=True, head_dim=12)
 
 
 def random_params(config, dtype="float32", seed=0):

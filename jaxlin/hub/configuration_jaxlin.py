@@ -32,6 +32,8 @@ class JaxlinConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-5,
         max_position_embeddings: int = 2048,
         attention_bias: bool = False,
+        attention_out_bias: bool = True,
+        qk_norm: bool = False,
         mlp_bias: bool = False,
         mixer: tuple[str, ...] | list[str] = ("softmax",),
         options: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ({},),
@@ -56,6 +58,8 @@ class JaxlinConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
         self.attention_bias = attention_bias
+        self.attention_out_bias = attention_out_bias
+        self.qk_norm = qk_norm
         self.mlp_bias = mlp_bias
         self.mixer = list(mixer)
         self.options = [dict(chosen) for chosen in options]

@@ -2,8 +2,8 @@
 
 What is computed in float32 here is what jaxlin computes so: norms, gates, rotary embedding, softmax, the recurrences
 (`recurrence_jaxlin.py`) and their states; all other products are in the dtype of the weights. What follows a product
-up to the next one is rounded once, at its end, as XLA and fused kernels do it on GPUs: convolution, SiLU, rotary
-embedding and unit norm of q, k, v; norm and gate of the output.
+up to the next one is rounded once, at its end, as XLA and fused kernels do it on GPUs: convolution, SiLU, norms and
+rotary embedding of q, k, v; norm and gate of the output.
 
 Shapes: B batch, T tokens, D width, H heads, KV heads of keys and values, d head size, W taps of the short convolution.
 `valid` [B, T] is False at padding, which stands behind a row's tokens; None means that there is none.
@@ -91,6 +91,12 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
+def add_norms(mixer: nn.Module, config: JaxlinConfig) -> None:
+    """q_norm and k_norm, where the teacher normalises its queries and keys: a weight [d] for all heads."""
+    if config.qk_norm:
+        mixer.q_norm, mixer.k_norm = (JaxlinRMSNorm((config.head_dim,), config.rms_norm_eps) for _ in "qk")
+
+
 # ---- mixers ----------------------------------------------------------------------------------------------------------
 
 
@@ -105,12 +111,15 @@ class Softmax(nn.Module):
         self.q_proj = nn.Linear(c.hidden_size, heads * d, bias=bias)
         self.k_proj = nn.Linear(c.hidden_size, kv * d, bias=bias)
         self.v_proj = nn.Linear(c.hidden_size, kv * d, bias=bias)
-        self.o_proj = nn.Linear(heads * d, c.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(heads * d, c.hidden_size, bias=bias and c.attention_out_bias)
+        add_norms(self, c)
 
     def forward(self, x: Tensor, positions: Tensor, valid: Tensor | None, state: dict[str, Any] | None):
         batch, length, _ = x.shape
         heads, _, d = self.shape
         q, k, v = (p(x).view(batch, length, -1, d) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         frequencies = rope_frequencies(self.config, d, "teacher")
         q, k = (rotate(a, positions, frequencies).to(x.dtype) for a in (q, k))
         seen = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
@@ -152,7 +161,8 @@ class Mixer(nn.Module):
             self.o_norm = JaxlinRMSNorm((self.heads, self.size) if per_head else (self.size,), c.rms_norm_eps)
         if o.out_gate != "none":
             self.add_gate("g_proj", width, rank=o.gate_rank, bias=o.out_gate == "neutral" or self.gate_bias)
-        self.o_proj = nn.Linear(width, c.hidden_size, bias=c.attention_bias)
+        self.o_proj = nn.Linear(width, c.hidden_size, bias=c.attention_bias and c.attention_out_bias)
+        add_norms(self, c)
 
     def add_gate(self, name: str, features: int, *, rank: int = 0, bias: bool = False) -> None:
         """The weights of `gate(name, x)`: of low rank unless `rank` is 0; -1 is the head size."""
@@ -190,7 +200,10 @@ class Mixer(nn.Module):
             if o.conv_size:
                 key = f"{name}_conv1d"
                 part, new[key] = getattr(self, key)(part, valid, state.get(key))
-            parts.append(part.view(*x.shape[:2], -1, c.head_dim))
+            part = part.view(*x.shape[:2], -1, c.head_dim)
+            if c.qk_norm and name != "v":
+                part = getattr(self, f"{name}_norm")(part.float())
+            parts.append(part)
         if o.rope == "teacher":
             frequencies = rope_frequencies(c, c.head_dim, "teacher")
             parts[:2] = [rotate(a, positions, frequencies) for a in parts[:2]]
@@ -303,8 +316,8 @@ class DeltaNet(Mixer):
         super().__init__(config, options)
         self.add_gate("b_proj", self.heads)
         if options.qk_rmsnorm:
-            self.q_norm = JaxlinRMSNorm((self.size,), config.rms_norm_eps)
-            self.k_norm = JaxlinRMSNorm((self.size,), config.rms_norm_eps)
+            self.q_rmsnorm = JaxlinRMSNorm((self.size,), config.rms_norm_eps)
+            self.k_rmsnorm = JaxlinRMSNorm((self.size,), config.rms_norm_eps)
 
     def recur(self, x, q, k, v, memory, valid):
         beta = self.gate("b_proj", x).sigmoid()
@@ -314,7 +327,7 @@ class DeltaNet(Mixer):
 
     def normalized(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.options.qk_rmsnorm:
-            q, k = self.q_norm(q.float()), self.k_norm(k.float())
+            q, k = self.q_rmsnorm(q.float()), self.k_rmsnorm(k.float())
         return _unit(q), _unit(k)
 
     def decay(self, x: Tensor) -> Tensor | None:

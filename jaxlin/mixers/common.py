@@ -230,7 +230,10 @@ class TokenMixer(nn.Module):
         return jnp.zeros((batch, heads, size, size), jnp.promote_types(config.dtype, jnp.float32))
 
     def qkv(self, x, positions, segment_ids, state):
-        """q, k, v [B, T, heads, size] after short convolution, rotary embedding and head layout; new conv tails."""
+        """q, k, v [B, T, heads, size] as recurrences read them; new conv tails.
+
+        In order: projection, short convolution, the teacher's norm of q and k where it has one, rotary embedding.
+        """
         c, o = self.config, self.options
         kv = heads_of_kv(c, o)
         parts, tails = [], {}
@@ -240,6 +243,8 @@ class TokenMixer(nn.Module):
                 key = f"{name}_conv1d"
                 tail = None if state is None else state[key]
                 part, tails[key] = ShortConv(c, o, self.packed, name=key)(part, segment_ids, tail)
+            if c.qk_norm and name != "v":
+                part = RMSNorm(c, name=f"{name}_norm")(part)
             parts.append(part)
         q, k, v = parts
         heads, size = self.head_layout(c, o)
@@ -288,7 +293,7 @@ class TokenMixer(nn.Module):
             y = y * self._activate(self._gate(x, y.shape[2:]))
         y = y.astype(c.dtype)
         y = y.reshape(*y.shape[:2], c.num_attention_heads, c.head_dim)
-        return Dense(c, (c.hidden_size,), ("heads", "head_dim", "embed"), c.attention_bias, inputs=2, name="o_proj")(y)
+        return Dense(c, (c.hidden_size,), ("heads", "head_dim", "embed"), c.out_bias, inputs=2, name="o_proj")(y)
 
     def _norm(self, y):
         kind = self.options.out_norm

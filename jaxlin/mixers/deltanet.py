@@ -24,7 +24,7 @@ class DeltaNet(TokenMixer):
     @nn.compact
     def __call__(self, x, *, positions, segment_ids=None, state=None):
         q, k, v, tails = self.qkv(x, positions, segment_ids, state)
-        q, k = unit_keys(self, q), unit_keys(self, k, "k_norm")
+        q, k = unit_keys(self, q, "q"), unit_keys(self, k, "k")
         strength = beta(self, x, q.shape[2])
         self.record(k=k, beta=strength)
         o, memory = ops.gated_delta_rule(q, k, v, strength, initial_state=memory_of(state), segment_ids=segment_ids)

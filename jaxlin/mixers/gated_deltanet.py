@@ -33,17 +33,17 @@ class GatedDeltaNet(TokenMixer):
     @nn.compact
     def __call__(self, x, *, positions, segment_ids=None, state=None):
         q, k, v, tails = self.qkv(x, positions, segment_ids, state)
-        q, k = unit_keys(self, q), unit_keys(self, k, "k_norm")
+        q, k = unit_keys(self, q, "q"), unit_keys(self, k, "k")
         strength, g = beta(self, x, q.shape[2]), scalar_decay(self, x, q.shape[2])
         self.record(k=k, beta=strength, g=g)
         o, memory = ops.gated_delta_rule(q, k, v, strength, g, initial_state=memory_of(state), segment_ids=segment_ids)
         return self.output(o, x), next_state(state, memory, tails)
 
 
-def unit_keys(mixer: TokenMixer, x, name: str = "q_norm"):
+def unit_keys(mixer: TokenMixer, x, name: str):
     """x with unit L2 norm per head, RMS-normalised with a learned weight before where asked for."""
     if mixer.options.qk_rmsnorm:
-        x = RMSNorm(mixer.config, x.shape[-1:], ("head_dim",), name=name)(x)
+        x = RMSNorm(mixer.config, x.shape[-1:], ("head_dim",), name=f"{name}_rmsnorm")(x)
     return l2_normalize(x)
 
 

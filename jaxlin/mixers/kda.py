@@ -32,7 +32,7 @@ class KimiDeltaAttention(TokenMixer):
     @nn.compact
     def __call__(self, x, *, positions, segment_ids=None, state=None):
         q, k, v, tails = self.qkv(x, positions, segment_ids, state)
-        q, k = unit_keys(self, q), unit_keys(self, k, "k_norm")
+        q, k = unit_keys(self, q, "q"), unit_keys(self, k, "k")
         strength, g = beta(self, x, q.shape[2]), self._decay(x, q.shape[2:])
         self.record(k=k, beta=strength, g=g)
         o, memory = ops.gated_delta_rule(q, k, v, strength, g, initial_state=memory_of(state), segment_ids=segment_ids)

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from jaxlin import sharding
 from jaxlin.config import MixerOptions, ModelConfig
 from jaxlin.mixers.attention import attend, attend_to_cache, attend_within, causal_mask
-from jaxlin.mixers.common import Dense, State, first_of_segment, rope_frequencies, rotate
+from jaxlin.mixers.common import Dense, RMSNorm, State, first_of_segment, rope_frequencies, rotate
 from jaxlin.mixers.layer_state import LayerState
 
 
@@ -34,6 +34,8 @@ class SoftmaxAttention(nn.Module):
             Dense(c, (n, c.head_dim), ("embed", "heads", "head_dim"), c.attention_bias, name=f"{name}_proj")(x)
             for name, n in zip("qkv", heads, strict=True)
         )
+        if c.qk_norm:
+            q, k = RMSNorm(c, name="q_norm")(q), RMSNorm(c, name="k_norm")(k)
         frequencies = rope_frequencies(c, c.head_dim, "teacher")
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
         k, v = sharding.whole_sequences(k), sharding.whole_sequences(v)  # queries stay on the devices of their tokens
@@ -42,7 +44,7 @@ class SoftmaxAttention(nn.Module):
         else:
             y, state = self._with_cache(q, k, v, positions, segment_ids, state)
         self.sow("intermediates", "heads", y)
-        out = Dense(c, (c.hidden_size,), ("heads", "head_dim", "embed"), c.attention_bias, inputs=2, name="o_proj")(y)
+        out = Dense(c, (c.hidden_size,), ("heads", "head_dim", "embed"), c.out_bias, inputs=2, name="o_proj")(y)
         return out, state
 
     def _with_cache(self, q, k, v, positions, segment_ids, state: LayerState):

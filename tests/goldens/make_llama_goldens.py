@@ -1,4 +1,4 @@
-"""Write the golden Llamas: tiny random models with the hidden states and logits that transformers gives them.
+"""Write the golden teachers: tiny random models with the hidden states and logits that transformers gives them.
 
     python tests/goldens/make_llama_goldens.py
 
@@ -36,15 +36,22 @@ VARIANTS = {
     "llama3": dict(tie_word_embeddings=True, rope_parameters=LLAMA3),
     "biases": dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     "head_dim": dict(tie_word_embeddings=True, head_dim=12),
+    "mistral": dict(model_type="mistral", tie_word_embeddings=False, sliding_window=None),
+    "qwen2": dict(model_type="qwen2", tie_word_embeddings=True, rope_theta=1e6),
+    "qwen3": dict(model_type="qwen3", tie_word_embeddings=True, head_dim=12, rope_theta=1e6),
 }
 
 
 def make_model(variant: str, seed: int):
-    """A random HF Llama whose every weight matters: nothing is 0 or 1, and float16 holds it exactly."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A random HF model, a Llama where the variant says nothing else.
 
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, **VARIANTS[variant], attn_implementation="eager")).eval()
+    Every weight matters: nothing is 0 or 1, and float16 holds it exactly.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**{"model_type": "llama", **SHAPE, **VARIANTS[variant]})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
