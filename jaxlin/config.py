@@ -358,6 +358,9 @@ class RunConfig:
     """Rotating checkpoints kept."""
     milestone_tokens: int = 0
     """Tokens between checkpoints that are never deleted; 0 keeps none."""
+    wandb: str = ""
+    """Weights & Biases project, or ENTITY/PROJECT, that metrics go to too; needs `pip install wandb`, and an account or
+    WANDB_MODE=offline."""
     profile: str = ""
     """START:COUNT: write a profiler trace of COUNT steps of each stage, from its step START, into the run folder."""
     plan: str = ""

@@ -29,6 +29,7 @@ from jaxlin.student import abstract_params, student_config
 # Settings that may differ when a run is continued: they change no number of it.
 FREE = (
     "run_dir", "stage", "log_every", "save_every", "keep", "milestone_tokens", "mesh", "distributed", "plan", "profile",
+    "wandb",
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from jaxlin.command_line import to_json
 from jaxlin.config import DistributedConfig, ModelConfig, RunConfig, StageConfig, UserError
 from jaxlin.kernels import topology
 from jaxlin.learner import Learner, Progress, say, topology_of
-from jaxlin.metrics import MetricsLog, progress_bar
+from jaxlin.metrics import MetricsLog, progress_bar, require_wandb
 from jaxlin.model_flops import together
 from jaxlin.runs import Teacher, check_folder, check_init, load_teacher, teacher_config
 from jaxlin.student import student_config
@@ -40,6 +40,7 @@ class Trainer:
         self.console = Console(quiet=not processes.is_first())
         runs, self.stages = run.students(), run.stages()
         parse_window(run.profile)
+        require_wandb(run.wandb)
         resuming = processes.from_first(lambda: self._check_folders(runs))
         processes.require_same("the settings", to_json(replace(run, run_dir="", distributed=DistributedConfig())))
         config = teacher_config(run)
@@ -117,7 +118,7 @@ class Trainer:
                 self._say(f"{self._folders()}: finished already, at step {self.progress.step}")
                 return
             for learner in self.learners:
-                learner.metrics = MetricsLog(learner.run.folder, self.progress.step)
+                learner.metrics = MetricsLog(learner.run, self.progress.step)
             try:
                 for n, stage in self.stages.items():
                     if not self._finished(n):
