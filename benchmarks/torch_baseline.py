@@ -54,10 +54,11 @@ def llama(shape: ModelConfig, dtype: torch.dtype) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaModel
 
-    if shape.attention_bias or shape.mlp_bias or shape.qk_norm:
-        raise UserError(
-            "--config: has biases, or norms of queries and keys, which the baseline, a plain Llama, has not"
-        )
+    for name in ("attention_bias", "mlp_bias", "qk_norm", "rope_scaling"):
+        if getattr(shape, name):
+            raise UserError(
+                f"--config: its {name} is not in the baseline, a plain Llama; choose another, as smollm2_1_7b"
+            )
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",

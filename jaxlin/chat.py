@@ -62,8 +62,9 @@ class Chat:
 
         Returns, as the generator's value, whether it was cut: by `stop` or by max_new_tokens.
         """
-        self.session.read(self.conversation.ask(text))
-        pieces, detokenizer, count = [], Detokenizer(self._model.tokenizer), 0
+        asked = self.conversation.ask(text)
+        self.session.read(asked)
+        pieces, detokenizer, count = [], Detokenizer(self._model.tokenizer, asked), 0
         if not stop.is_set():
             for token in self.session.stream(self._settings.sampling, self._settings.max_new_tokens, self._ends):
                 count += 1

@@ -5,9 +5,9 @@ This module is a leaf: it imports nothing of jaxlin, so anything may import it. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -57,7 +57,7 @@ class MixerOptions:
     normalize: bool | None = None
     """Divide linear attention's output by the running sum of its weights."""
     qk_rmsnorm: bool | None = None
-    """RMS-normalise q and k per head (with a learned weight) before the delta rule's L2 norm."""
+    """RMS-normalise q and k per head (with a learned weight) before the delta rule's L2 norm, behind any qk_norm."""
     out_norm: Literal["none", "rms", "calibrated", "layernorm"] | None = None
     """Norm per head before o_proj; "calibrated" sets an RMS norm's weight to the teacher's scale."""
     out_gate: Literal["none", "neutral", "random", "added"] | None = None
@@ -98,8 +98,9 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = True
     attention_bias: bool = False
-    attention_out_bias: bool = True
-    """With `attention_bias`: o_proj has one too, and not q_proj, k_proj and v_proj alone (Qwen2)."""
+    """Biases of q_proj, k_proj and v_proj."""
+    attention_out_bias: bool = False
+    """A bias of o_proj: Llama has it with the others, Qwen2 without."""
     qk_norm: bool = False
     """RMS norm of each query and key head before the rotary embedding, with one weight for all heads (Qwen3)."""
     mlp_bias: bool = False
@@ -122,10 +123,10 @@ class ModelConfig:
                 f"which does not divide the {self.num_hidden_layers} layers"
             )
 
-    @property
-    def out_bias(self) -> bool:
-        """Whether o_proj has a bias."""
-        return self.attention_bias and self.attention_out_bias
+    def described(self) -> dict[str, Any]:
+        """The fields, for comparison with what older versions kept: those that they lacked only where they are set."""
+        newer = ("attention_out_bias", "qk_norm")
+        return {key: value for key, value in asdict(self).items() if value or key not in newer}
 
     @property
     def period(self) -> int:

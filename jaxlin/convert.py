@@ -192,6 +192,12 @@ def _check_vocabulary(tokenizer: Any, config: ModelConfig, where: str) -> None:
         )
 
 
+def begin_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text, and teachers were trained to see there: a token, or none."""
+    begin = tokenizer.bos_token_id
+    return [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
+
+
 def end_of_text_id(tokenizer: Any) -> int:
     """The token that separates documents: <|endoftext|> where the vocabulary has it, else the end-of-sequence token."""
     token = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)

@@ -127,12 +127,14 @@ class _Tokenize:
 
     tokenizer: Any
     separate: bool
-    end_of_text: int = field(init=False)
+    begin: np.ndarray = field(init=False)
+    end: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        from jaxlin.convert import end_of_text_id
+        from jaxlin.convert import begin_ids, end_of_text_id
 
-        object.__setattr__(self, "end_of_text", end_of_text_id(self.tokenizer))
+        object.__setattr__(self, "begin", np.array(begin_ids(self.tokenizer), np.int32))
+        object.__setattr__(self, "end", np.array([end_of_text_id(self.tokenizer)], np.int32))
 
     def __call__(self, group: Sequence[Document]) -> Batch:
         texts = [document for document in group if isinstance(document, str)]
@@ -140,12 +142,16 @@ class _Tokenize:
         parts = [np.asarray(next(new) if isinstance(d, str) else d, np.int32) for d in group]
         parts = [part for part in parts if len(part)]
         if self.separate:
-            parts = [np.append(part, np.int32(self.end_of_text)) for part in parts]
+            parts = [np.concatenate([self._beginning(part), part, self.end]) for part in parts]
         tokens = np.concatenate([np.zeros(0, np.int32), *parts])
         starts = np.zeros(len(tokens), bool)
         if self.separate and parts:
             starts[np.cumsum([0] + [len(part) for part in parts[:-1]])] = True
         return {"tokens": tokens, "starts": starts}
+
+    def _beginning(self, part: np.ndarray) -> np.ndarray:
+        """What the document lacks before it: prepared files may have it."""
+        return self.begin[: int(part[0] not in self.begin)]
 
 
 def _one_thread(worker: int, workers: int) -> None:
@@ -158,7 +164,8 @@ class Prepare:
     """Tokenize text once, into a file that training maps into memory."""
 
     out: Path
-    """The .npy file to write: uint16 or uint32 token ids, an end-of-text token after each document."""
+    """The .npy file to write: uint16 or uint32 token ids; an end-of-text token after each document, and before it what
+    the tokenizer begins texts with."""
     text: tuple[str, ...] = ()
     """Text, as for training; empty uses Python's own documentation."""
     teacher: str = "demo"

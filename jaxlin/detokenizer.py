@@ -7,17 +7,22 @@ from typing import Any
 
 from jaxlin.config import UserError
 
+CONTEXT = 8
+"""Tokens of a prompt that decide how the text after it begins: SentencePiece's have no space at the start of a text."""
+
 
 class Detokenizer:
     """Tokens to text, one at a time. A token may hold a part of a character: it waits for the rest."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
+        """`before` are the tokens of a text that goes on, all of it shown."""
         self.whole = True
         """Whether every token so far has been given out."""
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []  # the last complete piece, for what comes after it, and what is not yet complete
-        self._context = 0  # how many of them are that piece
-        self._shown = 0  # characters of their text that were given out
+        # The last complete piece, for what comes after it, and what is not yet complete.
+        self._tokens: list[int] = list(before[-CONTEXT:])
+        self._context = len(self._tokens)  # how many of them are that piece
+        self._shown = len(self._decode(self._tokens))  # characters of their text that were given out
 
     def push(self, token: int) -> str:
         """The text that `token` completes."""
@@ -46,8 +51,8 @@ class TextUntil:
     same token the one that begins first counts.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        """Raises UserError for an empty stop string."""
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), before: Sequence[int] = ()) -> None:
+        """The text goes on from the tokens `before`. Raises UserError for an empty stop string."""
         check_stops(stops)
         self.text = ""
         """All that was given out."""
@@ -55,7 +60,7 @@ class TextUntil:
         """Whether a stop string was found: no further token counts."""
         self.kept = 0
         """Tokens whose text lies wholly before the stop string; all, where none was found."""
-        self._detokenizer, self._stops = Detokenizer(tokenizer), tuple(stops)
+        self._detokenizer, self._stops = Detokenizer(tokenizer, before), tuple(stops)
         self._held = ""
         self._count = 0
         self._ends: list[tuple[int, int]] = []  # (tokens, characters) where both end together, in what is held

@@ -237,7 +237,7 @@ class _Request:
         self._most, self._ends = most, ends
         self._tokens: list[int] = []
         self._given = 0
-        self._text = None if ends.tokenizer is None else TextUntil(ends.tokenizer, ends.strings)
+        self._text = None if ends.tokenizer is None else TextUntil(ends.tokenizer, ends.strings, prompt)
 
     @property
     def left(self) -> int:

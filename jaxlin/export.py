@@ -98,8 +98,7 @@ def export(
 ) -> None:  # fmt: skip
     """Write a student as a folder: tensors, configurations, tokenizer, model card, run card, and the model's code.
 
-    A student whose mixer is softmax alone becomes what its teacher was, a Llama or a Qwen. The folder appears only when
-    complete.
+    A student whose mixer is softmax alone becomes a Llama, Qwen2 or Qwen3. The folder appears only when complete.
 
     Args:
         student: the model; each parameter addressable by this process.

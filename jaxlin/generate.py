@@ -82,13 +82,15 @@ def stream(
     sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] = (),
     stop: Sequence[str] = (),
+    before: Sequence[int] = (),
 ) -> Iterator[str]:
     """What follows in a session that has read a prompt, as pieces of text that come as soon as they are certain.
 
     That is, when their characters are complete, and no string of `stop`, which ends the text, may begin in them.
+    `before` is the prompt, to whose last tokens the text is joined.
     """
     check_budget(max_new_tokens)
-    text = TextUntil(tokenizer, stop)
+    text = TextUntil(tokenizer, stop, before)
     for token in session.stream(sampling, max_new_tokens, stop_ids):
         if piece := text.push(token):
             yield piece
@@ -221,7 +223,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 def continue_file(model: runs.Teacher, settings: Settings, prompts: Sequence[str], out: TextIO) -> None:
     """Write a line of JSON for each prompt, in their order, as soon as those before it are there too."""
-    tokens = [_encode(model.tokenizer, prompt) for prompt in prompts]
+    tokens = [convert.begin_ids(model.tokenizer) + _encode(model.tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, tokens)) + settings.max_new_tokens
     engine = Engine(
         model.config,
@@ -265,6 +267,7 @@ def _written(path: str) -> Iterator[TextIO]:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of what a text goes on with."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -274,6 +277,7 @@ def continue_text(model: runs.Teacher, settings: Settings, prompt: str, out: Tex
     if settings.load_state:
         session = Session.load(settings.load_state, model.config, params)
     else:
+        tokens = convert.begin_ids(model.tokenizer) + tokens
         room = -(-(len(tokens) + settings.max_new_tokens) // PAD_TO) * PAD_TO  # few sizes are compiled
         session = Session(model.config, params, seed=settings.seed, room=room)
     session.read(tokens)
@@ -287,6 +291,7 @@ def continue_text(model: runs.Teacher, settings: Settings, prompt: str, out: Tex
         sampling=settings.sampling,
         stop_ids=stop_tokens(model.tokenizer),
         stop=settings.stop,
+        before=tokens,
     )
     for piece in pieces:
         print(piece, end="", file=out, flush=True)

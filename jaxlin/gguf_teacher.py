@@ -92,7 +92,9 @@ class GGUFTensors:
             raise unreadable(path, error) from error
         self._fields, self._dequantize = file.fields, gguf.dequantize
         if (architecture := self._field("general.architecture")) != "llama":
-            raise UserError(f"{path}: general.architecture={architecture!r} is not supported, only llama")
+            raise UserError(
+                f"{path}: general.architecture={architecture!r} is not supported, only llama; give the HF folder"
+            )
         self._tensors = {hf_name(t.name): t for t in file.tensors}
         self._rope_factors = self._tensors.pop(_ROPE_FACTORS, None)
 

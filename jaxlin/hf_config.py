@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlin.config import ModelConfig, RopeScaling, UserError
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+
+class Family(NamedTuple):
+    """What a config.json of transformers means where it leaves something out; see its classes of configurations."""
+
+    architecture: str
+    max_position_embeddings: int
+    head_dim: int | None = None
+    """None: the width over the heads."""
+    sliding_window: int | None = None
+    key_value_heads: bool = True
+    """Whether it has to say how many; or each head has its own."""
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", 2048, key_value_heads=False),
+    "mistral": Family("MistralForCausalLM", 131072, sliding_window=4096),
+    "qwen2": Family("Qwen2ForCausalLM", 32768, sliding_window=4096),
+    "qwen3": Family("Qwen3ForCausalLM", 32768, head_dim=128, sliding_window=4096),
 }
 SHARED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "rope_theta", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings",
 )  # fmt: skip
-ATTENTION = ("attention_bias", "attention_out_bias", "qk_norm", "mlp_bias")
+VARIATIONS = ("attention_bias", "attention_out_bias", "qk_norm", "mlp_bias")
 """What only some of the family have, by the names that an exported student's config.json has for them."""
 
 
@@ -26,7 +39,7 @@ def config_from_hf(hf: dict[str, Any], where: str, student: str = "") -> ModelCo
     Args:
         hf: the contents of config.json.
         where: what error messages call it.
-        student: the `model_type` of exported students, if it has to be one; otherwise it is one of `ARCHITECTURES`.
+        student: the `model_type` that it has to have; otherwise one of `FAMILIES`.
 
     Raises:
         UserError: another architecture, a feature this decoder lacks, a missing or senseless value.
@@ -41,24 +54,22 @@ def config_from_hf(hf: dict[str, Any], where: str, student: str = "") -> ModelCo
             raise UserError(f"{where}: {key}={value!r} should be a positive integer")
         return value
 
-    family = hf.get("model_type")
-    if family not in ([student] if student else ARCHITECTURES):
+    name = hf.get("model_type")
+    if name not in ([student] if student else FAMILIES):
         raise UserError(
-            f"{where}: model_type={family!r} is not supported; teachers are of the Llama family "
-            f"({', '.join(ARCHITECTURES)})"
+            f"{where}: model_type={name!r} is not supported; teachers are of the Llama family ({', '.join(FAMILIES)})"
         )
+    family = FAMILIES["llama" if student else str(name)]
     if (activation := hf.get("hidden_act", "silu")) != "silu":
         raise UserError(f"{where}: hidden_act={activation!r} is not supported, only silu")
     if hf.get("quantization_config"):
         raise UserError(
             f"{where}: quantized HF checkpoints are not supported; give the original weights or a .gguf file"
         )
-    _refuse_windows(hf, where)
-
     heads, width = integer("num_attention_heads"), integer("hidden_size")
-    head_dim = hf.get("head_dim") or (128 if family == "qwen3" else None)
-    if head_dim is None and width % heads:
+    if hf.get("head_dim") is None and family.head_dim is None and width % heads:
         raise UserError(f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
+    shared = None if family.key_value_heads and "num_key_value_heads" not in hf else heads
     theta, scaling = _rope(hf, where)
     fields: dict[str, Any] = dict(
         vocab_size=integer("vocab_size"),
@@ -66,44 +77,56 @@ def config_from_hf(hf: dict[str, Any], where: str, student: str = "") -> ModelCo
         intermediate_size=integer("intermediate_size"),
         num_hidden_layers=integer("num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=integer("num_key_value_heads", heads if family in ("llama", student) else None),
-        head_dim=integer("head_dim", head_dim or width // heads),
+        num_key_value_heads=integer("num_key_value_heads", shared),
+        head_dim=integer("head_dim", family.head_dim or width // heads),
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=_number("rms_norm_eps", hf.get("rms_norm_eps", 1e-6), where),
-        max_position_embeddings=integer("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        **_attention(hf),
+        max_position_embeddings=integer("max_position_embeddings", family.max_position_embeddings),
+        tie_word_embeddings=_boolean("tie_word_embeddings", hf, where),
+        **_variations(hf, where),
     )
+    _refuse_windows(hf, family, fields["num_hidden_layers"], where)
     try:
         return ModelConfig(**fields)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
 
-def _attention(hf: dict[str, Any]) -> dict[str, bool]:
+def _variations(hf: dict[str, Any], where: str) -> dict[str, bool]:
     """Biases, and norms of queries and keys: what transformers' classes have, whatever config.json says beside it."""
-    family = hf["model_type"]
-    if family == "mistral":
+    name, bias = hf["model_type"], _boolean("attention_bias", hf, where)
+    if name == "mistral":
         return {}
-    if family == "qwen2":
-        return {"attention_bias": True, "attention_out_bias": False}
-    if family == "qwen3":
-        return {"attention_bias": bool(hf.get("attention_bias", False)), "qk_norm": True}
-    names = ("attention_bias", "mlp_bias") if family == "llama" else ATTENTION
-    return {key: bool(hf[key]) for key in names if hf.get(key) is not None}
+    if name == "qwen2":
+        return {"attention_bias": True}
+    if name == "qwen3":
+        return {"attention_bias": bias, "attention_out_bias": bias, "qk_norm": True}
+    found = {"attention_bias": bias, "attention_out_bias": bias, "mlp_bias": _boolean("mlp_bias", hf, where)}
+    if name == "llama":
+        return found
+    return {key: _boolean(key, found | hf, where) for key in VARIATIONS}  # a student of any of them
 
 
-def _refuse_windows(hf: dict[str, Any], where: str) -> None:
-    """Raise UserError where some layer attends to a window."""
-    family = hf["model_type"]
-    window = hf.get("sliding_window", 4096 if family == "mistral" else None)
-    if family in ("qwen2", "qwen3") and not hf.get("use_sliding_window", False):
-        window = None  # it is written all the same
-    if window is not None or any(kind != "full_attention" for kind in hf.get("layer_types") or ()):
+def _refuse_windows(hf: dict[str, Any], family: Family, layers: int, where: str) -> None:
+    """Raise UserError where some layer attends to a window of the past."""
+    window, sliding = hf.get("sliding_window", family.sliding_window), "sliding_attention"
+    mistral = hf["model_type"] == "mistral"
+    if family.sliding_window is None or window is None or not (mistral or _boolean("use_sliding_window", hf, where)):
+        return
+    first = 0 if mistral else hf.get("max_window_layers", 28)
+    if sliding in (hf.get("layer_types") or ["full_attention"] * first + [sliding] * (layers - first)):
         raise UserError(
-            f"{where}: sliding_window={window} is not supported, only teachers that attend to the whole past"
+            f"{where}: sliding_window={window} is not supported; where no sequence will be longer, set it to null in a "
+            "copy of the folder"
         )
+
+
+def _boolean(key: str, hf: dict[str, Any], where: str) -> bool:
+    """False where it is left out."""
+    if (value := hf.get(key)) not in (None, True, False):
+        raise UserError(f"{where}: {key}={value!r} should be true or false")
+    return bool(value)
 
 
 def _number(key: str, value: Any, where: str) -> float:
@@ -140,15 +163,14 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
     Raises UserError where no class of transformers has such attention.
     """
-    family = _family(config)
+    name = _family(config)
+    own = {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}[name]
     scaling = config.rope_scaling
-    own = {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}[family]
     return {
-        "architectures": [ARCHITECTURES[family]],
-        "model_type": family,
+        "architectures": [FAMILIES[name].architecture],
+        "model_type": name,
         "hidden_act": "silu",
-        **{key: getattr(config, key) for key in SHARED},
-        **{key: getattr(config, key) for key in own},
+        **{key: getattr(config, key) for key in (*SHARED, *own)},
         "rope_scaling": {"rope_type": "llama3", **vars(scaling)} if scaling else None,
         "torch_dtype": dtype,
     }
@@ -156,8 +178,12 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 def _family(config: ModelConfig) -> str:
     """Whose class computes a softmax model; Mistral's, without windows, is Llama's."""
-    family = "qwen3" if config.qk_norm else "qwen2" if config.attention_bias != config.out_bias else "llama"
-    if (config.qk_norm and config.attention_bias != config.out_bias) or (config.mlp_bias and family != "llama"):
-        given = ", ".join(f"{key}={getattr(config, key)}" for key in ATTENTION)
-        raise UserError(f"no class of transformers has {given} together")
-    return family
+    alike = config.attention_bias == config.attention_out_bias
+    if alike and not config.qk_norm:
+        return "llama"
+    if alike and not config.mlp_bias:
+        return "qwen3"
+    if config.attention_bias and not config.qk_norm and not config.mlp_bias:
+        return "qwen2"
+    given = ", ".join(f"{key}={getattr(config, key)}" for key in VARIATIONS)
+    raise UserError(f"no class of transformers has {given} together; a student with linear-time mixers can be written")

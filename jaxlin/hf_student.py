@@ -41,7 +41,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         },
         "model_type": MODEL_TYPE,
         "hidden_act": "silu",
-        **{key: getattr(config, key) for key in (*shared, *hf_config.ATTENTION)},
+        **{key: getattr(config, key) for key in (*shared, *hf_config.VARIATIONS)},
         "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
         "torch_dtype": dtype,
         "mixer": list(config.mixer),

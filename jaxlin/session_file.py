@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -26,7 +25,7 @@ def write(path: Path, config: ModelConfig, params: Any, numbers: dict[str, int],
     tensors = {name(path): _bits(np.asarray(a)) for path, a in jax.tree.leaves_with_path(held)}
     about = {
         "format": FORMAT,
-        "config": json.dumps(dataclasses.asdict(config)),
+        "config": json.dumps(config.described()),
         "params": fingerprint(params),
         "numbers": json.dumps(numbers),
     }
@@ -55,10 +54,10 @@ def read(path: Path, config: ModelConfig, params: Any) -> tuple[dict[str, int], 
     checksum = about.pop("checksum", "")
     if checksum != _checksum(about, tensors):
         raise UserError(f"{flag}: is damaged (its checksum differs); save it again")
-    old, new = json.loads(about["config"]), json.loads(json.dumps(dataclasses.asdict(config)))
-    if different := [field for field in new if old.get(field) != new[field]]:
+    old, new = json.loads(about["config"]), json.loads(json.dumps(config.described()))
+    if different := [field for field in {**new, **old} if old.get(field) != new.get(field)]:
         field = different[0]
-        raise UserError(f"{flag}: was saved by another model ({field} {old.get(field)}, here {new[field]})")
+        raise UserError(f"{flag}: was saved by another model ({field} {old.get(field)}, here {new.get(field)})")
     if about["params"] != fingerprint(params):
         raise UserError(f"{flag}: was saved by this architecture with other parameters; give the model that wrote it")
     return json.loads(about["numbers"]), tensors

@@ -87,10 +87,10 @@ def answer_ends(tokenizer: Any) -> tuple[int, ...]:
 
 
 def _after(text: str, beginning: str) -> str:
-    """`text` without its beginning, whose ends the template may have stripped."""
-    for start in (beginning, beginning.strip()):
-        if text.startswith(start):
-            return text[len(start) :]
+    """`text` without its beginning, whose ends the template may have stripped, and set off by white space."""
+    for whole, start in ((text, beginning), (text, beginning.strip()), (text.lstrip(), beginning.strip())):
+        if whole.startswith(start):
+            return whole[len(start) :]
     raise UserError(
         "the chat template writes earlier turns differently once a conversation goes on, so no state can be carried "
         "from turn to turn: choose another model or template; /reset begins anew for single turns"

@@ -132,6 +132,17 @@ def test_an_answer_of_white_space_may_be_stripped():
     assert tokens == encode(chat_tokenizer(), expected)
 
 
+def test_an_answer_may_be_set_off_by_a_space():
+    """As Mistral's templates do it, after a mark that ends with none."""
+    template = CHATML.replace("m['content']", "' ' + (m['content'] | trim)")
+    conversation = Conversation(chat_tokenizer(template))
+    conversation.ask("a")
+    for answer in ("b", " b"):
+        conversation.answer(answer)
+        expected = "<|im_end|>\n<|im_start|>user\n c<|im_end|>\n<|im_start|>assistant\n"
+        assert conversation.ask("c") == encode(chat_tokenizer(), expected)
+
+
 @pytest.mark.parametrize(
     "template, words",
     [

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from jaxlin.config import RopeScaling, UserError
 from jaxlin.convert import (
+    begin_ids,
     end_of_text_id,
     export_hf,
     load_config,
@@ -93,7 +94,7 @@ def test_table_is_the_models():
         replace(CONFIG, head_dim=12, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32)),
         replace(CONFIG, **QWEN2),
         replace(CONFIG, **QWEN3),
-        replace(CONFIG, attention_bias=True, **QWEN3),
+        replace(CONFIG, attention_bias=True, attention_out_bias=True, **QWEN3),
     ],
 )
 @pytest.mark.parametrize("shard_bytes", [10**9, 8000])
@@ -208,6 +209,17 @@ def test_memory(tmp_path):
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def test_beginning():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = word_tokenizer(48)
+    assert begin_ids(tokenizer) == []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w1 $A", special_tokens=[("w1", 1)])
+    assert begin_ids(tokenizer) == [1]
+    tokenizer.bos_token = None
+    assert begin_ids(tokenizer) == []
 
 
 def test_end_of_text():

@@ -1,5 +1,6 @@
 """Text to batches: every kind of source, exact packing, epochs, continuing, held-out text, errors."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -187,6 +188,26 @@ def test_packing_is_exact(tmp_path, tokenizer):
     for row, start in zip(rows["segment_ids"], range(0, length, config.seq_len), strict=True):
         owners = [n for _, n in stream[start : start + config.seq_len]]
         assert row.tolist() == [n - owners[0] + 1 for n in owners]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "npy"])
+def test_documents_begin_as_the_tokenizer_begins_texts(kind, tmp_path, tokenizer):
+    """A prepared file may have the beginnings or, of another tool, not."""
+    from tokenizers.processors import TemplateProcessing
+
+    plain, begun = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    begun.bos_token = "d0"
+    begun.backend_tokenizer.post_processor = TemplateProcessing(single="d0 $A", special_tokens=[("d0", 2)])
+    config = dataclasses.replace(CONFIG, shuffle=False)
+    found = []
+    for name, prepared_by in (("with", begun), ("without", plain)):
+        (tmp_path / name).mkdir()
+        text = write_source(kind, tmp_path / name, prepared_by)
+        found.append(epochs(train(text, config, begun, 2 * per_epoch(begun, config)))[: len(TEXTS)])
+    # The first text begins with the word that is the beginning.
+    documents = [(*ids(plain, text), SEPARATOR) for text in TEXTS]
+    wanted = [document if document[0] == 2 else (2, *document) for document in documents]
+    assert found == [wanted, wanted]
 
 
 def test_without_separation_text_runs_on(tmp_path, tokenizer):

@@ -37,6 +37,19 @@ def test_characters_come_whole():
     assert detokenizer.flush() == "\N{REPLACEMENT CHARACTER}"
 
 
+def test_a_text_goes_on():
+    """SentencePiece's first token of a text has no space before it; one that goes on has."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<s>": 0, "▁is": 1, "▁Paris": 2}, unk_token="<s>"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+    for before, text in (((), "Paris Paris"), ((0,), "Paris Paris"), ((0, *[1] * 20), " Paris Paris")):
+        detokenizer = Detokenizer(tokenizer, before)
+        assert detokenizer.push(2) + detokenizer.push(2) + detokenizer.flush() == text
+
+
 def pushed(tokenizer, tokens, stops):
     """(text shown, after each token and at the end; the filter)"""
     until = TextUntil(tokenizer, stops)

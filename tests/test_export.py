@@ -62,8 +62,8 @@ def test_round_trip(mixer, preset, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip_of_another_llama(dtype, shard_bytes, tmp_path):
     config = replace(
-        student_of("gated_deltanet+softmax", "recommended"), attention_bias=True, attention_out_bias=False,
-        mlp_bias=True, qk_norm=True, head_dim=24, tie_word_embeddings=False, rope_theta=500.0,
+        student_of("gated_deltanet+softmax", "recommended"), attention_bias=True, mlp_bias=True,
+        qk_norm=True, head_dim=24, tie_word_embeddings=False, rope_theta=500.0,
         rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32), dtype="bfloat16",
     )  # fmt: skip
     folder = folder_of(config, tmp_path / "out", dtype=dtype, shard_bytes=shard_bytes)
@@ -89,7 +89,7 @@ def test_safetensors_reads_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("llama", {}), ("qwen2", dict(attention_bias=True, attention_out_bias=False)), ("qwen3", dict(qk_norm=True))],
+    [("llama", {}), ("qwen2", dict(attention_bias=True)), ("qwen3", dict(qk_norm=True))],
 )
 def test_softmax_becomes_what_it_was(kind, changes, tmp_path):
     """The fine-tuned teacher, the baseline, needs no code of ours."""

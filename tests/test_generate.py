@@ -200,6 +200,18 @@ def speaker(monkeypatch):
     return model
 
 
+def test_a_text_begins_as_the_tokenizer_begins_it(monkeypatch, tmp_path, speaker):
+    """And goes on without another beginning."""
+    read, real = [], generate.Session.read
+    monkeypatch.setattr(convert, "begin_ids", lambda tokenizer: [7])
+    monkeypatch.setattr(generate.Session, "read", lambda self, tokens: (read.append(tokens), real(self, tokens)))
+    state, two = str(tmp_path / "state"), ["--run", "x", "--max-new-tokens", "2"]
+    call(monkeypatch, *two, "--prompt", "ab", "--save-state", state)
+    call(monkeypatch, *two, "--prompt", "c", "--load-state", state)
+    ids = speaker.tokenizer("abc")["input_ids"]
+    assert read == [[7, *ids[:2]], ids[2:]]
+
+
 def test_command(monkeypatch, capsys, tmp_path, speaker):
     """One text whole, or in two parts through a saved state; many prompts to a file, of which none is half-written."""
     warm = ["--run", "x", "--temperature", "1", "--max-new-tokens"]

@@ -39,6 +39,7 @@ HF = dict(
     num_attention_heads=4,
     rms_norm_eps=1e-5,
 )
+QWEN3 = dict(model_type="qwen3", num_key_value_heads=2)
 SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 
@@ -70,13 +71,15 @@ def test_config_spellings(spelling):
         (dict(model_type="mistral", sliding_window=None, attention_bias=True), (False, False, False)),
         (dict(model_type="qwen2", attention_bias=False, sliding_window=64), (True, False, False)),
         (dict(model_type="qwen3", use_sliding_window=False, sliding_window=64), (False, False, True)),
+        (dict(model_type="qwen3", use_sliding_window=True, max_window_layers=2), (False, False, True)),
+        (dict(model_type="qwen3", use_sliding_window=True, layer_types=["full_attention"] * 2), (False, False, True)),
         (dict(model_type="qwen3", attention_bias=True), (True, True, True)),
     ],
 )
 def test_families(kind, expected):
     """Biases and norms are those of transformers' class, whatever else config.json says."""
     config = config_from_hf(HF | dict(num_key_value_heads=2) | kind, "config.json")
-    assert (config.attention_bias, config.out_bias, config.qk_norm) == expected
+    assert (config.attention_bias, config.attention_out_bias, config.qk_norm) == expected
     assert config.head_dim == (128 if kind["model_type"] == "qwen3" else 8)
 
 
@@ -87,12 +90,26 @@ def test_families(kind, expected):
             dict(model_type="gemma"),
             r"config.json: model_type='gemma' is not supported; .* \(llama, mistral, qwen2, qwen3\)",
         ),
-        (dict(model_type="mistral", num_key_value_heads=2), "sliding_window=4096 is not supported"),
-        (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64), "sliding_window=64 is not supported"),
+        (dict(model_type="mistral", num_key_value_heads=2), "sliding_window=4096 is not supported; where no sequence"),
         (
-            dict(model_type="qwen3", layer_types=["full_attention", "sliding_attention"]),
-            "sliding_window=None is not supp",
+            dict(model_type="qwen2", num_key_value_heads=2, use_sliding_window=True, max_window_layers=1),
+            "window=4096 is",
         ),
+        (
+            dict(
+                model_type="qwen2",
+                num_key_value_heads=2,
+                use_sliding_window=True,
+                max_window_layers=1,
+                sliding_window=9,
+            ),
+            "sliding_window=9 is not supported",
+        ),
+        (
+            QWEN3 | dict(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]),
+            "sliding_window=4096 is not supported",
+        ),
+        (QWEN3 | dict(attention_bias="no"), "attention_bias='no' should be true or false"),
         (dict(model_type="qwen3"), "config.json has no num_key_value_heads"),
         (dict(model_type=None), "model_type=None is not supported"),
         (dict(hidden_act="gelu"), "hidden_act='gelu'"),

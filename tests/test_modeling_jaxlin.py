@@ -19,8 +19,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 TOLERANCE = 1e-4  # relative to the largest logit, float32
 LENGTH = 150  # more than two chunks, and a part of one
 BIASED = replace(
-    TEACHER, attention_bias=True, mlp_bias=True, tie_word_embeddings=False, rope_theta=500.0, head_dim=24,
-    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32),
+    TEACHER, attention_bias=True, attention_out_bias=True, mlp_bias=True, tie_word_embeddings=False, rope_theta=500.0,
+    head_dim=24, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32),
 )  # fmt: skip
 PRESETS = [(mixer, preset, {}) for mixer in STUDENT_MIXERS for preset in ("recommended", "paper_code")]
 OPTIONS = [
@@ -125,7 +125,7 @@ def test_logits(mixer, preset, options, load):
     [
         ("gated_deltanet+softmax", BIASED, {}),
         ("retnet", BIASED, {}),
-        ("gla+softmax", replace(TEACHER, attention_bias=True, attention_out_bias=False), {}),
+        ("gla+softmax", replace(TEACHER, attention_bias=True), {}),
         ("linear_attention+softmax", replace(TEACHER, qk_norm=True, head_dim=24), {"conv_size": 0}),
         ("deltanet", replace(TEACHER, qk_norm=True), {"qk_rmsnorm": True, "conv_activation": "silu"}),
     ],

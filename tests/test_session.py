@@ -48,6 +48,12 @@ def test_before_the_first_token(tmp_path):
     assert list(loaded.stream(WARM, 5)) == list(new.stream(WARM, 5))
 
 
+def test_fields_that_older_files_lack():
+    """They are written only where they are set, so that what was kept before there were any is still known."""
+    assert not {"qk_norm", "attention_out_bias"} & TEACHER.described().keys()
+    assert replace(TEACHER, qk_norm=True).described() == TEACHER.described() | {"qk_norm": True}
+
+
 def test_what_cannot_be_loaded(tmp_path):
     config, params = make()
     path = tmp_path / "state"

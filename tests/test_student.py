@@ -48,7 +48,7 @@ def test_expand_kv():
 
 def test_copies_what_the_teacher_has():
     """Everything but the mixers' new parameters is the teacher's; a hybrid's softmax layers are the teacher's whole."""
-    teacher = replace(TEACHER, qk_norm=True, attention_bias=True)
+    teacher = replace(TEACHER, qk_norm=True, attention_bias=True, attention_out_bias=True)
     teacher_params = random_params(teacher)
     params = init_student(teacher_params, student_of("gated_deltanet+softmax", teacher=teacher), jax.random.key(0))
     old, new = teacher_params["layers"]["block_0"], params["layers"]

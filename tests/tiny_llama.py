@@ -20,8 +20,8 @@ CONFIG = ModelConfig(
     rms_norm_eps=1e-5,
     max_position_embeddings=64,
 )
-BIASED = replace(CONFIG, tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
-QWEN2 = dict(attention_bias=True, attention_out_bias=False)
+BIASED = replace(CONFIG, tie_word_embeddings=False, attention_bias=True, attention_out_bias=True, mlp_bias=True)
+QWEN2 = dict(attention_bias=True)
 QWEN3 = dict(qk_norm=True, head_dim=12)
 
 

@@ -81,7 +81,7 @@ def model_sha256(model: Teacher) -> str:
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
     digest = hashlib.sha256(params_sha256(model.params).encode())
     for part in (
-        asdict(model.config),
+        model.config.described(),
         backend.to_str() if backend else "",
         getattr(model.tokenizer, "chat_template", ""),
     ):

@@ -1,4 +1,4 @@
-"""The configuration of a jaxlin student for transformers: Llama's, with a token mixer for each layer of a period."""
+"""The configuration of a jaxlin student for transformers: its teacher's, and a token mixer for each layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MIXERS = ("softmax", "linear_attention", "retnet", "gla", "mlstm", "deltanet", "
 
 
 class JaxlinConfig(PretrainedConfig):
-    """Llama's fields, and the token mixers of one period of layers (`mixer`) with their options (`options`).
+    """The fields of Llama and its relatives, and the token mixers of a period of layers (`mixer`) with their `options`.
 
     The layers repeat the period. Options are explained in jaxlin's config.py (`MixerOptions`); none has a default here:
     the file that was exported holds all that its mixer reads.
@@ -32,7 +32,7 @@ class JaxlinConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-5,
         max_position_embeddings: int = 2048,
         attention_bias: bool = False,
-        attention_out_bias: bool = True,
+        attention_out_bias: bool = False,
         qk_norm: bool = False,
         mlp_bias: bool = False,
         mixer: tuple[str, ...] | list[str] = ("softmax",),

@@ -111,7 +111,7 @@ class Softmax(nn.Module):
         self.q_proj = nn.Linear(c.hidden_size, heads * d, bias=bias)
         self.k_proj = nn.Linear(c.hidden_size, kv * d, bias=bias)
         self.v_proj = nn.Linear(c.hidden_size, kv * d, bias=bias)
-        self.o_proj = nn.Linear(heads * d, c.hidden_size, bias=bias and c.attention_out_bias)
+        self.o_proj = nn.Linear(heads * d, c.hidden_size, bias=c.attention_out_bias)
         add_norms(self, c)
 
     def forward(self, x: Tensor, positions: Tensor, valid: Tensor | None, state: dict[str, Any] | None):
@@ -161,7 +161,7 @@ class Mixer(nn.Module):
             self.o_norm = JaxlinRMSNorm((self.heads, self.size) if per_head else (self.size,), c.rms_norm_eps)
         if o.out_gate != "none":
             self.add_gate("g_proj", width, rank=o.gate_rank, bias=o.out_gate == "neutral" or self.gate_bias)
-        self.o_proj = nn.Linear(width, c.hidden_size, bias=c.attention_bias and c.attention_out_bias)
+        self.o_proj = nn.Linear(width, c.hidden_size, bias=c.attention_out_bias)
         add_norms(self, c)
 
     def add_gate(self, name: str, features: int, *, rank: int = 0, bias: bool = False) -> None:

@@ -293,7 +293,9 @@ class TokenMixer(nn.Module):
             y = y * self._activate(self._gate(x, y.shape[2:]))
         y = y.astype(c.dtype)
         y = y.reshape(*y.shape[:2], c.num_attention_heads, c.head_dim)
-        return Dense(c, (c.hidden_size,), ("heads", "head_dim", "embed"), c.out_bias, inputs=2, name="o_proj")(y)
+        return Dense(
+            c, (c.hidden_size,), ("heads", "head_dim", "embed"), c.attention_out_bias, inputs=2, name="o_proj"
+        )(y)
 
     def _norm(self, y):
         kind = self.options.out_norm

@@ -44,7 +44,9 @@ class SoftmaxAttention(nn.Module):
         else:
             y, state = self._with_cache(q, k, v, positions, segment_ids, state)
         self.sow("intermediates", "heads", y)
-        out = Dense(c, (c.hidden_size,), ("heads", "head_dim", "embed"), c.out_bias, inputs=2, name="o_proj")(y)
+        out = Dense(c, (c.hidden_size,), ("heads", "head_dim", "embed"), c.attention_out_bias, inputs=2, name="o_proj")(
+            y
+        )
         return out, state
 
     def _with_cache(self, q, k, v, positions, segment_ids, state: LayerState):
