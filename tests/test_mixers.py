@@ -18,6 +18,7 @@ from tests import grid
 from tests.models import STUDENT_MIXERS, TEACHER, logits, random_params, student_of
 
 CASES = [*STUDENT_MIXERS, "softmax", "gated_deltanet+softmax"]
+QWEN = replace(TEACHER, qk_norm=True, attention_bias=True)
 B, T, ROOM = 2, 12, 17
 DECODED = 3  # tokens
 PADDING = jnp.array([[0, 0, 0, *[1] * T, 0, 0], [0, *[1] * 5, 0, 0, *[1] * (T - 5), 0, 0]])
@@ -38,11 +39,11 @@ def decoded(run, config, tokens):
     return np.stack(steps, axis=1)
 
 
-@pytest.mark.parametrize("mixer", CASES)
+@pytest.mark.parametrize(("mixer", "teacher"), [*((mixer, TEACHER) for mixer in CASES), ("gla+softmax", QWEN)])
 @pytest.mark.parametrize("preset", ["recommended", pytest.param("paper_code", marks=pytest.mark.slow)])
-def test_mixer(mixer, preset):
+def test_mixer(mixer, teacher, preset):
     """One model, four properties, through as few compiled shapes as they need: compiling is what takes the time."""
-    config = student_of(mixer, preset)
+    config = student_of(mixer, preset, teacher)
     params = random_params(config)
     tokens = jax.random.randint(jax.random.key(3), (B, T), 0, config.vocab_size)
 
