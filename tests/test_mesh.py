@@ -28,7 +28,6 @@ from tests.quick_xla import QUICK
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ("--config", str(ROOT / "tests" / "eight_heads.py"), "--keep", "99")
 CHEAP = ("--config", str(ROOT / "tests" / "eight_heads_tied.py"), "--mixer", "retnet")  # compiles fastest
-ROUNDING = 2e-7  # float32's of a KL of 0.01, the mean of differences between logarithms of size 6
 MESHES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8]
 
 
@@ -81,7 +80,8 @@ def train_apart(folder, compiled, *args, devices=8):
     ]  # fmt: skip
     outputs = [process.communicate(timeout=1200) for process in started]
     assert not any(process.returncode for process in started), outputs
-    return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out, _ in outputs]
+    # Gloo's threads print "[Gloo] Rank 0 is connected to 1 peer ranks. ...", now and then into each other's lines.
+    return ["".join(line for line in out.splitlines(True) if "peer ranks" not in line) for out, _ in outputs]
 
 
 def lines(folder):
@@ -96,9 +96,8 @@ def assert_same_numbers(folder, expected):
         assert one.keys() == two.keys()
         timed = {name for name in one if name.startswith("seconds_")} | {"tokens_per_second"}
         for name in one.keys() - timed:
-            # Norms of outputs near zero magnify rounding in single gradients.
-            tolerance = 1e-2 if name == "gradient_norm" else 1e-5
-            np.testing.assert_allclose(one[name], two[name], rtol=tolerance, atol=ROUNDING, err_msg=f"{name} of {one}")
+            tolerance = 1e-4 if name == "gradient_norm" else 1e-5  # where gradients cancel, their rounding does not
+            np.testing.assert_allclose(one[name], two[name], rtol=tolerance, err_msg=f"{name} of {one}")
     assert_same_tree(*(json.loads((f / "fidelity.json").read_text()) for f in (folder, expected)))
 
 
@@ -112,7 +111,7 @@ def assert_same_evaluation(folder, expected):
 def assert_same_tree(found, wanted):
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert one == two if isinstance(two, str) else np.isclose(one, two, rtol=1e-5, atol=ROUNDING), (one, two)
+        assert one == two if isinstance(two, str) else np.isclose(one, two, rtol=1e-5, atol=0), (one, two)
 
 
 def cut(folder, step, new):
