@@ -1,9 +1,9 @@
 """Conversations as training reads them: records checked, rendered with the chat template, their learned tokens marked.
 
 Text and tokens are those of the tokenizer's own `apply_chat_template`. Which of them an assistant wrote is known from
-{% generation %} where the template has it (transformers' own mask is taken then). Any other template must render the
-beginning of a conversation as the beginning of the whole: an answer is what follows the generation prompt, up to the
-last special token of its turn, which ends it. What a template writes after that, such as a line break, is not learned.
+{% generation %} where the template has it (transformers' own mask is taken then). Otherwise an answer is what follows
+the generation prompt, up to the last special token of its turn, which ends it. What a template writes after that, such
+as a line break, is not learned.
 """
 
 from __future__ import annotations
@@ -129,30 +129,53 @@ class Renderer:
         return _rendered(found["input_ids"], np.asarray(found["assistant_masks"], bool))
 
     def _learned(self, conversation: Conversation, text: str, ids: Sequence[int], offsets: Any) -> np.ndarray:
-        """The tokens of every answer, of which some character is in it."""
+        """The tokens of every answer, of which some character is in it, and what ends it."""
         begins, ends = np.asarray(offsets, int).reshape(-1, 2).T
         special = np.isin(ids, list(self._special_ids))
         learned = np.zeros(len(ids), bool)
+        contents = None
         for i, message in enumerate(conversation.messages):
             if message["role"] != "assistant":
                 continue
             start = self._length(conversation, text, i, add_generation_prompt=True)
             end = self._length(conversation, text, i + 1)
+            if start is None or end is None:
+                contents = contents or self._contents(conversation, text)
+                start, end = contents[i][0] if start is None else start, contents[i][1]
+                end = max([end, *ends[special & (begins == end)]])
             turn = np.flatnonzero((ends > start) & (begins < end))
             closing = turn[special[turn]]
             learned[turn if not len(closing) else turn[turn <= closing[-1]]] = True
         return learned
 
-    def _length(self, conversation: Conversation, text: str, count: int, **options: Any) -> int:
-        """The length of the first `count` messages, rendered, as which the whole text must begin."""
-        prefix = self._text(conversation, conversation.messages[:count], **options)
-        if not text.startswith(prefix):
+    def _length(self, conversation: Conversation, text: str, count: int, **options: Any) -> int | None:
+        """The length of the first `count` messages, rendered; None where the whole text does not begin as they do."""
+        beginning = self._text(conversation, conversation.messages[:count], **options)
+        return len(beginning) if text.startswith(beginning) else None
+
+    def _contents(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
+        """The characters of each message, by what the template writes around messages of any content.
+
+        For templates that write a conversation otherwise once it goes on: Qwen3's has an empty block of reasoning
+        before the last answer alone. Raises UserError where what is around the messages depends on what they are.
+        """
+        marks = [f"\ue000{i}\ue001" for i in range(len(conversation.messages))]
+        messages = [{**message, "content": mark} for message, mark in zip(conversation.messages, marks, strict=True)]
+        before, *behind = re.split("\ue000\\d+\ue001", self._text(conversation, messages))
+        at, spans = len(before) if text.startswith(before) else -1, []
+        for message, after in zip(conversation.messages, behind, strict=False):
+            either = (message["content"], message["content"].strip())
+            length = next((len(content) for content in either if text.startswith(content + after, at)), -1)
+            if at < 0 or length < 0:
+                break
+            spans.append((at, at + length))
+            at += length + len(after)
+        if len(spans) != len(marks) or at != len(text):
             raise UserError(
-                f"{conversation.where}: the chat template writes the first {count} messages otherwise in the whole "
-                "conversation, so answers cannot be told apart; use --stage3.loss-on all, or a template with "
-                "{% generation %}"
+                f"{conversation.where}: what the chat template writes around messages depends on what they are, so "
+                "answers cannot be told apart; use --stage3.loss-on all, or a template with {% generation %}"
             )
-        return len(prefix)
+        return spans
 
     @property
     def _special_ids(self) -> set[int]:

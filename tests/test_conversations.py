@@ -68,11 +68,22 @@ def test_without_an_end_of_turn_the_whole_turn_is_learned():
     assert answers(render(TALK[2:], tokenizer), tokenizer) == [" Bye. \n\n\n"]
 
 
-def test_templates_that_rewrite_the_beginning_are_refused():
+def test_templates_that_rewrite_the_beginning():
+    """Answers are found by what is written around them; reasoning, that of Qwen3's last answer alone, is learned."""
     tokenizer = chat_tokenizer(COUNTING)
-    with pytest.raises(
-        UserError, match=r"^here: the chat template writes the first 1 messages otherwise .*loss-on all"
-    ):
+    assert answers(render(TALK, tokenizer), tokenizer) == ["Hello <|im_end|> né<|im_end|>", " Bye. \n<|im_end|>"]
+    last = "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content | trim }}"
+    assert CHATML.count("{{ m.content }}") == 1
+    tokenizer = chat_tokenizer(CHATML.replace("{{ m.content }}", last))
+    talk = [*TALK, *TALK[2:]]
+    expected = ["Hello <|im_end|> né<|im_end|>", "Bye.<|im_end|>", "<think>\n\n</think>\n\nBye.<|im_end|>"]
+    assert answers(render(talk, tokenizer), tokenizer) == expected
+    assert answers(render(talk[:1], tokenizer), tokenizer) == []
+
+
+def test_templates_that_will_not_do():
+    tokenizer = chat_tokenizer(COUNTING.replace("m.content", "m.content | upper"))
+    with pytest.raises(UserError, match=r"^here: what the chat template writes around messages depends .*loss-on all"):
         render(TALK, tokenizer)
     render(TALK, tokenizer, "all")
     with pytest.raises(UserError, match=r"^here: the chat template refuses the conversation \(.*roles must alternate"):
