@@ -10,3 +10,6 @@ if (0, 10, 2) <= tuple(int(x) for x in version("jaxlib").split(".")[:3]) < (0, 1
     _YNN not in os.environ.get("XLA_FLAGS", "")
 ):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_YNN}=".strip()
+
+# Said at every import where torch is not installed, which is as it should be here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

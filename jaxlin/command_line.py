@@ -60,19 +60,20 @@ def load_config_file(name: str, base: RunConfig) -> RunConfig:
 
     A config file is Python and defines `config(base: RunConfig) -> RunConfig`.
     """
-    return replace(config_function(name, "config", "config(base)", "*.py")(base), config=name)
+    function = config_function(name, "config", "config(base); studies are for python -m jaxlin.study")
+    return replace(function(base), config=name)
 
 
-def config_function(name: str, function: str, signature: str, pattern: str) -> Callable:
+def config_function(name: str, function: str, signature: str) -> Callable:
     """The function that the config file `name` (in configs/, or a path) defines.
 
-    `signature` and `pattern` are for errors: how it is called, and which files in configs/ have one. Raises UserError.
+    `signature` is for errors: how it is called. Raises UserError.
     """
     path = Path(name)
     if path.suffix != ".py":
         path = CONFIG_DIR / f"{name}.py"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob(pattern)))
+        known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*.py") if f"def {function}(" in p.read_text()))
         raise UserError(f"--config {name}: no such file; give a path or one of {known}")
     found = runpy.run_path(str(path)).get(function)
     if found is None:
@@ -114,7 +115,15 @@ def _inherited(init_from: str, run_dir: str) -> dict[str, Any]:
 def parse(cls: type[T], args: Sequence[str] | None = None, *, default: T | None = None) -> T:
     """Parse a command line into the dataclass `cls`; every entry point of jaxlin parses with this."""
     given: dict[str, Any] = {} if default is None else {"default": default}
-    return tyro.cli(cls, args=args, config=(tyro.conf.FlagConversionOff,), **given)
+    return tyro.cli(cls, prog=_program(), args=args, config=(tyro.conf.FlagConversionOff,), **given)
+
+
+def _program() -> str:
+    """How the command that runs was called, as its help shows it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return f"python {Path(sys.argv[0]).name}"
+    return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def run_main(main: Callable[[], Any]) -> None:

@@ -32,8 +32,8 @@ class RopeScaling:
 class MixerOptions:
     """How a student's token mixer is built.
 
-    None leaves a choice to the preset, which may differ by mixer: see `PRESETS` in the mixer's file.
-    Options that a mixer does not have are ignored by it.
+    None leaves a choice to the preset, which may differ by mixer: see `PRESETS` in the mixer's file, where options that
+    a mixer does not have are None in every preset.
     """
 
     heads: Literal["teacher", "fla"] | None = None
@@ -322,7 +322,7 @@ class RunConfig:
     stage: tuple[int, ...] = (1, 2, 3)
     """Stages to run, in order."""
     tokens: int | None = None
-    """Total token positions, split between the stages in the config's proportions."""
+    """Total token positions, split between the stages in the config's proportions; each takes one step at least."""
     epochs: float | None = None
     """Passes over the conversations: stage 3's budget in place of stage3.tokens; tokens, where given, wins."""
     run_dir: str = ""

@@ -27,7 +27,7 @@ from jaxlin.arrays import growing_array
 from jaxlin.command_line import parse, run_main
 from jaxlin.config import DataConfig, UserError
 from jaxlin.drafts import draft
-from jaxlin.sources import Document, open_text
+from jaxlin.sources import Document, Field, open_text
 from jaxlin.split import Corpus, documents, split
 from jaxlin.streams import GROUP, Batch, Packed, ShardedText, segment_ids_of
 
@@ -75,7 +75,7 @@ def heldout_batches(text: Sequence[str], config: DataConfig, tokenizer: Any, *, 
     same on every process. What the text does not fill is padding: token 0, segment 0.
     """
     if config.heldout:
-        heldout = documents(_open(config.heldout, config, tokenizer))
+        heldout = documents(_open(config.heldout, config, tokenizer, "--data.heldout"))
     elif config.heldout_fraction > 0:
         _, heldout = split(_open(text, config, tokenizer), config.heldout_fraction)
     else:
@@ -102,10 +102,11 @@ def _names(text: Sequence[str]) -> str:
     return " ".join(text) or "(none: Python's own reference)"
 
 
-def _open(text: Sequence[str], config: DataConfig, tokenizer: Any) -> Corpus:
+def _open(text: Sequence[str], config: DataConfig, tokenizer: Any, flag: str = "--text") -> Corpus:
     from jaxlin.convert import end_of_text_id
 
-    return open_text(text, config.text_field, end_of_text=end_of_text_id(tokenizer), vocab_size=len(tokenizer))
+    field = Field(config.text_field, flag=flag)
+    return open_text(text, field, end_of_text=end_of_text_id(tokenizer), vocab_size=len(tokenizer))
 
 
 def _require_tokens(text: Sequence[str], corpus: Corpus, tokenize: _Tokenize, length: int) -> None:

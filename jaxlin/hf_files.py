@@ -195,7 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
+        raise UserError(f"{path} is missing; give the folder of a Hugging Face model") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({first_line(error)})") from error
     if not isinstance(data, dict):

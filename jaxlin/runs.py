@@ -201,7 +201,8 @@ def open_run(folder: str | Path, flag: str = "--run") -> Run:
         config = from_dict(RunConfig, json.loads((folder / "config.json").read_text()))
         student = from_dict(ModelConfig, json.loads((folder / "model.json").read_text()))
     except FileNotFoundError as error:
-        raise UserError(f"{flag} {folder}: no run there ({Path(error.filename).name} is missing)") from None
+        lost = Path(error.filename).name
+        raise UserError(f"{flag} {folder}: no run there ({lost} is missing); train.py makes one") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{flag} {folder}: config.json or model.json is damaged ({error})") from None
     return Run(folder, config, student)

@@ -25,7 +25,7 @@ import numpy as np
 from jaxlin.config import UserError
 
 Document = str | np.ndarray
-EXTENSIONS = (".txt", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".arrayrecord", ".npy")
+EXTENSIONS = (".txt", ".md", ".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".arrayrecord", ".npy")
 RECORDS = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 PIECE_BYTES = 1 << 18  # a longer .txt is cut into documents of about this size, so that none must fit in memory
 SEARCH_BYTES = 1 << 12  # how far past PIECE_BYTES the end of a line is looked for
@@ -113,16 +113,16 @@ def _files(name: str, flag: str = "--text", extensions: tuple[str, ...] = EXTENS
         return [path]
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(extensions))
-        wanted = f"a file ending in {' '.join(extensions)}"
+        wanted = f"file ending in {' '.join(extensions)}"
     elif glob.has_magic(name):
-        found, wanted = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()], "such a file"
+        found, wanted = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()], "file"
     elif colon and scheme.isalnum() and "/" not in scheme:
         known = "hf:NAME[:SUBSET], tfds:NAME" if extensions is EXTENSIONS else "hf:NAME[:SUBSET]"
         raise UserError(f"{flag} {name}: unknown scheme {scheme}:, use {known} or a path")
     else:
         raise UserError(f"{flag} {name}: no such file or folder")
     if not found:
-        raise UserError(f"{flag} {name}: there is not {wanted}")
+        raise UserError(f"{flag} {name}: holds no {wanted}")
     return found
 
 
@@ -139,7 +139,7 @@ def _open_file(path: Path, field: Field, end_of_text: int, vocab_size: int) -> D
     """The reader that the end of the file's name asks for."""
     name = path.name
     try:
-        if name.endswith(".txt"):
+        if name.endswith((".txt", ".md")):
             return _TextFile(path)
         if name.endswith(".jsonl"):
             return _JsonLines(path, field)
@@ -202,7 +202,7 @@ class _Joined:
 
 
 class _TextFile:
-    """A .txt file: one document, or several pieces ending at the end of a line where it is long."""
+    """A file of plain text: one document, or several pieces ending at the end of a line where it is long."""
 
     def __init__(self, path: Path) -> None:
         self._path, size = path, path.stat().st_size

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxlin.config import ModelConfig, RunConfig, UserError
-from jaxlin.mixers import MIXERS, resolve_options
+from jaxlin.mixers import MIXERS, check_overrides, resolve_options
 from jaxlin.mixers.common import heads_of_kv
 from jaxlin.model import LanguageModel, init_params
 
@@ -26,6 +26,7 @@ def student_config(run: RunConfig, teacher: ModelConfig) -> ModelConfig:
             f"--teacher {run.teacher}: a student ({'+'.join(teacher.mixer)}), teachers have softmax attention"
         )
     options = tuple(resolve_options(mixer, run.preset, run.model) for mixer in run.period)
+    check_overrides(run.period, run.model)
     student = replace(teacher, mixer=run.period, options=options, dtype=run.dtype)
     for mixer, chosen in zip(student.mixer, student.options, strict=True):
         if hasattr(MIXERS[mixer], "head_layout"):

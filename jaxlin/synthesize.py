@@ -268,10 +268,13 @@ def judge(tokens: list[int], text: str, settings: Settings, *, unfinished: bool)
 
 def synthesize(model: Teacher, settings: Settings) -> dict[str, int]:
     """Answer all prompts into the output's files, going on where they end; the counts, by reason."""
-    output, counts = Output(settings), Counter[str]()
+    counts = Counter[str]()
     ends = answer_ends(model.tokenizer)
+    every = batches(jobs(settings, model.tokenizer, counts), settings.batch_size)
+    first = list(itertools.islice(every, 1))  # what is wrong with prompts is said before a file is made
+    output = Output(settings)
     params = generate.serving_params(model.params, model.config)
-    for batch in batches(jobs(settings, model.tokenizer, counts), settings.batch_size):
+    for batch in itertools.chain(first, every):
         if all(job.id in output.done for job in batch):
             continue
         answers = _answers(model, params, batch, ends, settings)

@@ -363,7 +363,7 @@ def test_errors_are_one_clear_line(tmp_path, tokenizer):
     np.save(tmp_path / "large.npy", np.full(9, 60_000, np.uint16))
     bad |= {"float.npy": (None, "found float64"), "large.npy": (None, "outside the vocabulary")}
     (tmp_path / "folder").mkdir()
-    bad |= {"folder": (None, "there is not a file ending in"), "*.none": (None, "there is not such a file")}
+    bad |= {"folder": (None, "holds no file ending in"), "*.none": (None, "holds no file")}
     for name, (data, message) in bad.items():
         if data is not None:
             (tmp_path / name).write_bytes(data)

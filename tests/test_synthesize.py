@@ -183,6 +183,15 @@ def test_files_of_another_run_are_refused(settings, tmp_path):
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
 
 
+def test_a_refusal_leaves_no_file(teacher, settings, tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        synthesize.synthesize(teacher, replace(settings, prompts=(str(tmp_path / "missing"),)))
+    plain = replace(teacher, tokenizer=chat_tokenizer(None))
+    with pytest.raises(UserError, match="no chat template"):
+        synthesize.synthesize(plain, settings)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "args, words",
     [

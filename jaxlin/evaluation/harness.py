@@ -54,8 +54,12 @@ class JaxLM(TemplateLM):
         batch_size: Any = None,
         max_batch_size: Any = None,
         device: str | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            known = "run, teacher, teacher_model, batch_tokens, max_length or add_bos_token"
+            raise UserError(f"--model_args {next(iter(unknown))}: unknown; give {known}")
         self.model = model or generate.load_model(str(run), str(teacher), teacher_model=teacher_model)
         self.tokenizer = self.model.tokenizer
         self.max_length = max_length or self.model.config.max_position_embeddings

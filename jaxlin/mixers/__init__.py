@@ -29,10 +29,32 @@ MIXERS = {
 def resolve_options(mixer: str, preset: str, overrides: MixerOptions) -> MixerOptions:
     """The options of `mixer`: those set in `overrides`, and the preset's for the rest."""
     if mixer not in MIXERS:
-        raise UserError(f"--mixer {mixer}: choose one of {', '.join(MIXERS)}")
+        raise UserError(f"--mixer {mixer or '(a name is missing)'}: choose one of {', '.join(MIXERS)}")
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
     chosen = MIXERS[mixer].PRESETS[preset]
     given = {f.name: getattr(overrides, f.name) for f in fields(overrides)}
     resolved = {name: getattr(chosen, name) if value is None else value for name, value in given.items()}
     return MixerOptions(**resolved)
+
+
+LEAST = {"conv_size": 0, "feature_dim": 0, "gate_rank": -1, "decay_rank": -1, "gate_soft_cap": 0}
+
+
+def check_overrides(mixers: tuple[str, ...], overrides: MixerOptions) -> None:
+    """Refuse options that none of `mixers` has, and numbers out of range."""
+    for field in fields(overrides):
+        value = getattr(overrides, field.name)
+        flag = f"--model.{field.name.replace('_', '-')} {value}"
+        if value is None:
+            continue
+        if not any(has_option(mixer, field.name) for mixer in mixers):
+            known = ", ".join(mixer for mixer in MIXERS if has_option(mixer, field.name))
+            raise UserError(f"{flag}: {'+'.join(mixers)} has no such option, only {known}; leave it out")
+        if value < LEAST.get(field.name, value):
+            raise UserError(f"{flag}: must be at least {LEAST[field.name]}")
+
+
+def has_option(mixer: str, name: str) -> bool:
+    """Whether a mixer reads an option: some preset of its own sets it."""
+    return any(getattr(options, name) is not None for options in MIXERS[mixer].PRESETS.values())

@@ -19,8 +19,8 @@ class Settings:
 
     config: str
     """Study config: a path, or a name in configs/."""
-    out: Path = Path()
-    """Folder of the study; by default runs/CONFIG."""
+    out: Path | None = None
+    """Folder of the study; runs/CONFIG where none is given."""
     text: tuple[str, ...] = ()
     """Training text, as train.py's; by default the study's."""
     heldout: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ def main() -> None:
     study = load_study(settings.config)
     study = with_sources(study, settings.text, settings.heldout, settings.data)
     trials = chosen(study, settings.only)
-    out = settings.out if settings.out != Path() else Path("runs") / Path(settings.config).stem
+    out = settings.out or Path("runs") / Path(settings.config).stem
 
     from jaxlin.study.report import write_report
     from jaxlin.study.results import write_design

@@ -147,7 +147,7 @@ def short(tokens: int) -> str:
 
 def load_study(name: str) -> Study:
     """The study of the config `name` (a path, or a name in configs/). Raises UserError for what cannot be run."""
-    function = config_function(name, "study", "study(); run configs are for train.py", "study_*.py")
+    function = config_function(name, "study", "study(); run configs are for train.py")
     return check(function(), name)
 
 
