@@ -81,7 +81,10 @@ def train_apart(folder, compiled, *args, devices=8):
     outputs = [process.communicate(timeout=1200) for process in started]
     assert not any(process.returncode for process in started), outputs
     # Gloo's threads print "[Gloo] Rank 0 is connected to 1 peer ranks. ...", now and then into each other's lines.
-    return ["".join(line for line in out.splitlines(True) if "peer ranks" not in line) for out, _ in outputs]
+    return [
+        "".join(line for line in out.splitlines(True) if line.strip() and "peer ranks" not in line)
+        for out, _ in outputs
+    ]
 
 
 def lines(folder):
