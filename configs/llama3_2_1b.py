@@ -6,6 +6,7 @@ Hardware: one GPU with 80 GiB, or a slice of a TPU pod with --mesh.fsdp. Time an
 
 from dataclasses import replace
 
+from jaxlin.command_line import load_config_file
 from jaxlin.config import ModelConfig, RopeScaling, RunConfig
 
 ARCHITECTURE = ModelConfig(
@@ -26,11 +27,6 @@ ARCHITECTURE = ModelConfig(
 
 def config(base: RunConfig) -> RunConfig:
     """The paper's budget and recipe, on another family's teacher."""
-    if base.preset == "recommended":
-        base = replace(base, stage3=replace(base.stage3, lr=2e-4, lr_new=2e-4))
     return replace(
-        base,
-        teacher="meta-llama/Llama-3.2-1B",
-        teacher_config=ARCHITECTURE,
-        text=("hf:HuggingFaceFW/fineweb:sample-10BT",),
+        load_config_file("smollm2_1_7b", base), teacher="meta-llama/Llama-3.2-1B", teacher_config=ARCHITECTURE
     )

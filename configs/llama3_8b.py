@@ -7,6 +7,7 @@ Hardware: 64 chips of TPU v5p (docs/tpu.md). Time and result: not measured.
 
 from dataclasses import replace
 
+from jaxlin.command_line import load_config_file
 from jaxlin.config import ModelConfig, RunConfig
 
 ARCHITECTURE = ModelConfig(
@@ -25,11 +26,6 @@ ARCHITECTURE = ModelConfig(
 
 def config(base: RunConfig) -> RunConfig:
     """The paper's budget and recipe, on a larger teacher."""
-    if base.preset == "recommended":
-        base = replace(base, stage3=replace(base.stage3, lr=2e-4, lr_new=2e-4))
     return replace(
-        base,
-        teacher="meta-llama/Meta-Llama-3-8B",
-        teacher_config=ARCHITECTURE,
-        text=("hf:HuggingFaceFW/fineweb:sample-10BT",),
+        load_config_file("smollm2_1_7b", base), teacher="meta-llama/Meta-Llama-3-8B", teacher_config=ARCHITECTURE
     )

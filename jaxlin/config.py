@@ -124,7 +124,7 @@ class ModelConfig:
             )
 
     def described(self) -> dict[str, Any]:
-        """The fields, for comparison with what older versions kept: those that they lacked only where they are set."""
+        """The fields as hashes of older versions have them: those that these lacked only where they are set."""
         newer = ("attention_out_bias", "qk_norm")
         return {key: value for key, value in asdict(self).items() if value or key not in newer}
 

@@ -223,7 +223,8 @@ def _prompt_of(line: str, where: str) -> str:
 
 def continue_file(model: runs.Teacher, settings: Settings, prompts: Sequence[str], out: TextIO) -> None:
     """Write a line of JSON for each prompt, in their order, as soon as those before it are there too."""
-    tokens = [convert.begin_ids(model.tokenizer) + _encode(model.tokenizer, prompt) for prompt in prompts]
+    begin = convert.begin_ids(model.tokenizer)
+    tokens = [begin + _encode(model.tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, tokens)) + settings.max_new_tokens
     engine = Engine(
         model.config,

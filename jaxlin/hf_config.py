@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxlin.config import ModelConfig, RopeScaling, UserError
@@ -165,10 +166,13 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """
     name = _family(config)
     own = {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}[name]
+    return shared_to_hf(config, dtype, own) | {"architectures": [FAMILIES[name].architecture], "model_type": name}
+
+
+def shared_to_hf(config: ModelConfig, dtype: str, own: Sequence[str]) -> dict[str, Any]:
+    """What every config.json of ours holds, and the fields `own` of `VARIATIONS`."""
     scaling = config.rope_scaling
     return {
-        "architectures": [FAMILIES[name].architecture],
-        "model_type": name,
         "hidden_act": "silu",
         **{key: getattr(config, key) for key in (*SHARED, *own)},
         "rope_scaling": {"rope_type": "llama3", **vars(scaling)} if scaling else None,

@@ -31,19 +31,16 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
     Rotary settings are spelled as in transformers 5; options that a mixer does not read (None) are left out.
     """
-    scaling = vars(config.rope_scaling) | {"rope_type": "llama3"} if config.rope_scaling else {"rope_type": "default"}
-    shared = [key for key in hf_config.SHARED if key != "rope_theta"]
-    return {
+    hf = hf_config.shared_to_hf(config, dtype, hf_config.VARIATIONS)
+    theta, scaling = hf.pop("rope_theta"), hf.pop("rope_scaling")
+    return hf | {
         "architectures": ["JaxlinForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_jaxlin.JaxlinConfig",
             "AutoModelForCausalLM": "modeling_jaxlin.JaxlinForCausalLM",
         },
         "model_type": MODEL_TYPE,
-        "hidden_act": "silu",
-        **{key: getattr(config, key) for key in (*shared, *hf_config.VARIATIONS)},
-        "rope_parameters": {"rope_theta": config.rope_theta, **scaling},
-        "torch_dtype": dtype,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta, **(scaling or {})},
         "mixer": list(config.mixer),
         "options": [{k: v for k, v in asdict(o).items() if v is not None} for o in config.options],
         "compute_dtype": config.dtype,

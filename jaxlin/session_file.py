@@ -14,6 +14,7 @@ from jax import lax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from jaxlin.command_line import from_dict, to_json
 from jaxlin.config import ModelConfig, UserError
 from jaxlin.drafts import draft
 
@@ -25,7 +26,7 @@ def write(path: Path, config: ModelConfig, params: Any, numbers: dict[str, int],
     tensors = {name(path): _bits(np.asarray(a)) for path, a in jax.tree.leaves_with_path(held)}
     about = {
         "format": FORMAT,
-        "config": json.dumps(config.described()),
+        "config": to_json(config),
         "params": fingerprint(params),
         "numbers": json.dumps(numbers),
     }
@@ -54,10 +55,11 @@ def read(path: Path, config: ModelConfig, params: Any) -> tuple[dict[str, int], 
     checksum = about.pop("checksum", "")
     if checksum != _checksum(about, tensors):
         raise UserError(f"{flag}: is damaged (its checksum differs); save it again")
-    old, new = json.loads(about["config"]), json.loads(json.dumps(config.described()))
-    if different := [field for field in {**new, **old} if old.get(field) != new.get(field)]:
+    # Fields that are newer than the file count as their defaults.
+    old, new = (json.loads(to_json(each)) for each in (from_dict(ModelConfig, json.loads(about["config"])), config))
+    if different := [field for field in new if old[field] != new[field]]:
         field = different[0]
-        raise UserError(f"{flag}: was saved by another model ({field} {old.get(field)}, here {new.get(field)})")
+        raise UserError(f"{flag}: was saved by another model ({field} {old[field]}, here {new[field]})")
     if about["params"] != fingerprint(params):
         raise UserError(f"{flag}: was saved by this architecture with other parameters; give the model that wrote it")
     return json.loads(about["numbers"]), tensors

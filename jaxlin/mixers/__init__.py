@@ -44,10 +44,9 @@ LEAST = {"conv_size": 0, "feature_dim": 0, "gate_rank": -1, "decay_rank": -1, "g
 def check_overrides(mixers: tuple[str, ...], overrides: MixerOptions) -> None:
     """Refuse options that none of `mixers` has, and numbers out of range."""
     for field in fields(overrides):
-        value = getattr(overrides, field.name)
-        flag = f"--model.{field.name.replace('_', '-')} {value}"
-        if value is None:
+        if (value := getattr(overrides, field.name)) is None:
             continue
+        flag = f"--model.{field.name.replace('_', '-')} {value}"
         if not any(has_option(mixer, field.name) for mixer in mixers):
             known = ", ".join(mixer for mixer in MIXERS if has_option(mixer, field.name))
             raise UserError(f"{flag}: {'+'.join(mixers)} has no such option, only {known}; leave it out")
