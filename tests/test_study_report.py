@@ -236,7 +236,7 @@ def test_limits(estimates):
     assert "60M tokens are 0.02 of the paper's 3B" in said
     assert "weights of about 4.5 bits" in said and "first 200 examples" in said
     assert "5 questions are asked at 95 % each" in said
-    assert "Is it better than the second? Not decidable at this budget." in said
+    assert "Is it better than the second? By BEAR: not decidable at this budget." in said
 
 
 def test_budgets_beyond_the_papers(out, tmp_path):

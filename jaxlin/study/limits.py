@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxlin.study.design import short
 from jaxlin.study.estimates import Estimates
 from jaxlin.study.results import StudyResults
-from jaxlin.study.tables import UNDECIDED
+from jaxlin.study.tables import UNDECIDED, title_of
 
 PAPER_TOKENS = 3_000_000_000
 FEW_SEEDS = 3
@@ -104,7 +104,6 @@ def _open(estimates: Estimates) -> Iterator[str]:
     cells = {cell.name: cell for cell in estimates.found.study.cells()}
     for contrast in estimates.found.study.contrasts:
         found = estimates.difference(cells[contrast.a], cells[contrast.b], contrast.metric)
-        if found is None:
-            yield f"{contrast.question} Not measured."
-        elif not found.is_decided:
-            yield f"{contrast.question} {UNDECIDED.capitalize()}."
+        if found is None or not found.is_decided:
+            answer = "not measured" if found is None else UNDECIDED
+            yield f"{contrast.question} By {title_of(contrast.metric)}: {answer}."

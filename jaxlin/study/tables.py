@@ -166,13 +166,13 @@ def scores(estimates: Estimates, title: str, columns: Sequence[str], note: str) 
             row += _beside_paper(estimates, cell, name, parameters)
         if any(e.sources for e in row):
             rows.append(row)
-    headings = ["student", _title(last), "paper", "recovery", "paper's recovery", f"rank by {_title(last)}", "seeds"]
+    headings = ["student", title_of(last), "paper", "recovery", "paper's recovery", f"rank by {title_of(last)}", "seeds"]
     for name in columns[:-1]:
-        headings += [_title(name), "paper"]
+        headings += [title_of(name), "paper"]
     sizes: dict[str, list[str]] = {}
     for name in columns:
         found = {e.examples for cell in cells if (e := estimates.of(cell, name))}
-        sizes.setdefault(spread(found), []).append(_title(name))
+        sizes.setdefault(spread(found), []).append(title_of(name))
     each = (f"each task {n}" if len(names) > 3 else f"{' and '.join(names)} {n}" for n, names in sizes.items())
     note += f" Examples: {'; '.join(each)}."
     return _without_empty(Table(title, tuple(headings), rows, note))
@@ -246,7 +246,7 @@ def questions(estimates: Estimates) -> Table:
                 Entry(contrast.question),
                 Entry(contrast.a),
                 Entry(contrast.b),
-                Entry(_title(contrast.metric)),
+                Entry(title_of(contrast.metric)),
                 *(Entry("" if one is None else _plain(contrast.metric)(one.value), one.sources if one else ())
                   for one in (of_a, of_b)),
                 Entry(difference, sources),
@@ -267,7 +267,7 @@ def _has(estimates: Estimates, column: str) -> bool:
     return any(estimates.of(cell, column) for cell in estimates.found.study.cells())
 
 
-def _title(metric: str) -> str:
+def title_of(metric: str) -> str:
     if metric in ruler.EVERY_TASK:
         name, _, length = metric.rpartition("_")
         return f"{name.replace('niah_single_', 'S-NIAH-')} {length}"
