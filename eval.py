@@ -5,10 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from jaxlin.command_line import parse, run_main
-from jaxlin.config import DistributedConfig, MeshConfig, UserError
+from jaxlin.command_line import parse, require_folder, run_main
+from jaxlin.config import DistributedConfig, MeshConfig, Switch, UserError
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,13 @@ class Settings:
     """Samples of each task; by default what the suite chooses."""
     seed: int = 0
     """Seed of what a benchmark chooses at random."""
-    chat: tyro.conf.UseCounterAction[int] = 0
+    chat: Switch = 0
     """Put the benchmarks' prompts into the tokenizer's chat template."""
-    milestones: tyro.conf.UseCounterAction[int] = 0
+    milestones: Switch = 0
     """Measure the run's milestone checkpoints instead of the newest one, each into the run folder's milestones/STEP."""
-    student_only: tyro.conf.UseCounterAction[int] = 0
+    student_only: Switch = 0
     """Leave the run's teacher out of the benchmarks, and of the file that they are written to."""
-    predict_only: tyro.conf.UseCounterAction[int] = 0
+    predict_only: Switch = 0
     """Keep what the models answer to the benchmarks, and do not score it."""
     out: str = ""
     """Folder where the benchmarks' finished tasks are kept; by default the run folder's evaluation, for a teacher
@@ -49,7 +47,7 @@ class Settings:
     """Devices that models and batches are spread over; by default one, or with several processes all."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """Several processes."""
-    json: tyro.conf.UseCounterAction[int] = 0
+    json: Switch = 0
     """End with one line of JSON, without times."""
 
 
@@ -65,6 +63,7 @@ def main() -> None:
         raise UserError("--milestones: give --run DIR, into which the results go, and no --out")
     if settings.data and not Path(settings.data).is_dir():
         raise UserError(f"--data {settings.data}: no such folder")
+    require_folder("--out", settings.out)
 
     from jaxlin import processes
 

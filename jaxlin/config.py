@@ -12,6 +12,17 @@ from typing import Annotated, Any, Literal
 import tyro
 
 PRESETS = ("recommended", "paper", "paper_code")
+Switch = Annotated[tyro.conf.UseCounterAction[int], tyro.conf.arg(help_behavior_hint="(default: off)")]
+"""A flag without a value. tyro counts how often it is there; that twice is once need not stand in its help."""
+INF = float("inf")
+SHARE, COUNT, SOME = (0, 1), (1, INF), (0, INF)
+STAGE_LIMITS = dict(
+    batch_size=COUNT, accumulation=COUNT, tokens=SOME, lr=SOME, lr_new=SOME, warmup=SHARE, stable=SHARE, decay=SHARE,
+    weight_decay=SOME, clip=SOME, kl_weight=SOME, ce_weight=SOME, temperature=(0.01, INF), chunk_tokens=COUNT,
+)  # fmt: skip
+DATA_LIMITS = dict(seq_len=(2, INF), heldout_fraction=SHARE, eval_tokens=COUNT, workers=SOME)
+RUN_LIMITS = dict(log_every=COUNT, save_every=COUNT, keep=COUNT, milestone_tokens=SOME, seed=(0, 2**32 - 1))
+"""From where to where numbers may be."""
 
 
 class UserError(Exception):
@@ -183,9 +194,8 @@ class StageConfig:
 
     def check(self, flag: str) -> None:
         """Refuse values out of range; `flag` names the stage on the command line."""
-        _require_at_least(f"{flag}.batch-size", self.batch_size, 1)
-        _require_at_least(f"{flag}.accumulation", self.accumulation, 1)
-        _require_at_least(f"{flag}.tokens", self.tokens, 0)
+        for name, (least, most) in STAGE_LIMITS.items():
+            _require(f"{flag}.{name.replace('_', '-')}", getattr(self, name, least), least, most)
 
 
 @dataclass(frozen=True)
@@ -406,9 +416,10 @@ class RunConfig:
         every = {1: self.stage1, 2: self.stage2, 3: self.stage3}
         for n, stage in every.items():
             stage.check(f"--stage{n}")
-        _require_at_least("--data.seq-len", self.data.seq_len, 2)
-        for flag, value in (("--log-every", self.log_every), ("--save-every", self.save_every), ("--keep", self.keep)):
-            _require_at_least(flag, value, 1)
+        for name, (least, most) in DATA_LIMITS.items():
+            _require(f"--data.{name.replace('_', '-')}", getattr(self.data, name), least, most)
+        for name, (least, most) in RUN_LIMITS.items():
+            _require(f"--{name.replace('_', '-')}", getattr(self, name), least, most)
         if self.epochs is not None and (self.epochs <= 0 or not self.conversations):
             need = "must be above 0" if self.epochs <= 0 else "counts passes over --conversations: give some"
             raise UserError(f"--epochs {self.epochs}: {need}")
@@ -428,6 +439,6 @@ class RunConfig:
         return chosen
 
 
-def _require_at_least(flag: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"{flag} {value}: must be at least {least}")
+def _require(flag: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:  # which refuses nan too
+        raise UserError(f"{flag} {value}: must be {f'at least {least}' if most == INF else f'from {least} to {most}'}")

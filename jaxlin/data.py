@@ -102,10 +102,12 @@ def _names(text: Sequence[str]) -> str:
     return " ".join(text) or "(none: Python's own reference)"
 
 
-def _open(text: Sequence[str], config: DataConfig, tokenizer: Any, flag: str = "--text") -> Corpus:
+def _open(
+    text: Sequence[str], config: DataConfig, tokenizer: Any, flag: str = "--text", remedy: str = Field.remedy
+) -> Corpus:
     from jaxlin.convert import end_of_text_id
 
-    field = Field(config.text_field, flag=flag)
+    field = Field(config.text_field, flag=flag, remedy=remedy)
     return open_text(text, field, end_of_text=end_of_text_id(tokenizer), vocab_size=len(tokenizer))
 
 
@@ -179,7 +181,8 @@ def prepare(settings: Prepare, tokenizer: Any) -> tuple[int, int]:
     """Write `settings.out`, whole or not at all; returns the numbers of documents and of tokens in it."""
     if settings.out.suffix != ".npy":
         raise UserError(f"--out {settings.out}: the name must end in .npy")
-    every = documents(_open(settings.text, DataConfig(text_field=settings.text_field), tokenizer))
+    config = DataConfig(text_field=settings.text_field)
+    every = documents(_open(settings.text, config, tokenizer, remedy="; set --text-field"))
     tokenize = _Tokenize(tokenizer, separate=True)
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     counts = np.zeros(2, int)

@@ -16,11 +16,10 @@ from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from jaxlin import convert, runs
 from jaxlin.command_line import parse, run_main
-from jaxlin.config import ModelConfig, RunConfig, UserError
+from jaxlin.config import ModelConfig, RunConfig, Switch, UserError
 from jaxlin.decoding import BLOCK
 from jaxlin.detokenizer import TextUntil, check_stops
 from jaxlin.drafts import draft
@@ -108,7 +107,7 @@ class GenerationSettings:
     """Run folder of the student."""
     teacher: str = ""
     """Instead of a run: "demo", a Hugging Face name or folder, or a .gguf file."""
-    teacher_model: tyro.conf.UseCounterAction[int] = 0
+    teacher_model: Switch = 0
     """Generate with the run's teacher rather than its student."""
     max_new_tokens: int = 128
     """Most tokens to write."""

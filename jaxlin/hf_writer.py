@@ -28,7 +28,7 @@ HOW_LOADED = ("is_local", "local_files_only", "name_or_path", "_commit_hash")
 def require_new(path: Path) -> None:
     """Raise UserError where `path` is something else than an empty folder, or nothing."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists already: give a folder that does not")
+        raise UserError(f"--out {path}: exists already; give a folder that does not")
 
 
 @contextlib.contextmanager

@@ -126,7 +126,22 @@ def _first_difference(key: str, old: Any, new: Any) -> str:
 
 
 def check_init(run: RunConfig, teacher: ModelConfig) -> None:
-    """Refuse an `init_from` without parameters, or with a student of another architecture than the run's."""
+    """Refuse an `init_from` without parameters, or with a student of another architecture than the run's.
+
+    And none at all for fine-tuning, cross-entropy on conversations alone, which makes no student of untrained mixers.
+    """
+    if not run.init_from:
+        if (
+            set(run.stages()) == {3}
+            and run.conversations
+            and not run.stage3.kl_weight
+            and set(run.period) != {"softmax"}
+        ):
+            raise UserError(
+                f"--init-from: give the run folder of the student to fine-tune ({run.mixer} is untrained); "
+                "or, for the teacher itself, --mixer softmax"
+            )
+        return
     before = open_run(run.init_from, "--init-from")
     old, new = (json.loads(to_json(replace(student, dtype="float32"))) for student in
                 (before.student, student_config(run, teacher)))  # fmt: skip
@@ -200,7 +215,7 @@ def open_run(folder: str | Path, flag: str = "--run") -> Run:
     try:
         config = from_dict(RunConfig, json.loads((folder / "config.json").read_text()))
         student = from_dict(ModelConfig, json.loads((folder / "model.json").read_text()))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         lost = Path(error.filename).name
         raise UserError(f"{flag} {folder}: no run there ({lost} is missing); train.py makes one") from None
     except json.JSONDecodeError as error:

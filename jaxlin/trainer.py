@@ -46,7 +46,7 @@ class Trainer:
         config = teacher_config(run)
         self._check_layers(config)
         models = (config, *(student_config(own, config) for own in runs))
-        if run.init_from and not resuming:
+        if not resuming:
             processes.from_first(lambda: check_init(run, config))
         self.mesh = placement.make_mesh(run.mesh, models, self.stages, run.data.seq_len)
         with jax.set_mesh(self.mesh):

@@ -392,6 +392,8 @@ def test_preparing_leaves_nothing_behind_when_it_fails(tmp_path, tokenizer):
     settings = Prepare(out=tmp_path / "out.npy", text=(str(tmp_path / "a.jsonl"),))
     with pytest.raises(UserError, match="line 2"):
         prepare(settings, tokenizer)
+    with pytest.raises(UserError, match="no field 'body' among text; set --text-field"):
+        prepare(dataclasses.replace(settings, text_field="body"), tokenizer)
     with pytest.raises(UserError, match="cannot be written"):
         prepare(dataclasses.replace(settings, out=tmp_path / "no" / "out.npy"), tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

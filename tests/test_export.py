@@ -270,7 +270,7 @@ def test_export_refuses(tmp_path, monkeypatch):
     config = student_of("gla")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(UserError, match="full exists already: give a folder that does not"):
+    with pytest.raises(UserError, match=r"--out .*full: exists already; give a folder that does not"):
         run_command(monkeypatch, command, "--run", tmp_path / "nowhere", "--out", tmp_path / "full")
     with pytest.raises(UserError, match="--push name: give a repository as ORGANISATION/NAME"):
         run_command(monkeypatch, command, "--run", tmp_path, "--out", tmp_path / "out", "--push", "name")

@@ -208,6 +208,10 @@ def test_starts_that_cannot_be(material, tmp_path):
     start = str(material / "start")
     for args, message in (
         (("--init-from", str(tmp_path / "none")), "--init-from .*none: no run there"),
+        (
+            ("--mixer", "gla", "--teacher", str(material / "teacher")),
+            "--init-from: give the run folder .*gla is untrained",
+        ),
         (("--init-from", start, "--mixer", "retnet,gla"), "holds one student; give --mixer one name"),
         (("--init-from", start, "--mixer", "gla"), r"its student has another mixer \(\['retnet'\], now \['gla'\]\)"),
         (("--init-from", start, "--model.conv-size", "3"), r"another options\.0\.conv_size \(.*, now 3\)"),

@@ -119,8 +119,8 @@ def contrast(metric):
     [
         (dict(arms=(Arm(("kdx",), tokens=(384,)),), contrasts=()), "s0/kdx: --mixer kdx: choose one of softmax"),
         (dict(settings=("--config", "tinx")), "--config tinx: no such file"),
-        (dict(settings=("--config", "tiny", "--sead", "1")), "Unrecognized options: --sead, 1; see train.py --help"),
-        (dict(settings=("--config", "tiny", "--remat", "x")), "invalid choice 'x' for argument '--remat'"),
+        (dict(settings=("--config", "tiny", "--sead", "1")), r"--sead: no such setting; did you mean --seed\?"),
+        (dict(settings=("--config", "tiny", "--remat", "x")), "--remat x: must be one of none, block"),
         (dict(suites=(Suite("bears"),)), "--suite bears: choose one of quick"),
         (dict(suites=(Suite("quick"),)), "suite quick: train.py measures it"),
         (dict(suites=(Suite("bear", limit=0),)), "suite bear: limit 0 must be at least 1"),

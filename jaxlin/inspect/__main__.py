@@ -6,10 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from jaxlin.command_line import parse, run_main
-from jaxlin.config import UserError
+from jaxlin.command_line import parse, require_folder, run_main
+from jaxlin.config import Switch, UserError
 
 FEWEST = 50  # examples: every digit in each fold
 
@@ -37,7 +35,7 @@ class Settings:
     """Seed of the examples and of projections."""
     out: str = ""
     """Folder for inspection.json and the figures; by default the run folder."""
-    json: tyro.conf.UseCounterAction[int] = 0
+    json: Switch = 0
     """End with one line of JSON."""
 
 
@@ -87,6 +85,7 @@ def check(settings: Settings) -> None:
     """Raises UserError for settings that cannot be meant."""
     if not settings.run:
         raise UserError("--run: give a run folder")
+    require_folder("--out", settings.out)
     for flag, value, least in (
         ("--sequences", settings.sequences, 1),
         ("--length", settings.length, 2),

@@ -6,10 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from jaxlin.command_line import parse, run_main
-from jaxlin.config import UserError
+from jaxlin.command_line import parse, require_folder, run_main
+from jaxlin.config import Switch, UserError
 from jaxlin.study.design import chosen, load_study, with_sources
 
 
@@ -36,9 +34,9 @@ class Settings:
     """Students trained in one process, which share the teacher's forward passes and the device's memory."""
     evaluations: int = 1
     """Students of a group that are measured side by side, each in a process of its own on the same devices."""
-    dry_run: tyro.conf.UseCounterAction[int] = 0
+    dry_run: Switch = 0
     """Print the commands of what is missing, and run nothing."""
-    report: tyro.conf.UseCounterAction[int] = 0
+    report: Switch = 0
     """Write the report of what is there, and run nothing."""
     speed: Path | None = None
     """For the report: the JSON file of `python -m benchmarks.generation_speed`."""
@@ -54,6 +52,7 @@ def main() -> None:
     study = with_sources(study, settings.text, settings.heldout, settings.data)
     trials = chosen(study, settings.only)
     out = settings.out or Path("runs") / Path(settings.config).stem
+    require_folder("--out", out)
 
     from jaxlin.study.report import write_report
     from jaxlin.study.results import write_design

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Sequence
 
 from jaxlin.command_line import parse_run
@@ -13,8 +11,6 @@ from jaxlin.evaluation.report import BENCHMARKS, choose_tasks
 from jaxlin.mixers import resolve_options
 from jaxlin.student import student_config
 from jaxlin.study.design import HELD_OUT, Study
-
-FRAME = set("-─│╭╮╰╯ ")  # of the box that a mistake on a command line is shown in
 
 
 def check_suites(study: Study) -> None:
@@ -42,15 +38,10 @@ def check_suites(study: Study) -> None:
 
 def check_settings(name: str, flags: Sequence[str]) -> None:
     """Refuse flags that train.py would for the run `name`: in one line, which says so."""
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            run = parse_run(flags)
-        _check_run(run)
+        _check_run(parse_run(flags))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    except SystemExit:
-        raise UserError(f"{name}: {_mistake(said.getvalue())}; see train.py --help") from None
 
 
 def _check_run(run: RunConfig) -> None:
@@ -60,10 +51,3 @@ def _check_run(run: RunConfig) -> None:
         resolve_options(mixer, run.preset, run.model)
     if run.teacher_config is not None:
         student_config(run, run.teacher_config)
-
-
-def _mistake(shown: str) -> str:
-    """The sentence in the box that tyro shows: between its title's line and the next one."""
-    lines = [line.strip("│ ") for line in shown.splitlines()]
-    inside = "\n".join("" if set(line) <= FRAME else line for line in lines[1:]).strip().partition("\n\n")[0]
-    return " ".join(inside.split()).rstrip(".")
