@@ -1,6 +1,7 @@
 """Every setting of jaxlin, with its unit and its default, declared once.
 
-This module is a leaf: it imports nothing of jaxlin, so anything may import it. `command_line.py` reads settings.
+This module is a leaf: it imports no more of jaxlin than another one, so anything may import it. `command_line.py` reads
+settings.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+
+from jaxlin.pattern import mixers_of, pattern_of
 
 PRESETS = ("recommended", "paper", "paper_code")
 Switch = Annotated[tyro.conf.UseCounterAction[int], tyro.conf.arg(help_behavior_hint="(default: off)")]
@@ -130,7 +133,7 @@ class ModelConfig:
             )
         if self.num_hidden_layers % len(self.mixer):
             raise UserError(
-                f"mixer={'+'.join(self.mixer)} has a period of {len(self.mixer)}, "
+                f"mixer={pattern_of(self.mixer)} has a period of {len(self.mixer)}, "
                 f"which does not divide the {self.num_hidden_layers} layers"
             )
 
@@ -314,8 +317,9 @@ class RunConfig:
     """One linearization run."""
 
     mixer: str = "gated_deltanet"
-    """Token mixer of the student; names joined by + repeat over the layers (gated_deltanet+softmax). Commas separate
-    students that are trained at once, on the teacher's forward passes that they share (gla,mlstm)."""
+    """Token mixer of the student; names joined by + repeat over the layers (gated_deltanet+softmax, or
+    3xgated_deltanet+softmax for three to one). Commas separate students that are trained at once, on the teacher's
+    forward passes that they share (gla,mlstm)."""
     preset: Literal["recommended", "paper", "paper_code"] = "recommended"
     """Recipe: recommended, paper (equations 1 to 6 as printed) or paper_code (what the authors' code does)."""
     config: str = "demo"
@@ -388,7 +392,7 @@ class RunConfig:
     @property
     def period(self) -> tuple[str, ...]:
         """Mixer ids of one period of layers."""
-        return tuple(self.mixer.split("+"))
+        return mixers_of(self.mixer)
 
     def kind(self, stage: int) -> Literal["text", "conversations"]:
         """What stage number `stage` trains on, and is measured on."""

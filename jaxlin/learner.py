@@ -27,7 +27,7 @@ from jaxlin.mixers import MIXERS
 from jaxlin.model_flops import ModelFlops, model_flops
 from jaxlin.optimizer import Guarded, make_optimizer, schedule
 from jaxlin.runs import Run, Teacher, git_commit, new_run, open_run
-from jaxlin.student import init_student
+from jaxlin.student import init_student, restore_attention
 from jaxlin.train_step import make_loss
 
 CALIBRATION_TOKENS = 65_536
@@ -176,14 +176,22 @@ class Learner:
         return jax.device_put(params, placement.homes(self.placed))
 
     def _another_student(self) -> Any:
-        """The newest parameters of the run that this one starts from."""
-        found = open_run(self.run.init_from, "--init-from").params()
+        """The newest parameters of the run that this one starts from; the teacher's layers where it has attention."""
+        before = open_run(self.run.init_from, "--init-from")
 
         def place(a: Any, placed: Any) -> jax.Array:
             a = np.asarray(a).astype(placed.dtype)
             return jax.make_array_from_callback(a.shape, placed.sharding, a.__getitem__)
 
-        return jax.tree.map(place, found, self.placed)
+        params = before.params()
+        if before.student.mixer == self.config.mixer:
+            return jax.tree.map(place, params, self.placed)
+        params = jax.tree.map(place, params, placement.parameters(before.student, self.run.param_dtype, self._mesh))
+        restore = jax.jit(
+            lambda params, teacher: restore_attention(params, before.student, teacher, self.config),
+            out_shardings=placement.homes(self.placed),
+        )
+        return restore(params, self._teacher.params)
 
     def _measure(self, n: int, step: int) -> None:
         """The stage's loss on held-out text, at its start and end: batches differ more than a stage changes."""

@@ -9,6 +9,7 @@ from jaxlin.config import ModelConfig
 from jaxlin.evaluation.report import number
 from jaxlin.hf_files import HUB_NAME
 from jaxlin.mixers import MIXERS
+from jaxlin.pattern import pattern_of
 
 MEANING = {1: "attention outputs", 2: "hidden states", 3: "logits"}
 LOADING = {
@@ -48,12 +49,14 @@ def _head(card: dict[str, Any]) -> str:
 
 def _what(config: ModelConfig, card: dict[str, Any], dtype: str) -> str:
     settings, run = card["settings"], card["card"]
-    pattern = "+".join(config.mixer)
+    pattern = pattern_of(config.mixer)
     title = f"# {_short(settings['teacher'])}, linearized: {pattern}"
     if config.mixer == ("softmax",):
         return f"# {_short(settings['teacher'])}, fine-tuned\n\nThe baseline of a linearization: its attention stays."
     size = f"{run['student_parameters'] / 1e6:,.1f}M parameters" if run.get("student_parameters") else "A model"
-    every = "every layer" if len(config.mixer) == 1 else f"each {len(config.mixer)} layers in turn"
+    every = {1: "every layer", config.num_hidden_layers: "the layers that the title names"}.get(
+        config.period, f"each {config.period} layers in turn"
+    )
     text = [
         f"{size} in {dtype}, {config.num_hidden_layers} layers of width {config.hidden_size}. The softmax attention of "
         f"`{settings['teacher']}` was replaced in {every} by the mixers below, and distilled with jaxlin "
@@ -61,7 +64,7 @@ def _what(config: ModelConfig, card: dict[str, Any], dtype: str) -> str:
         "generating takes the same memory and time for every token.",
         "",
     ]
-    for name, options in zip(config.mixer, config.options, strict=True):
+    for name, options in dict.fromkeys(zip(config.mixer, config.options, strict=True)):
         equation = (MIXERS[name].__doc__ or "").strip().splitlines()[0]
         text.append(f"- `{name}`: {equation}")
         if hasattr(MIXERS[name], "head_layout"):

@@ -24,7 +24,7 @@ from jaxlin.config import ModelConfig, RunConfig, StageConfig, UserError
 from jaxlin.drafts import draft
 from jaxlin.model import init_params
 from jaxlin.sharding import param_shardings
-from jaxlin.student import abstract_params, student_config
+from jaxlin.student import abstract_params, restored_layers, student_config
 
 # Settings that may differ when a run is continued: they change no number of it.
 FREE = (
@@ -126,29 +126,27 @@ def _first_difference(key: str, old: Any, new: Any) -> str:
 
 
 def check_init(run: RunConfig, teacher: ModelConfig) -> None:
-    """Refuse an `init_from` without parameters, or with a student of another architecture than the run's.
+    """Refuse an `init_from` without parameters, or with a student of another architecture than the run's, which may
+    have softmax attention in more layers.
 
     And none at all for fine-tuning, cross-entropy on conversations alone, which makes no student of untrained mixers.
     """
     if not run.init_from:
-        if (
-            set(run.stages()) == {3}
-            and run.conversations
-            and not run.stage3.kl_weight
-            and set(run.period) != {"softmax"}
-        ):
+        fine_tuning = set(run.stages()) == {3} and run.conversations and not run.stage3.kl_weight
+        if fine_tuning and set(run.period) != {"softmax"}:
             raise UserError(
                 f"--init-from: give the run folder of the student to fine-tune ({run.mixer} is untrained); "
                 "or, for the teacher itself, --mixer softmax"
             )
         return
     before = open_run(run.init_from, "--init-from")
-    old, new = (json.loads(to_json(replace(student, dtype="float32"))) for student in
-                (before.student, student_config(run, teacher)))  # fmt: skip
-    if different := [key for key in new if old.get(key) != new[key]]:
+    was, now = before.student, replace(student_config(run, teacher), dtype=before.student.dtype)
+    if restored_layers(was, now) is None or replace(now, mixer=was.mixer, options=was.options) != was:
+        old, new = (json.loads(to_json(config)) for config in (was, now))
+        different = next(key for key in new if old.get(key) != new[key])
         raise UserError(
-            f"--init-from {run.init_from}: its student has another {_first_difference(different[0], old, new)}; "
-            "leave out the setting that changes it"
+            f"--init-from {run.init_from}: its student has another {_first_difference(different, old, new)}; "
+            "leave out the setting that changes it, or give some of its layers softmax attention by --mixer"
         )
     if Checkpoints(before.folder / "checkpoints", keep=1).newest() is None:
         raise UserError(f"--init-from {run.init_from}: there is no whole checkpoint in it")

@@ -70,6 +70,39 @@ def _from_teacher(path: Path, teacher: dict[Path, Any], config: ModelConfig) -> 
     return value
 
 
+def restored_layers(before: ModelConfig, now: ModelConfig) -> list[int] | None:
+    """Layers that are softmax attention in the student `now` and another mixer in `before`, a student of the same
+    teacher; None where other layers differ as well, or none is left as it was."""
+    layers = range(now.num_hidden_layers)
+    old, new = ([(c.mixer[i % c.period], c.options[i % c.period]) for i in layers] for c in (before, now))
+    restored = [i for i in layers if old[i] != new[i]]
+    possible = len(restored) < len(layers) and all(new[i][0] == "softmax" for i in restored)
+    return restored if possible else None
+
+
+def restore_attention(params: Any, before: ModelConfig, teacher_params: Any, now: ModelConfig) -> Any:
+    """The parameters of `before` as those of `now`, a student that differs from it by `restored_layers` alone: these
+    are the teacher's layers, attention and MLP."""
+    restored = restored_layers(before, now) or ()
+
+    def layer(i: int) -> Any:
+        own = layer_params(params, before, i)
+        if i not in restored:
+            return own
+        dtype = jax.tree.leaves(own)[0].dtype
+        return jax.tree.map(lambda a: a[i].astype(dtype), teacher_params["layers"]["block_0"])
+
+    rows = [layer(i) for i in range(now.num_hidden_layers)]
+    blocks = {f"block_{i}": jax.tree.map(lambda *a: jnp.stack(a), *rows[i :: now.period]) for i in range(now.period)}
+    return {**params, "layers": blocks}
+
+
+def layer_params(params: Any, config: ModelConfig, layer: int) -> Any:
+    """The parameters of one layer."""
+    row, block = divmod(layer, config.period)
+    return jax.tree.map(lambda a: a[row], params["layers"][f"block_{block}"])
+
+
 def expand_kv(value: jax.Array, heads: int, bug_compat: bool = False) -> jax.Array:
     """[..., KV, d] -> [..., heads, d]: each head, repeated for the query heads that share it.
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
-    {"train", "eval", "study", "inspect"},
+    {"train", "eval", "study", "inspect", "hybrid"},
     {"trainer", "plan"},
     {"learner"},
     {"evaluation", "generate", "chat", "synthesize", "filters", "export", "model_card"},
@@ -31,7 +31,7 @@ LEVELS = [
     {"sequence_parallel"},
     {"recurrence", "kernels"},
 ]  # fmt: skip
-LEAVES = {"config", "command_line", "drafts", "sharding", "processes"}
+LEAVES = {"config", "command_line", "drafts", "pattern", "sharding", "processes"}
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 FOREIGN = {
     "transformers": {"convert", "data", "evaluation", "gguf_teacher", "hf_files"},

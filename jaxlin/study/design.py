@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from jaxlin.command_line import config_function
 from jaxlin.config import PRESETS, UserError
+from jaxlin.pattern import mixers_of
 
 HELD_OUT = ("kl", "perplexity", "agreement")  # what every run is measured by; columns of benchmarks besides
 RESERVED = ("--mixer", "--preset", "--tokens", "--seed", "--run-dir", "--milestone-tokens")  # what the grid itself sets
@@ -165,7 +166,7 @@ def check(study: Study, name: str) -> Study:
             raise UserError(f"--config {name}: an arm of {arm.mixers[0]} has options or a variant; give both or none")
         if odd := [part for part in (arm.variant, *arm.mixers) if set(part) & set("/,- ")]:
             raise UserError(f"--config {name}: {odd[0]!r} cannot be part of a folder's name; use letters, digits, _")
-        if unknown := [part for mixer in arm.mixers for part in mixer.split("+") if part not in MIXERS]:
+        if unknown := [part for mixer in arm.mixers for part in mixers_of(mixer) if part not in MIXERS]:
             raise UserError(f"--config {name}: mixer {unknown[0]} is none of {', '.join(MIXERS)}")
     if study.milestone_tokens < 0:
         raise UserError(f"--config {name}: milestone_tokens {study.milestone_tokens} must be 0 (none) or more")

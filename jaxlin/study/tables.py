@@ -166,7 +166,15 @@ def scores(estimates: Estimates, title: str, columns: Sequence[str], note: str) 
             row += _beside_paper(estimates, cell, name, parameters)
         if any(e.sources for e in row):
             rows.append(row)
-    headings = ["student", title_of(last), "paper", "recovery", "paper's recovery", f"rank by {title_of(last)}", "seeds"]
+    headings = [
+        "student",
+        title_of(last),
+        "paper",
+        "recovery",
+        "paper's recovery",
+        f"rank by {title_of(last)}",
+        "seeds",
+    ]
     for name in columns[:-1]:
         headings += [title_of(name), "paper"]
     sizes: dict[str, list[str]] = {}
