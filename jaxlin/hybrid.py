@@ -17,13 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jax import lax
 from rich.console import Console
 from rich.table import Table
 
 from jaxlin.command_line import parse, run_main
-from jaxlin.config import ModelConfig, UserError
+from jaxlin.config import ModelConfig, Switch, UserError
 from jaxlin.distill import Batch, targets_of
 from jaxlin.evaluation.bootstrap import Series, resample
 from jaxlin.evaluation.columns import FEWEST
@@ -46,13 +45,13 @@ class Settings:
     """Run folder; its student may be trained in stages 1 and 2 alone."""
     keep: int = 0
     """Layers that are to keep their attention; 0 is one in four."""
-    greedy: tyro.conf.UseCounterAction[int] = 0
+    greedy: Switch = 0
     """Choose one layer after the other, each given those before: --keep times the work."""
     text: tuple[str, ...] = ()
     """Text to read; empty uses the run's held-out text."""
     tokens: int = 16_384
     """Tokens of it."""
-    json: tyro.conf.UseCounterAction[int] = 0
+    json: Switch = 0
     """End with one line of JSON."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import eval as eval_py
-from jaxlin import chat, command_line, data, export, generate, synthesize
+from jaxlin import chat, data, export, generate, hybrid, mistakes, synthesize
 from jaxlin.command_line import parse, parse_run
 from jaxlin.config import RunConfig, UserError
 from jaxlin.evaluation import compare
@@ -21,7 +21,7 @@ from jaxlin.study import collect, report
 EVAL = eval_py.Settings
 COMMANDS = [
     RunConfig, EVAL, generate.Settings, chat.Settings, synthesize.Settings, export.Settings, data.Prepare,
-    inspect.Settings, study.Settings, report.Settings, collect.Settings, compare.Settings, bench.Bench,
+    inspect.Settings, study.Settings, report.Settings, collect.Settings, compare.Settings, bench.Bench, hybrid.Settings,
 ]  # fmt: skip
 
 
@@ -40,10 +40,10 @@ def test_every_flag_of_every_command(cls, capsys):
         parse(cls, ["--help"])
     usage = capsys.readouterr()
     assert stop.value.code == 0 and not usage.err and "repeatable" not in usage.out
-    flags = {flag: kind for flag, kind in command_line._flags(cls) if flag}
+    flags = {flag: kind for flag, kind in mistakes._flags(cls) if flag}
     assert all(f"{flag} " in usage.out.replace("]", " ").replace("\n", " ") for flag in flags)
     assert usage.out.count("│ --") <= len(flags)
-    told = refused if cls is not RunConfig else lambda cls, *args: command_line._mistake(cls, args)  # tyro takes 0.1 s
+    told = refused if cls is not RunConfig else lambda cls, *args: mistakes.find_mistake(cls, args)  # tyro takes 0.1 s
     for flag, kind in flags.items():
         switch, many = kind == tuple[()], typing.get_args(kind)[-1:] == (...,)
         if not switch and not many:

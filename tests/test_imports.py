@@ -31,7 +31,7 @@ LEVELS = [
     {"sequence_parallel"},
     {"recurrence", "kernels"},
 ]  # fmt: skip
-LEAVES = {"config", "command_line", "drafts", "pattern", "sharding", "processes"}
+LEAVES = {"config", "command_line", "drafts", "mistakes", "pattern", "sharding", "processes"}
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 FOREIGN = {
     "transformers": {"convert", "data", "evaluation", "gguf_teacher", "hf_files"},
