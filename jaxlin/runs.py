@@ -22,6 +22,7 @@ from jaxlin.checkpoint import Checkpoints, load_params
 from jaxlin.command_line import from_dict, to_json
 from jaxlin.config import ModelConfig, RunConfig, StageConfig, UserError
 from jaxlin.drafts import draft
+from jaxlin.mixers import MIXERS, own_options
 from jaxlin.model import init_params
 from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params, student_config
@@ -128,8 +129,12 @@ def _first_difference(key: str, old: Any, new: Any) -> str:
 def check_init(run: RunConfig, teacher: ModelConfig) -> None:
     """Refuse an `init_from` without parameters, or with a student of another architecture than the run's."""
     before = open_run(run.init_from, "--init-from")
-    old, new = (json.loads(to_json(replace(student, dtype="float32"))) for student in
-                (before.student, student_config(run, teacher)))  # fmt: skip
+
+    def compared(student: ModelConfig) -> Any:
+        options = tuple(own_options(*each) for each in zip(student.mixer, student.options, strict=True))
+        return json.loads(to_json(replace(student, dtype="float32", options=options)))
+
+    old, new = compared(before.student), compared(student_config(run, teacher))
     if different := [key for key in new if old.get(key) != new[key]]:
         raise UserError(
             f"--init-from {run.init_from}: its student has another {_first_difference(different[0], old, new)}; "
@@ -205,6 +210,11 @@ def open_run(folder: str | Path, flag: str = "--run") -> Run:
         raise UserError(f"{flag} {folder}: no run there ({lost} is missing); train.py makes one") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{flag} {folder}: config.json or model.json is damaged ({error})") from None
+    if unknown := [name for name in student.mixer if name not in MIXERS]:
+        raise UserError(
+            f"{flag} {folder}: its mixer {unknown[0]} is none of {', '.join(MIXERS)}; "
+            "import what adds it to jaxlin.mixers.MIXERS before the run is opened"
+        )
     return Run(folder, config, student)
 
 
