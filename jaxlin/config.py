@@ -83,7 +83,8 @@ class MixerOptions:
     decay_rank: int | None = None
     """Rank of the decay projection of GLA and KDA; 0 is full rank."""
     decay_range: tuple[float, float] | None = None
-    """Initial range, drawn uniformly: A of Gated DeltaNet and KDA; the gate bias of GLA; the forget bias of mLSTM."""
+    """Initial range: A of Gated DeltaNet and KDA and the gate bias of GLA are drawn from it uniformly; the forget
+    biases of mLSTM's heads divide it evenly."""
     input_bias: float | None = None
     """Initial bias of mLSTM's input gate."""
     gate_soft_cap: float | None = None
@@ -434,7 +435,8 @@ class RunConfig:
             total = sum(s.tokens for s in chosen.values())
             if self.tokens <= 0 or total <= 0:
                 raise UserError(f"--tokens {self.tokens}: give a positive number, for stages that have a budget")
-            chosen = {n: replace(s, tokens=round(s.tokens * self.tokens / total)) for n, s in chosen.items()}
+            share = self.tokens / total  # a stage that has a budget keeps at least one step
+            chosen = {n: replace(s, tokens=max(min(1, s.tokens), round(s.tokens * share))) for n, s in chosen.items()}
         elif self.epochs is not None and epoch_tokens and chosen.get(3) and chosen[3].tokens:
             chosen[3] = replace(chosen[3], tokens=max(1, round(self.epochs * epoch_tokens)))
         chosen = {n: s for n, s in chosen.items() if s.tokens > 0}

@@ -108,12 +108,17 @@ def export(
         shard_bytes: the largest weights file.
 
     Raises:
-        UserError: `out` exists already, or FLA has no class for the student.
+        UserError: `out` exists already, or FLA has no class for the student, or the model's code not its mixer.
+        ValueError: the student's card is not whole.
     """
     config, folder = student.config, Path(out)
     kind = "softmax" if config.mixer == ("softmax",) else format
     if format == "fla":
         hf_fla.check(config)
+    if kind == "jaxlin":
+        hf_student.check_code(config)
+    if lost := [key for key in CARD_KEYS if key not in student.card]:
+        raise ValueError(f"the student's card lacks {lost[0]}: see run_card, which makes one of a run folder")
     entries = hf_fla.fla_table(config) if kind == "fla" else table(config)
     convert.check_params(student.params, entries)
     dtype = dtype or _common_dtype(student.params)

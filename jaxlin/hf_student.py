@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import types
 import typing
@@ -18,6 +19,17 @@ MODEL_TYPE = "jaxlin"
 HUB = Path(__file__).resolve().parent / "hub"
 CODE = ("configuration_jaxlin.py", "modeling_jaxlin.py", "mixers_jaxlin.py", "recurrence_jaxlin.py")
 DTYPES = ("float32", "bfloat16", "float64")
+
+
+def check_code(config: ModelConfig) -> None:
+    """Refuse mixers that the model's code does not have. It is read, not imported: it needs torch."""
+    assigned = [node for node in ast.parse((HUB / CODE[0]).read_text()).body if isinstance(node, ast.Assign)]
+    known = next(ast.literal_eval(node.value) for node in assigned if ast.unparse(node.targets[0]) == "MIXERS")
+    if unknown := [name for name in config.mixer if name not in known]:
+        raise UserError(
+            f"mixer={unknown[0]} has no counterpart in PyTorch, so transformers could not load the folder; "
+            "jaxlin/hub/mixers_jaxlin.py is the place for one (and its name in configuration_jaxlin.py)"
+        )
 
 
 def copy_code(folder: Path) -> None:

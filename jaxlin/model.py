@@ -131,8 +131,13 @@ class LanguageModel(nn.Module):
         collect: tuple[str, ...] = (),
         logits: bool = True,
     ) -> Output:
-        """Segment 0 is padding; positions default to a token's rank in its segment, after those in `state`."""
+        """Segment 0 is padding; positions default to a token's rank in its segment.
+
+        A `state` counts them on, and takes no others: caches are filled by them.
+        """
         c = self.config
+        if positions is not None and state is not None:
+            raise ValueError("positions: not with a state, which counts them itself")
         start = None if state is None else state["position"]
         ranks, end = positions_in_segments(tokens.shape, segment_ids, start)
         positions = ranks if positions is None else positions

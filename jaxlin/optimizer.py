@@ -110,7 +110,8 @@ def decay_rule(decayed: str) -> Callable[[Path, Any], bool]:
             return True
         if decayed == "all_but_norms":
             return not (path[-1] == "bias" or "norm" in path[-2])
-        return (path[-1] == "kernel" and path[-2] in MATRICES) or "feature_map" in path[-1] or path[-1] == "embedding"
+        matrix = path[-1] == "kernel" and (path[-2] in MATRICES or "feature_map" in path[-2])
+        return matrix or "feature_map" in path[-1] or path[-1] == "embedding"
 
     return rule
 
@@ -190,10 +191,10 @@ def only_layers(aligned: jax.Array) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        blocks = {
-            block: jax.tree.map(lambda g, i=i: _scale_rows(g, aligned[:, i]), tree)
-            for i, (block, tree) in enumerate(sorted(updates["layers"].items()))
-        }
+        blocks = {}
+        for block, tree in updates["layers"].items():
+            rows = aligned[:, int(block.removeprefix("block_"))]
+            blocks[block] = jax.tree.map(lambda g, rows=rows: _scale_rows(g, rows), tree)
         return {**updates, "layers": blocks}, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

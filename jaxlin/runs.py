@@ -22,6 +22,7 @@ from jaxlin.checkpoint import Checkpoints, load_params
 from jaxlin.command_line import from_dict, to_json
 from jaxlin.config import ModelConfig, RunConfig, StageConfig, UserError
 from jaxlin.drafts import draft
+from jaxlin.mixers import MIXERS, own_options
 from jaxlin.model import init_params
 from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params, restored_layers, student_config
@@ -140,7 +141,12 @@ def check_init(run: RunConfig, teacher: ModelConfig) -> None:
             )
         return
     before = open_run(run.init_from, "--init-from")
-    was, now = before.student, replace(student_config(run, teacher), dtype=before.student.dtype)
+
+    def read(student: ModelConfig) -> ModelConfig:
+        options = tuple(own_options(*each) for each in zip(student.mixer, student.options, strict=True))
+        return replace(student, dtype="float32", options=options)
+
+    was, now = read(before.student), read(student_config(run, teacher))
     if restored_layers(was, now) is None or replace(now, mixer=was.mixer, options=was.options) != was:
         old, new = (json.loads(to_json(config)) for config in (was, now))
         different = next(key for key in new if old.get(key) != new[key])
@@ -218,6 +224,11 @@ def open_run(folder: str | Path, flag: str = "--run") -> Run:
         raise UserError(f"{flag} {folder}: no run there ({lost} is missing); train.py makes one") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{flag} {folder}: config.json or model.json is damaged ({error})") from None
+    if unknown := [name for name in student.mixer if name not in MIXERS]:
+        raise UserError(
+            f"{flag} {folder}: its mixer {unknown[0]} is none of {', '.join(MIXERS)}; "
+            "import what adds it to jaxlin.mixers.MIXERS before the run is opened"
+        )
     return Run(folder, config, student)
 
 

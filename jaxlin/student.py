@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxlin.config import ModelConfig, RunConfig, UserError
-from jaxlin.mixers import MIXERS, check_overrides, resolve_options
+from jaxlin.config import MixerOptions, ModelConfig, RunConfig, UserError
+from jaxlin.mixers import MIXERS, check_overrides, own_options, resolve_options
 from jaxlin.mixers.common import heads_of_kv
 from jaxlin.model import LanguageModel, init_params
 
@@ -49,21 +49,36 @@ def is_new(path: Path) -> bool:
 def init_student(teacher_params: Any, config: ModelConfig, key: jax.Array) -> Any:
     """Parameters of a student: the teacher's where it has them, the mixer's own initialisation for the rest.
 
-    Key and value heads are repeated where the student holds one for each query head (`expand_kv`).
+    Key and value heads are repeated where the student holds one for each query head (`expand_kv`). No array is the
+    teacher's own: a training step takes the place of the student's.
+
+    Raises ValueError where the teacher lacks a parameter of a name that is copied (COPIED), or has it in another shape.
     """
     fresh: dict[Path, Any] = flatten_dict(init_params(config, key))
     teacher = flatten_dict(teacher_params)
     student = {}
     for path, value in fresh.items():
-        student[path] = value if is_new(path) else _from_teacher(path, teacher, config).astype(value.dtype)
+        if not is_new(path):
+            found = _from_teacher(path, teacher, config)
+            if found is None or found.shape != value.shape:
+                has = "no such parameter" if found is None else f"one of shape {found.shape}"
+                raise ValueError(
+                    f"{'/'.join(path)} has shape {value.shape}, and is to be copied from the teacher, which has {has}; "
+                    f"in a mixer only what the teacher has may be called {', '.join(COPIED)}"
+                )
+            value = jnp.array(found, value.dtype, copy=True)
+        student[path] = value
     return unflatten_dict(student)
 
 
 def _from_teacher(path: Path, teacher: dict[Path, Any], config: ModelConfig) -> Any:
     if path[0] != "layers":
-        return teacher[path]
+        return teacher.get(path)
     index = int(path[1].removeprefix("block_"))
-    value = teacher[("layers", "block_0", *path[2:])][index :: config.period]
+    value = teacher.get(("layers", "block_0", *path[2:]))
+    if value is None:
+        return None
+    value = value[index :: config.period]
     options = config.options[index]
     if path[-2] in ("k_proj", "v_proj") and config.mixer[index] != "softmax":
         value = expand_kv(value, heads_of_kv(config, options), bool(options.gqa_bug_compat))
@@ -74,7 +89,12 @@ def restored_layers(before: ModelConfig, now: ModelConfig) -> list[int] | None:
     """Layers that are softmax attention in the student `now` and another mixer in `before`, a student of the same
     teacher; None where other layers differ as well, or none is left as it was."""
     layers = range(now.num_hidden_layers)
-    old, new = ([(c.mixer[i % c.period], c.options[i % c.period]) for i in layers] for c in (before, now))
+
+    def built(config: ModelConfig, layer: int) -> tuple[str, MixerOptions]:
+        mixer = config.mixer[layer % config.period]
+        return mixer, own_options(mixer, config.options[layer % config.period])
+
+    old, new = ([built(config, layer) for layer in layers] for config in (before, now))
     restored = [i for i in layers if old[i] != new[i]]
     possible = len(restored) < len(layers) and all(new[i][0] == "softmax" for i in restored)
     return restored if possible else None

@@ -111,11 +111,13 @@ class Trainer:
         return min(self.run.save_every, self._steps(self.stages[min(self.stages)]))
 
     def train(self) -> None:
-        """All stages; a finished run trains nothing."""
+        """All stages; a finished run trains nothing. Where it was interrupted, another `Trainer` goes on."""
         with jax.set_mesh(self.mesh):
             self._start()
-            if self._finished(max(self.stages)):
-                self._say(f"{self._folders()}: finished already, at step {self.progress.step}")
+            if self._finished(last := max(self.stages)):
+                at = self.progress
+                how = f"past stage {last}, in stage {at.stage}" if at.stage > last else "finished already"
+                self._say(f"{self._folders()}: {how}, at step {at.step}")
                 return
             for learner in self.learners:
                 learner.metrics = MetricsLog(learner.run, self.progress.step)
@@ -152,8 +154,8 @@ class Trainer:
             learner.restore(state)
         _, extra = saved[0]  # which is that of all
         self.progress = Progress(**extra["progress"])
-        self.data.set_state(extra)
         if not self._finished(max(self.stages)):
+            self.data.set_state(extra)
             where = f"stage {self.progress.stage}, step {self.progress.stage_step}"
             before, now = extra.get("topology"), topology_of(self.mesh)
             moved = f", saved on {before}, now on {now}" if before not in (None, now) else ""

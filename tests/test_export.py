@@ -1,5 +1,6 @@
 """Exported folders: complete or absent, read back exactly, the same bytes from whatever they were written."""
 
+import ast
 import json
 import sys
 import tracemalloc
@@ -19,6 +20,7 @@ from jaxlin.convert import load_config, load_teacher
 from jaxlin.evaluation.subject import params_sha256
 from jaxlin.export import export, open_student, push
 from jaxlin.hf_student import CODE, HUB
+from jaxlin.mixers import MIXERS
 from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params, student_config
 from tests.exported import contents, folder_of, run_folder, student
@@ -280,7 +282,21 @@ def test_export_refuses(tmp_path, monkeypatch):
         export(student(config), tmp_path / "out", format="fla")
     with pytest.raises(ValueError, match="params: embed_tokens/embedding has shape"):
         export(replace(student(config), config=replace(config, vocab_size=98)), tmp_path / "out")
+    with pytest.raises(ValueError, match="the student's card lacks settings: see run_card"):
+        export(replace(student(config), card={"card": {}}), tmp_path / "out")
+    monkeypatch.setitem(MIXERS, "mine", MIXERS["gla"])
+    with pytest.raises(UserError, match=r"mixer=mine has no counterpart in PyTorch, .* jaxlin/hub/mixers_jaxlin.py is"):
+        export(student(replace(config, mixer=("mine",))), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
+
+
+def test_the_models_code_knows_every_mixer():
+    """Read, not imported: also where torch is not installed."""
+    for file in ("configuration_jaxlin.py", "mixers_jaxlin.py"):
+        found = [node for node in ast.parse((HUB / file).read_text()).body if ast.unparse(node).startswith("MIXERS")]
+        (names,) = (node.value for node in found if isinstance(node, ast.Assign | ast.AnnAssign))
+        keys = names.keys if isinstance(names, ast.Dict) else names.elts
+        assert [key.value for key in keys] == list(MIXERS), file
 
 
 def test_failed_export_leaves_nothing(tmp_path):

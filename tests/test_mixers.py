@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxlin.mixers import MIXERS
+from jaxlin.config import MixerOptions, RunConfig, UserError
+from jaxlin.mixers import MIXERS, has_option, own_options, resolve_options
 from jaxlin.mixers.common import SILU_NEUTRAL_BIAS, Dense
 from jaxlin.mixers.rounding import silu
-from jaxlin.model import LanguageModel, init_state
+from jaxlin.model import LanguageModel, forward, init_state
+from jaxlin.runs import new_run, open_run
 from tests import grid
 from tests.models import STUDENT_MIXERS, TEACHER, logits, random_params, student_of
 
@@ -108,8 +110,55 @@ def test_a_neutral_gate_starts_as_one_in_bfloat16():
     np.testing.assert_allclose(nn.silu(y), 1, rtol=1e-6)
 
 
+def test_presets_set_what_a_mixer_reads():
+    """And nothing else: options that no preset sets are refused on the command line, others would do nothing."""
+
+    class Read:
+        def __init__(self, options, names):
+            self.__dict__.update(options=options, names=names)
+
+        def __getattr__(self, name):
+            self.names.add(name)
+            return getattr(self.options, name)
+
+    x, positions = jnp.zeros((1, 4, TEACHER.hidden_size)), jnp.arange(4)[None]
+    for mixer in STUDENT_MIXERS:
+        names = {"gqa_bug_compat"}  # `init_student` reads it
+        for preset in MIXERS[mixer].PRESETS:
+            given = resolve_options(mixer, preset, MixerOptions())
+            module = MIXERS[mixer](TEACHER, Read(given, names))
+            jax.eval_shape(lambda m=module: m.init(jax.random.key(0), x, positions=positions))
+            MIXERS[mixer].init_state(TEACHER, Read(given, names), 1, 1)
+            assert own_options(mixer, given) == given
+        assert names == {field.name for field in fields(MixerOptions) if has_option(mixer, field.name)}, mixer
+    old = replace(student_of("retnet").options[0], decay_rank=16, decay_range=(1.0, 5.0))
+    assert own_options("retnet", old) == student_of("retnet").options[0]
+
+
+def test_a_mixer_may_lack_a_preset(monkeypatch):
+    mine = type("Mine", (MIXERS["gla"],), {"PRESETS": {"recommended": MIXERS["gla"].PRESETS["recommended"]}})
+    monkeypatch.setitem(MIXERS, "mine", mine)
+    with pytest.raises(UserError, match=r"^--preset paper: mine has only recommended$"):
+        resolve_options("mine", "paper", MixerOptions())
+
+
+def test_a_run_whose_mixer_is_not_there(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setitem(MIXERS, "mine", MIXERS["gla"])
+        new_run(RunConfig(mixer="mine", run_dir=str(tmp_path)), TEACHER)
+        assert open_run(tmp_path).student.mixer == ("mine",)
+    with pytest.raises(UserError, match=f"^--run {tmp_path}: its mixer mine is none of softmax, .*; import what"):
+        open_run(tmp_path)
+
+
+def test_a_state_counts_positions():
+    config, tokens = student_of("softmax"), jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match=r"^positions: not with a state"):
+        forward(config, random_params(config), tokens, positions=tokens, state=init_state(config, 1, 4))
+
+
 def test_mixers_differ():
-    """Seven mixers on the same weights give seven outputs."""
+    """Mixers on the same weights give outputs of their own."""
     tokens = jnp.arange(T)[None]
     outputs = []
     for mixer in STUDENT_MIXERS:

@@ -15,7 +15,7 @@ from jaxlin import placement, sharding
 from jaxlin.checkpoint import Checkpoints
 from jaxlin.config import MeshConfig, Stage1Config, Stage2Config, Stage3Config
 from jaxlin.distill import trained_part
-from jaxlin.optimizer import make_optimizer, skip_bad_steps
+from jaxlin.optimizer import decay_rule, make_optimizer, skip_bad_steps
 from jaxlin.student import init_student
 from jaxlin.train_step import make_step
 from tests.models import TEACHER, random_params, student_of
@@ -110,6 +110,31 @@ def test_moments_live_with_their_parameters(stage):
         for path, a in flatten_dict(moments).items():
             assert isinstance(a, optax.MaskedNode) is (orthogonalised(path) is not mine), path
             assert isinstance(a, optax.MaskedNode) or a.sharding == homes[path], path
+
+
+def test_only_aligned_layers_move():
+    """In periods of more than ten layers too, whose blocks do not come in the order of their numbers."""
+    teacher = replace(TEACHER, num_hidden_layers=12)
+    params = random_params(student_of("+".join(["retnet", "gla"] * 6), teacher=teacher))
+    for layer in (1, 2, 11):
+        stage = Stage1Config(layers=(layer,), warmup=0.0)
+        trained = trained_part(params, stage)
+        optimizer = make_optimizer(stage, 10, 12, 12)
+        updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, trained), optimizer.init(trained), trained)
+        moved = {name for name, tree in updates["layers"].items() if any(np.any(a) for a in jax.tree.leaves(tree))}
+        assert moved == {f"block_{layer}"}
+
+
+@pytest.mark.parametrize("feature_map", ["hedgehog", "hadamard"])
+def test_feature_maps_decay(feature_map):
+    params = flatten_dict(random_params(student_of("linear_attention", feature_map=feature_map)))
+    decayed = {path[-2:] for path in params if decay_rule("matrices")(path, None) and "mixer" in path}
+    projections = {(f"{name}_proj", "kernel") for name in "qkvo"}
+    maps = {
+        "hedgehog": {("mixer", f"{name}_feature_map") for name in "qk"},
+        "hadamard": {(f"{name}_feature_map_{i}", "kernel") for name in "qk" for i in (1, 2)},
+    }
+    assert decayed == projections | maps[feature_map]
 
 
 def same(a, b):

@@ -235,6 +235,8 @@ def test_epochs_and_tokens():
     assert run.stages(1000)[3].tokens == 2000
     assert run.stages()[3].tokens == Stage3Config().tokens
     assert replace(run, tokens=500).stages(1000)[3].tokens == 500
+    shares = {n: stage.tokens for n, stage in RunConfig(tokens=10).stages().items()}
+    assert shares == {1: 1, 2: 1, 3: 9}  # a step for each stage, however few they are
     with pytest.raises(UserError, match=r"--epochs 2\.0: counts passes over --conversations"):
         replace(run, conversations=()).stages()
 

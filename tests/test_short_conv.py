@@ -17,7 +17,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [1, 2, 4])
 def test_packed_rows_are_shifted(size):
     keys = jax.random.split(jax.random.key(0), 4)
     ids = jnp.array(list(ROWS.values()), jnp.int32)
@@ -28,6 +28,7 @@ def test_packed_rows_are_shifted(size):
 
     def results(packed):
         y, vjp, after = jax.vjp(lambda k, x, t: short_conv(k, x, ids, t, packed=packed), kernel, x, tail, has_aux=True)
+        assert after.shape == tail.shape
         return y, after, vjp(dy)
 
     for a, b in zip(jax.tree.leaves(results(True)), jax.tree.leaves(results(False)), strict=True):

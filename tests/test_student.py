@@ -66,6 +66,22 @@ def test_copies_what_the_teacher_has():
     )
 
 
+def test_no_array_is_the_teachers_own():
+    """A training step gives its student's away."""
+    teacher_params = random_params(TEACHER)
+    params = init_student(teacher_params, student_of("gla"), jax.random.key(0))
+    jax.jit(lambda params: params, donate_argnums=0)(params)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(teacher_params))
+
+
+def test_names_that_are_copied_belong_to_the_teacher():
+    teacher_params = random_params(TEACHER)
+    with pytest.raises(ValueError, match=r"_norm/weight has shape \(2, 16\), .* the teacher, which has no such"):
+        init_student(teacher_params, replace(student_of("gla"), qk_norm=True), jax.random.key(0))
+    with pytest.raises(ValueError, match=r"shape \(2, .*32\), .* the teacher, which has one of shape \(2, .*16\)"):
+        init_student(teacher_params, replace(student_of("gla"), head_dim=32), jax.random.key(0))
+
+
 class PassThrough(TokenMixer):
     """A mixer without a recurrence: its output is v."""
 

@@ -1,8 +1,8 @@
-"""The token mixers. MIXERS is the one place to add one: a class with PRESETS, `__call__` and `init_state`."""
+"""The token mixers. MIXERS names them; docs/code.md says what else one needs that is added."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from jaxlin.config import PRESETS, MixerOptions, UserError
 from jaxlin.mixers.deltanet import DeltaNet
@@ -32,7 +32,9 @@ def resolve_options(mixer: str, preset: str, overrides: MixerOptions) -> MixerOp
         raise UserError(f"--mixer {mixer or '(a name is missing)'}: choose one of {', '.join(MIXERS)}")
     if preset not in PRESETS:
         raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
-    chosen = MIXERS[mixer].PRESETS[preset]
+    if preset not in (presets := MIXERS[mixer].PRESETS):
+        raise UserError(f"--preset {preset}: {mixer} has only {', '.join(presets)}")
+    chosen = presets[preset]
     given = {f.name: getattr(overrides, f.name) for f in fields(overrides)}
     resolved = {name: getattr(chosen, name) if value is None else value for name, value in given.items()}
     return MixerOptions(**resolved)
@@ -57,3 +59,8 @@ def check_overrides(mixers: tuple[str, ...], overrides: MixerOptions) -> None:
 def has_option(mixer: str, name: str) -> bool:
     """Whether a mixer reads an option: some preset of its own sets it."""
     return any(getattr(options, name) is not None for options in MIXERS[mixer].PRESETS.values())
+
+
+def own_options(mixer: str, options: MixerOptions) -> MixerOptions:
+    """`options` without those that the mixer does not have: older versions wrote down some."""
+    return replace(options, **{f.name: None for f in fields(options) if not has_option(mixer, f.name)})

@@ -16,9 +16,9 @@ class DeltaNet(TokenMixer):
 
     FLA_HEADS = 16
     PRESETS = {
-        "recommended": GatedDeltaNet.PRESETS["recommended"],
-        "paper": replace(FLA, out_gate="none"),
-        "paper_code": replace(FLA, out_gate="none"),
+        "recommended": replace(GatedDeltaNet.PRESETS["recommended"], decay_range=None),
+        "paper": replace(FLA, out_gate="none", decay_range=None),
+        "paper_code": replace(FLA, out_gate="none", decay_range=None),
     }
 
     @nn.compact

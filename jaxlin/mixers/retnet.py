@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,15 +12,17 @@ from jaxlin import ops
 from jaxlin.mixers.common import TokenMixer, memory_of, next_state
 from jaxlin.mixers.gla import FLA, GatedLinearAttention
 
+NO_DECAY: dict[str, Any] = dict(decay_rank=None, decay_range=None)  # what RetNet forgets is fixed
+
 
 class RetNet(TokenMixer):
     """S_t = gamma_h S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t,  gamma_h = 1 - 2^(-5 - h) (arXiv 2307.08621, equation 8)."""
 
     FLA_HEADS = 8
     PRESETS = {
-        "recommended": GatedLinearAttention.PRESETS["recommended"],
-        "paper": replace(FLA, rope="own"),
-        "paper_code": replace(FLA, rope="own"),
+        "recommended": replace(GatedLinearAttention.PRESETS["recommended"], **NO_DECAY),
+        "paper": replace(FLA, rope="own", **NO_DECAY),
+        "paper_code": replace(FLA, rope="own", **NO_DECAY),
     }
 
     @nn.compact

@@ -134,7 +134,7 @@ def _where(tokens: Array, x: Array) -> Array:
 def _tail_after(x: Array, segment_ids: Array | None, tail: Array) -> Array:
     """The last W - 1 tokens that are not padding and belong to the row's last segment; zeros stand for the rest."""
     size, padded = tail.shape[1], jnp.concatenate([tail, x], axis=1)
-    if segment_ids is None:
+    if segment_ids is None or not size:  # one tap needs nothing of the past
         return padded[:, padded.shape[1] - size :]
     ids = _with_tail(segment_ids, size)
     before = previous_valid(ids)
