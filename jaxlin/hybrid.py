@@ -49,7 +49,7 @@ class Settings:
     """Choose one layer after the other, each given those before: --keep times the work."""
     text: tuple[str, ...] = ()
     """Text to read; empty uses the run's held-out text."""
-    tokens: int = 16_384
+    tokens: int = 8_192
     """Tokens of it."""
     json: Switch = 0
     """End with one line of JSON."""
@@ -75,8 +75,8 @@ class Hybrids:
         self._text: list[tuple[Batch, jax.Array]] = [
             (batch, run(teacher.params, batch["tokens"], segment_ids=batch["segment_ids"]).hidden) for batch in batches
         ]
-        self.tokens = np.concatenate([np.sum(batch["segment_ids"] != 0, axis=1) for batch, _ in self._text])
-        """Of each sequence."""
+        self.tokens = np.concatenate([np.sum(targets_of(batch).valid, axis=1) for batch, _ in self._text])
+        """Of each sequence, those that the KL is over."""
 
     def kl(self, restored: Iterable[int]) -> np.ndarray:
         """KL to the teacher of the student whose layers `restored` are the teacher's, summed over each sequence."""
