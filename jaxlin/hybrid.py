@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -75,7 +75,9 @@ class Hybrids:
         self._text: list[tuple[Batch, jax.Array]] = [
             (batch, run(teacher.params, batch["tokens"], segment_ids=batch["segment_ids"]).hidden) for batch in batches
         ]
-        self.tokens = np.concatenate([np.sum(targets_of(batch).valid, axis=1) for batch, _ in self._text])
+        every = np.concatenate([np.sum(targets_of(batch).valid, axis=1) for batch, _ in self._text])
+        self._rows = every > 0  # those that only fill the last batch have none
+        self.tokens: np.ndarray = every[self._rows]
         """Of each sequence, those that the KL is over."""
 
     def kl(self, restored: Iterable[int]) -> np.ndarray:
@@ -83,7 +85,7 @@ class Hybrids:
         which = np.zeros(self._student.config.num_hidden_layers, bool)
         which[list(restored)] = True
         models = (self._teacher.config, self._student.config), (self._teacher.params, self._student.params)
-        return np.concatenate([_kl(*models, which, batch, target) for batch, target in self._text])
+        return np.concatenate([_kl(*models, which, batch, target) for batch, target in self._text])[self._rows]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -161,16 +163,6 @@ def pattern(config: ModelConfig, kept: Sequence[int]) -> str:
     return pattern_of(["softmax" if i in kept else mixer for i, mixer in enumerate(own)])
 
 
-def some(batches: Iterable[Batch], tokens: int) -> list[Batch]:
-    """The first batches, as many as `tokens` tokens need."""
-    found = list[Batch]()
-    for batch in batches:
-        if sum(np.sum(one["segment_ids"] != 0) for one in found) >= tokens:
-            break
-        found.append(batch)
-    return found
-
-
 def main() -> None:
     """Measure, print, and keep what was found in the run folder."""
     settings = parse(Settings)
@@ -179,6 +171,8 @@ def main() -> None:
     if settings.tokens < 1:
         raise UserError(f"--tokens {settings.tokens}: must be at least 1")
     subject = open_subject(settings.run, text=settings.text)
+    data = replace(subject.config.data, eval_tokens=settings.tokens)
+    subject = replace(subject, config=replace(subject.config, data=data))
     config = subject.models["student"].config
     layers = [i for i in range(config.num_hidden_layers) if config.mixer[i % config.period] != "softmax"]
     keep = settings.keep or max(1, len(layers) // 4)
@@ -186,7 +180,7 @@ def main() -> None:
         raise UserError(
             f"--keep {keep}: the student has {len(layers)} linear-time layers; keep fewer of them, 1 or more"
         )
-    hybrids = Hybrids(subject.models["teacher"], subject.models["student"], some(subject.batches, settings.tokens))
+    hybrids = Hybrids(subject.models["teacher"], subject.models["student"], subject.batches)
     bars = Bars(Console(stderr=True))
     try:
         work = sum(range(len(layers) - keep + 1, len(layers) + 1)) if settings.greedy else len(layers)
