@@ -198,8 +198,7 @@ class StageConfig:
 
     def check(self, flag: str) -> None:
         """Refuse values out of range; `flag` names the stage on the command line."""
-        for name, (least, most) in STAGE_LIMITS.items():
-            _require(f"{flag}.{name.replace('_', '-')}", getattr(self, name, least), least, most)
+        _require_within(STAGE_LIMITS, self, f"{flag}.")
 
 
 @dataclass(frozen=True)
@@ -421,10 +420,8 @@ class RunConfig:
         every = {1: self.stage1, 2: self.stage2, 3: self.stage3}
         for n, stage in every.items():
             stage.check(f"--stage{n}")
-        for name, (least, most) in DATA_LIMITS.items():
-            _require(f"--data.{name.replace('_', '-')}", getattr(self.data, name), least, most)
-        for name, (least, most) in RUN_LIMITS.items():
-            _require(f"--{name.replace('_', '-')}", getattr(self, name), least, most)
+        _require_within(DATA_LIMITS, self.data, "--data.")
+        _require_within(RUN_LIMITS, self, "--")
         if self.epochs is not None and (self.epochs <= 0 or not self.conversations):
             need = "must be above 0" if self.epochs <= 0 else "counts passes over --conversations: give some"
             raise UserError(f"--epochs {self.epochs}: {need}")
@@ -445,6 +442,9 @@ class RunConfig:
         return chosen
 
 
-def _require(flag: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:  # which refuses nan too
-        raise UserError(f"{flag} {value}: must be {f'at least {least}' if most == INF else f'from {least} to {most}'}")
+def _require_within(limits: dict[str, Any], settings: Any, prefix: str) -> None:
+    for name, (least, most) in limits.items():
+        value = getattr(settings, name, least)  # not every stage has all of them
+        if not least <= value <= most:  # which refuses nan too
+            wanted = f"at least {least}" if most == INF else f"from {least} to {most}"
+            raise UserError(f"{prefix}{name.replace('_', '-')} {value}: must be {wanted}")

@@ -14,6 +14,7 @@ import numpy as np
 from jaxlin import gguf_teacher, hf_config, hf_files, hf_student, hf_writer
 from jaxlin.config import ModelConfig, UserError
 from jaxlin.hf_table import Entry, table
+from jaxlin.pattern import pattern_of
 
 # Left in some old checkpoints; computed from the config instead.
 _IGNORED = ("rotary_emb.inv_freq",)
@@ -232,7 +233,7 @@ def export_hf(
     """
     if config.mixer != ("softmax",):
         raise UserError(
-            f"mixer={'+'.join(config.mixer)} cannot be written with a class of transformers' own, only softmax"
+            f"mixer={pattern_of(config.mixer)} cannot be written with a class of transformers' own, only softmax"
         )
     entries = table(config)
     check_params(params, entries)

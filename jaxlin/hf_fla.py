@@ -15,6 +15,7 @@ from jaxlin.config import MixerOptions, ModelConfig, UserError
 from jaxlin.hf_table import Entry, table
 from jaxlin.mixers import MIXERS
 from jaxlin.mixers.common import heads_of_kv
+from jaxlin.pattern import pattern_of
 
 LARGEST_RETNET_HEAD = 256  # its rotary kernel's
 
@@ -74,7 +75,7 @@ def check(config: ModelConfig) -> None:
 def _problems(config: ModelConfig) -> Iterator[str]:
     mixer, options = config.mixer[0], config.options[0]
     if len(config.mixer) > 1 or mixer not in COUNTERPARTS:
-        yield f"mixer={'+'.join(config.mixer)} has no counterpart there, only {', '.join(COUNTERPARTS)} alone"
+        yield f"mixer={pattern_of(config.mixer)} has no counterpart there, only {', '.join(COUNTERPARTS)} alone"
         return
     for name, values in COUNTERPARTS[mixer].options.items():
         if name == "conv_activation" and not options.conv_size:

@@ -28,6 +28,7 @@ from jaxlin.evaluation.bootstrap import Series, resample
 from jaxlin.evaluation.columns import FEWEST
 from jaxlin.evaluation.subject import open_subject
 from jaxlin.evaluation.suite import Bars
+from jaxlin.inspect.gates import linear_layers
 from jaxlin.losses import logit_sums
 from jaxlin.mixers.common import RMSNorm, positions_in_segments
 from jaxlin.model import Block, apply, blocks, forward, head_kernel
@@ -79,13 +80,17 @@ class Hybrids:
         self._rows = every > 0  # those that only fill the last batch have none
         self.tokens: np.ndarray = every[self._rows]
         """Of each sequence, those that the KL is over."""
+        self._known: dict[frozenset[int], np.ndarray] = {}
 
     def kl(self, restored: Iterable[int]) -> np.ndarray:
         """KL to the teacher of the student whose layers `restored` are the teacher's, summed over each sequence."""
-        which = np.zeros(self._student.config.num_hidden_layers, bool)
-        which[list(restored)] = True
-        models = (self._teacher.config, self._student.config), (self._teacher.params, self._student.params)
-        return np.concatenate([_kl(*models, which, batch, target) for batch, target in self._text])[self._rows]
+        layers = frozenset(restored)
+        if layers not in self._known:
+            which = np.isin(np.arange(self._student.config.num_hidden_layers), list(layers))
+            models = (self._teacher.config, self._student.config), (self._teacher.params, self._student.params)
+            found = [_kl(*models, which, batch, target) for batch, target in self._text]
+            self._known[layers] = np.concatenate(found)[self._rows]
+        return self._known[layers]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -124,19 +129,30 @@ def _kl(configs: tuple[ModelConfig, ModelConfig], params: Any, restored: Any, ba
 
 def rank(hybrids: Hybrids, layers: Sequence[int], kept: Sequence[int] = (), done: Progress = bool) -> list[Layer]:
     """`layers` by what each is worth as the teacher's beside the layers `kept`, the most first."""
-    before, tokens, ranked = hybrids.kl(kept), hybrids.tokens, list[Layer]()
+    before, total, after = hybrids.kl(kept), float(hybrids.tokens.sum()), dict[int, np.ndarray]()
     for layer in layers:
-        after = hybrids.kl([*kept, layer])
-        interval = None
-        if len(tokens) >= FEWEST:
-            series = {"gain": before - after, "tokens": tokens}
-            drawn = resample({k: Series(v.tolist(), "sequences", bounds=None) for k, v in series.items()})
-            low, high = np.percentile(drawn["gain"].values / drawn["tokens"].values, (2.5, 97.5))
-            interval = float(low), float(high)
-        total = float(tokens.sum())
-        ranked.append(Layer(layer, float(after.sum()) / total, float((before - after).sum()) / total, interval))
+        after[layer] = hybrids.kl([*kept, layer])
         done(1)
+    intervals = _intervals({layer: before - kl for layer, kl in after.items()}, hybrids.tokens)
+    ranked = [
+        Layer(layer, float(kl.sum()) / total, float((before - kl).sum()) / total, intervals.get(layer))
+        for layer, kl in after.items()
+    ]
     return sorted(ranked, key=lambda one: one.kl)
+
+
+def _intervals(gains: dict[int, np.ndarray], tokens: np.ndarray) -> dict[int, tuple[float, float]]:
+    """95 % intervals of gains a token, paired; none of few sequences."""
+    if len(tokens) < FEWEST:
+        return {}
+
+    def draws(sums: dict[int, np.ndarray]) -> dict[int, np.ndarray]:  # of one pairing: always the same resamples
+        series = {key: Series(values.tolist(), "sequences", bounds=None) for key, values in sums.items()}
+        return {key: mean.values for key, mean in resample(series).items()}
+
+    of_tokens = draws({0: tokens})[0]
+    ends = {layer: np.percentile(gain / of_tokens, (2.5, 97.5)) for layer, gain in draws(gains).items()}
+    return {layer: (float(low), float(high)) for layer, (low, high) in ends.items()}
 
 
 def choose(
@@ -174,7 +190,7 @@ def main() -> None:
     data = replace(subject.config.data, eval_tokens=settings.tokens)
     subject = replace(subject, config=replace(subject.config, data=data))
     config = subject.models["student"].config
-    layers = [i for i in range(config.num_hidden_layers) if config.mixer[i % config.period] != "softmax"]
+    layers = linear_layers(config)
     keep = settings.keep or max(1, len(layers) // 4)
     if not 0 < keep < len(layers):
         raise UserError(

@@ -14,6 +14,7 @@ from jaxlin.config import MixerOptions, ModelConfig, RunConfig, UserError
 from jaxlin.mixers import MIXERS, check_overrides, own_options, resolve_options
 from jaxlin.mixers.common import heads_of_kv
 from jaxlin.model import LanguageModel, init_params
+from jaxlin.pattern import pattern_of
 
 Path = tuple[Any, ...]  # of names
 COPIED = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
@@ -23,7 +24,7 @@ def student_config(run: RunConfig, teacher: ModelConfig) -> ModelConfig:
     """The teacher's architecture with the run's mixers. Raises UserError where the teacher is a student itself."""
     if teacher.mixer != ("softmax",):
         raise UserError(
-            f"--teacher {run.teacher}: a student ({'+'.join(teacher.mixer)}), teachers have softmax attention"
+            f"--teacher {run.teacher}: a student ({pattern_of(teacher.mixer)}), teachers have softmax attention"
         )
     options = tuple(resolve_options(mixer, run.preset, run.model) for mixer in run.period)
     check_overrides(run.period, run.model)

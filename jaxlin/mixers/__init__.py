@@ -13,6 +13,7 @@ from jaxlin.mixers.linear_attention import LinearAttention
 from jaxlin.mixers.mlstm import MLSTM
 from jaxlin.mixers.retnet import RetNet
 from jaxlin.mixers.softmax import SoftmaxAttention
+from jaxlin.pattern import pattern_of
 
 MIXERS = {
     "softmax": SoftmaxAttention,
@@ -51,7 +52,7 @@ def check_overrides(mixers: tuple[str, ...], overrides: MixerOptions) -> None:
         flag = f"--model.{field.name.replace('_', '-')} {value}"
         if not any(has_option(mixer, field.name) for mixer in mixers):
             known = ", ".join(mixer for mixer in MIXERS if has_option(mixer, field.name))
-            raise UserError(f"{flag}: {'+'.join(mixers)} has no such option, only {known}; leave it out")
+            raise UserError(f"{flag}: {pattern_of(mixers)} has no such option, only {known}; leave it out")
         if value < LEAST.get(field.name, value):
             raise UserError(f"{flag}: must be at least {LEAST[field.name]}")
 

@@ -166,15 +166,8 @@ def scores(estimates: Estimates, title: str, columns: Sequence[str], note: str) 
             row += _beside_paper(estimates, cell, name, parameters)
         if any(e.sources for e in row):
             rows.append(row)
-    headings = [
-        "student",
-        title_of(last),
-        "paper",
-        "recovery",
-        "paper's recovery",
-        f"rank by {title_of(last)}",
-        "seeds",
-    ]
+    title_of_last = title_of(last)
+    headings = ["student", title_of_last, "paper", "recovery", "paper's recovery", f"rank by {title_of_last}", "seeds"]
     for name in columns[:-1]:
         headings += [title_of(name), "paper"]
     sizes: dict[str, list[str]] = {}
@@ -276,6 +269,7 @@ def _has(estimates: Estimates, column: str) -> bool:
 
 
 def title_of(metric: str) -> str:
+    """What tables and sentences call a metric."""
     if metric in ruler.EVERY_TASK:
         name, _, length = metric.rpartition("_")
         return f"{name.replace('niah_single_', 'S-NIAH-')} {length}"
