@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlin import sharding
+from jaxlin import reductions, sharding
 from jaxlin.config import ModelConfig, Stage1Config, Stage2Config, Stage3Config
 from jaxlin.mixers.common import precision
 from jaxlin.model import project
@@ -103,7 +103,7 @@ def logit_sums(
     config: ModelConfig,
     *,
     temperature: float = 1.0,
-    chunk_tokens: int = 512,
+    chunk_tokens: int = 1024,
 ) -> LogitSums:
     """Compare two models' next-token distributions from their final hidden states, a chunk of tokens at a time.
 
@@ -133,7 +133,7 @@ def distillation_loss(
     config: ModelConfig,
     *,
     temperature: float = 1.0,
-    chunk_tokens: int = 512,
+    chunk_tokens: int = 1024,
 ) -> tuple[Array, LogitSums]:
     """weights.kl KL + weights.ce CE, with the sums of `logit_sums` as metrics, through which no gradient flows.
 
@@ -190,41 +190,26 @@ def _compare_rows(how: _How, rows, whole):
     batch, length = rows[0].shape[:2]
     size = max(d for d in range(1, length + 1) if length % d == 0 and (d == 1 or d * batch <= max(chunk_tokens, batch)))
 
-    def split(a):
-        return jnp.moveaxis(a.reshape(batch, length // size, size, *a.shape[2:]), 1, 0)
+    def split(a):  # [B, T, ...] -> [T / size, B size, ...]
+        chunks = jnp.moveaxis(a.reshape(batch, length // size, size, *a.shape[2:]), 1, 0)
+        return chunks.reshape(length // size, batch * size, *a.shape[2:])
+
+    def join(a):
+        chunks = a.reshape(length // size, batch, size, *a.shape[2:])
+        return jnp.moveaxis(chunks, 0, 1).reshape(batch, length, *a.shape[2:])
 
     def chunk(carry, xs):
         sums, for_kernel = carry
         hidden_s, hidden_t, at = xs
         logits_s = project(hidden_s, student_kernel, config)
-        # A comparison, not an index: the vocabulary may be split over devices.
-        label = at.labels[..., None] == jnp.arange(logits_s.shape[-1])
-
-        def cross_entropy(logits):
-            return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(label, logits, 0), axis=-1)
-
-        def total(values, mask):
-            return jnp.sum(jnp.where(mask, values, 0))
-
-        kl_slope: Any = 0
-        sums = sums._replace(ce=sums.ce + total(cross_entropy(logits_s), at.has_next))
-        if hidden_t is not None:
-            logits_t = project(hidden_t, teacher_kernel, config)
-            log_s, log_t = (jax.nn.log_softmax(logits / temperature) for logits in (logits_s, logits_t))
-            sums = sums._replace(
-                kl=sums.kl + temperature**2 * total(jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1), at.valid),
-                teacher_ce=sums.teacher_ce + total(cross_entropy(logits_t), at.has_next),
-                agree=sums.agree + total(jnp.argmax(logits_s, -1) == jnp.argmax(logits_t, -1), at.valid),
-            )
-            if weights is not None:
-                kl_slope = temperature * weights.kl * at.valid[..., None] * (jnp.exp(log_s) - jnp.exp(log_t))
-        if weights is None:
+        logits_t = None if hidden_t is None else project(hidden_t, teacher_kernel, config)
+        sums, slope = _compare_logits(sums, logits_s, logits_t, at, temperature, weights)
+        if slope is None:
             return (sums, for_kernel), ()
-        ce = weights.ce * at.has_next[..., None]
-        slope = (kl_slope + ce * (jax.nn.softmax(logits_s) - label)).astype(config.dtype)
+        slope = slope.astype(config.dtype)
         multiply = functools.partial(jnp.einsum, precision=precision(config.dtype), preferred_element_type=jnp.float32)
-        for_hidden = multiply("btv,dv->btd", slope, student_kernel).astype(hidden_s.dtype)
-        for_kernel = for_kernel + multiply("btd,btv->dv", hidden_s.astype(config.dtype), slope)
+        for_hidden = multiply("tv,dv->td", slope, student_kernel).astype(hidden_s.dtype)
+        for_kernel = for_kernel + multiply("td,tv->dv", hidden_s.astype(config.dtype), slope)
         return (sums, for_kernel), for_hidden
 
     sums = LogitSums(*(jnp.zeros((), jnp.float32),) * 4)
@@ -234,4 +219,57 @@ def _compare_rows(how: _How, rows, whole):
         return sums, (), ()
     # A tied head transposes this next; XLA for CPUs turns that into a bfloat16 product that it cannot run.
     for_kernel = jax.lax.optimization_barrier(for_kernel)
-    return sums, (jnp.moveaxis(jnp.asarray(for_hidden), 0, 1).reshape(rows[0].shape),), (for_kernel,)
+    return sums, (join(for_hidden),), (for_kernel,)
+
+
+def _compare_logits(
+    sums: LogitSums,
+    logits_s: Float[Array, "N V"],
+    logits_t: Float[Array, "N V"] | None,
+    at: Targets,
+    temperature: float,
+    weights: LossWeights | None,
+) -> tuple[LogitSums, Float[Array, "N V"] | None]:
+    """`sums` with those of these tokens, and with `weights` the loss's gradient with respect to the student's logits.
+
+    Logits are read three times, both models' at once: for their largest, for sums over the vocabulary, for the
+    gradient. With s and t less their largest, over tau, and Z the sums of their exponentials,
+
+        KL = sum_v e^t (t - s) / Z_t - log Z_t + log Z_s
+    """
+    student, *teacher = reductions.maxima(logits_s) if logits_t is None else reductions.maxima(logits_s, logits_t)
+    # A comparison, not an index: the vocabulary may be split over devices.
+    label = at.labels[:, None] == jnp.arange(logits_s.shape[-1])
+
+    def total(values, mask):
+        return jnp.sum(jnp.where(mask, values, 0))
+
+    s = logits_s - student.value[:, None]
+    terms = {"z_s": jnp.exp(s), "label_s": jnp.where(label, s, 0)}
+    if logits_t is not None:
+        t = logits_t - teacher[0].value[:, None]
+        soft_s, soft_t = s / temperature, t / temperature
+        terms |= {"z_t": jnp.exp(t), "label_t": jnp.where(label, t, 0)}
+        terms |= {
+            "soft_z_s": jnp.exp(soft_s),
+            "soft_z_t": jnp.exp(soft_t),
+            "cross": jnp.exp(soft_t) * (soft_t - soft_s),
+        }
+    found = reductions.sums(terms, axes=(1,))
+    log_z = {name: jnp.log(found[name]) for name in found if "z_" in name}
+
+    slope: Any = 0
+    sums = sums._replace(ce=sums.ce + total(log_z["z_s"] - found["label_s"], at.has_next))
+    if logits_t is not None:
+        log_s, log_t = log_z["soft_z_s"], log_z["soft_z_t"]
+        sums = sums._replace(
+            kl=sums.kl + temperature**2 * total(found["cross"] / found["soft_z_t"] - log_t + log_s, at.valid),
+            teacher_ce=sums.teacher_ce + total(log_z["z_t"] - found["label_t"], at.has_next),
+            agree=sums.agree + total(student.index == teacher[0].index, at.valid),
+        )
+        if weights is not None:
+            each = (temperature * weights.kl * at.valid)[:, None]
+            slope = each * (jnp.exp(soft_s - log_s[:, None]) - jnp.exp(soft_t - log_t[:, None]))
+    if weights is None:
+        return sums, None
+    return sums, slope + (weights.ce * at.has_next)[:, None] * (jnp.exp(s - log_z["z_s"][:, None]) - label)

@@ -429,7 +429,10 @@ def launch(
     function = programs if interpreted() else program
     function.__name__ = body.__name__
     if state is None:
-        return plgpu.kernel(function, out_type=list(out), scratch_types=list(scratch), **where, **options)(*arrays)
+        kernel = plgpu.kernel(function, out_type=list(out), scratch_types=list(scratch), **where, **options)
+        # XLA (jax 0.11.2) runs a kernel once more inside the copy of its output to an array of all layers, where a loop
+        # over layers keeps it for the backward pass (openxla/xla pull request 45799); not through a barrier.
+        return list(lax.optimization_barrier(kernel(*arrays)))
     # 0.10's plgpu.kernel takes no mutable arrays; pl.kernel does, but has its own idea of scratch.
     assert not scratch
     ref = jax.new_ref(state, memory_space=plgpu.GMEM)

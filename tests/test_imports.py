@@ -28,7 +28,7 @@ LEVELS = [
     {"model"},
     {"mixers"},
     {"ops"},
-    {"sequence_parallel"},
+    {"sequence_parallel", "reductions"},
     {"recurrence", "kernels"},
 ]  # fmt: skip
 LEAVES = {"config", "command_line", "drafts", "mistakes", "pattern", "sharding", "processes"}
