@@ -87,6 +87,14 @@ def test_lowers_for_cuda(size, gate, segments, monkeypatch):
     assert kernels_of(jax.grad(loss), args, ids) == (4 if gate == "channel" else 3)
 
 
+def test_barriers_behind_kernels(monkeypatch):
+    """Without them XLA runs a kernel again where a loop keeps its output (`mosaic_gpu.launch`)."""
+    hopper.pretend(monkeypatch)
+    q, beta = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16), jax.ShapeDtypeStruct((2, 256, 2), jnp.float32)
+    program = hopper.lowered(lambda *args: ops.gated_delta_rule(*args, implementation="pallas"), q, q, q, beta)
+    assert program.count("stablehlo.optimization_barrier") == program.count("custom_call @mosaic_gpu") == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "case",

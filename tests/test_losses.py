@@ -157,6 +157,17 @@ def test_memory_and_products():
     assert program_flops(values.jaxpr) == 2 * product
 
 
+def test_passes_over_logits():
+    """Largest and sums of both models' logits are one reduction each, whatever the loss asks for."""
+    config = replace(TINY, vocab_size=640)
+    for temperature in (1.0, 2.0):
+        text = str(
+            gradient(losses.distillation_loss, config, temperature=temperature).trace(*arguments(config, 2, 12)).jaxpr
+        )
+        assert len(re.findall(r"= reduce\[", text)) == 2
+        assert not re.findall(r"= (?:reduce_\w+|argmax)\[[^\]]*axes=\(1,\)", text)
+
+
 def test_only_the_loss_computes_no_gradients():
     """What measures the held-out loss does the products of two forward passes."""
     student = student_of("linear_attention", teacher=TINY)
