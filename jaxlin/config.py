@@ -379,7 +379,7 @@ class RunConfig:
     profile: str = ""
     """START:COUNT: write a profiler trace of COUNT steps of each stage, from its step START, into the run folder."""
     plan: str = ""
-    """Train nothing: compile each stage for a TPU topology (v5e:4x4) or the GPUs of this host (gpu), print memory,
+    """Train nothing: compile each stage for TPUs (v5e:4x4), GPUs (h100:8) or the GPUs of this host (gpu), print memory,
     traffic and time; exit code 1 if it does not fit."""
     teacher_config: Annotated[ModelConfig | None, tyro.conf.Suppress] = None
     """Architecture the teacher must have; gives plans and random teachers their shape."""

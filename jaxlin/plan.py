@@ -3,14 +3,17 @@
 Several students are planned as they are trained, with one step for all of them.
 
     python train.py --config smollm2_1_7b --plan v5e:4x4 --mesh.fsdp 16
+    python train.py --config smollm2_1_7b --plan h100:8 --mesh.fsdp 8
     python train.py --config smollm2_1_7b --plan gpu
 
-No parameter is loaded or made. TPUs need `pip install 'jaxlin[tpu]'` and no TPU; `gpu` plans for the GPUs of this host.
+No parameter is loaded or made. TPUs need `pip install 'jaxlin[tpu]'` and no TPU, H100s and H200s `'jaxlin[gpu]'` and no
+GPU; `gpu` plans for the GPUs of this host.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -24,12 +27,14 @@ from jaxlin import placement, sharding
 from jaxlin.config import MeshConfig, ModelConfig, RunConfig, StageConfig, UserError
 from jaxlin.distill import trained_part
 from jaxlin.kernels import hlo_tpu_traffic as hlo
-from jaxlin.kernels import topology
+from jaxlin.kernels import topology, topology_gpu
 from jaxlin.kernels.hlo_program import Collective, Program
 from jaxlin.optimizer import make_optimizer
 from jaxlin.student import student_config
 from jaxlin.train_step import make_step
 
+GPU_SHARE = 0.75
+"""Share of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 EFFICIENCY = 0.5
 """Share of the published rates that forecasts of time assume of whichever takes longest, the rest hidden behind it."""
 
@@ -73,7 +78,7 @@ class Step(NamedTuple):
 
 
 def plan(run: RunConfig) -> bool:
-    """Print what each stage takes on `run.plan`, a TPU topology or "gpu"; whether all of them fit."""
+    """Print what each stage takes on `run.plan`, a TPU topology, GPUs or "gpu"; whether all of them fit."""
     if run.teacher_config is None:
         raise UserError(f"--plan: --config {run.config} gives no teacher_config to plan with")
     goal, stages = _target(run.plan), run.stages()
@@ -117,12 +122,18 @@ def _target(name: str) -> Target:
         limit = (device.memory_stats() or {}).get("bytes_limit", chip.hbm_gib * 2**30) / 2**30
         versions = f"jax {importlib.metadata.version('jax')}"
         return Target(devices, chip, limit, f"{len(devices)} x {device.device_kind}; {versions}")
+    absent = topology_gpu if name.split(":")[0] in topology.GPUS else topology
     try:
-        chip, devices = topology.chip(name), topology.devices(name)
+        chip, devices = absent.chip(name), absent.devices(name)
     except ValueError as error:
-        raise UserError(f"--plan {error}, or gpu" if "must be one of" in str(error) else f"--plan {error}") from None
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
-    return Target(devices, chip, chip.hbm_gib, f"{name} ({versions})")
+        others = f", GPUs as {', '.join(f'{gpu}:8' for gpu in topology.GPUS)}, or gpu"
+        raise UserError(f"--plan {error}{others if 'must be one of' in str(error) else ''}") from None
+    compiler, share = "libtpu", 1.0
+    if absent is topology_gpu:
+        compiler = topology_gpu.compiler() or ""
+        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_SHARE))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", compiler))
+    return Target(devices, chip, share * chip.hbm_gib, f"{name} ({versions})")
 
 
 def compile_step(run: RunConfig, stage: StageConfig, mesh: jax.sharding.Mesh, goal: Target) -> Step:

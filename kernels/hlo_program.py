@@ -16,8 +16,7 @@ from jaxlin.kernels.hlo_tpu_traffic import FREE, SCHEDULED, plain_name, shape_by
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
 COMPUTATION = re.compile(r"^(ENTRY )?(%[\w.-]+) \(.*\{$")
 UNMOVED = FREE | {"while", "conditional", "call", "optimization-barrier", "domain", "replica-id"}
-
-
+FUSIONS = ("fusion", "fusion-start")  # the second runs beside others, on a GPU
 ANNOTATIONS = ("ConcatBitcast", "AssumeGatherIndicesInBound")  # custom calls that move nothing
 
 
@@ -80,11 +79,11 @@ class Program:
                 branches = re.search(r"branch_computations=\{([^}]*)\}", x.rest)
                 names = branches[1].split(", ") if branches else []
                 inner, each = names or [x.attribute(f"{case}_computation") for case in ("true", "false")], times
-            elif x.op in ("call", "fusion", "async-start"):
+            elif x.op in ("call", *FUSIONS, "async-start"):
                 inner, each = [x.attribute("calls") or x.attribute("to_apply")], times
             else:
                 continue
-            if x.op != "fusion":
+            if x.op not in FUSIONS:
                 self.scheduled.update(inner)
             for called in inner:
                 if called in self.computations:
@@ -201,7 +200,7 @@ class Program:
         if x.op == "slice-start":
             source, part = computation[x.operands[0]].shape, x.shape.split("), ")[-1]
             return shape_bytes(part) + (shape_bytes(part, everywhere=True) if shape_bytes(source) else 0)
-        if x.op == "fusion":
+        if x.op in FUSIONS:
             return self._fused(computation, x)
         if x.op in ("dynamic-slice", "slice", "gather"):
             return 2 * shape_bytes(x.shape)

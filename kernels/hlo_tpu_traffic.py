@@ -160,7 +160,14 @@ def entry(text: str) -> tuple[list[Kernel], list[Around]]:
 def kernel_names(text: str) -> list[str]:
     """The Pallas kernels of a whole compiled program, loops included: one name for each call."""
     calls = (line for line in text.splitlines() if re.search('custom_call_target="(tpu_custom_call|mosaic_gpu)', line))
-    return [plain_name(line.split(" = ")[0].split("%")[-1]) for line in calls]
+    return [_kernel_name(line) for line in calls]
+
+
+def _kernel_name(call: str) -> str:
+    """A GPU's calls are named after JAX's primitive, which their op_name has behind the kernel's own."""
+    name = plain_name(call.split(" = ")[0].split("%")[-1])
+    found = re.search(rf'op_name="[^"]*?([^/"]+)/{name}"', call)
+    return found[1] if found else name
 
 
 def plain_name(name: str) -> str:

@@ -30,10 +30,11 @@ CHIPS = {
     "v6e": Chip(1640, 918, 32, 800 / 2, "TPU v6 lite"),
     "tpu7x": Chip(7380 / 2, 2307 / 2, 192 / 2, 1200 / 2 / 2, "TPU7x"),
 }
-# nvidia.com's data sheets of the SXM modules, without sparsity. Other boards of these chips have other rates and names.
+# nvidia.com's data sheets of the SXM modules, without sparsity; memory as their driver counts it. Other boards of these
+# chips have other rates and names.
 GPUS = {
-    "h100": Chip(3350, 989, 80e9 / 2**30, 900 / 2, "NVIDIA H100 80GB HBM3"),
-    "h200": Chip(4800, 989, 141e9 / 2**30, 900 / 2, "NVIDIA H200"),
+    "h100": Chip(3350, 989, 84_942_979_072 / 2**30, 900 / 2, "NVIDIA H100 80GB HBM3"),
+    "h200": Chip(4800, 989, 151_397_597_184 / 2**30, 900 / 2, "NVIDIA H200"),
 }
 
 

@@ -87,6 +87,30 @@ def test_hbm():
     assert Program(TPU).hbm_bytes({}) == LAYERS * (once + SLICE)
 
 
+def test_fusions_beside_others():
+    """As XLA for GPUs copies what a loop keeps, while it goes on: the layer's slice alone is written."""
+    program = Program(
+        """
+%copied (p0: f32[24,128], p1: s32[], p2: f32[128]) -> f32[24,128] {
+  %p0 = f32[24,128]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = f32[128]{0} parameter(2)
+  %row = f32[1,128]{1,0} bitcast(%p2)
+  ROOT %update = f32[24,128]{1,0} dynamic-update-slice(%p0, %row, %p1, %p1)
+}
+
+ENTRY %main (all: f32[24,128], n: s32[], one: f32[128]) -> f32[24,128] {
+  %all = f32[24,128]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %one = f32[128]{0} parameter(2)
+  %start = ((f32[24,128]{1,0}, s32[], f32[128]{0}), f32[24,128]{1,0}, u32[]) fusion-start(%all, %n, %one), kind=kLoop, calls=%copied
+  ROOT %done = f32[24,128]{1,0} fusion-done(%start)
+}
+"""  # noqa: E501
+    )
+    assert program.hbm_bytes({}) == 2 * 4 * 128 + 4
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [

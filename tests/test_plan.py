@@ -8,7 +8,7 @@ import pytest
 from jaxlin import placement, sharding
 from jaxlin.command_line import parse_run
 from jaxlin.config import MeshConfig, UserError
-from jaxlin.kernels import topology
+from jaxlin.kernels import topology, topology_gpu
 from jaxlin.plan import held_bytes, leanest_mesh, plan
 
 TINY_TEACHER = parse_run(["--config", "tiny"]).teacher_config
@@ -19,8 +19,14 @@ def run(*flags: str):
 
 
 def test_mistakes():
-    with pytest.raises(UserError, match="--plan v9:2x2: the chip must be one of v5e, v5p, v6e, tpu7x, or gpu"):
+    others = "the chip must be one of v5e, v5p, v6e, tpu7x, GPUs as h100:8, h200:8, or gpu"
+    with pytest.raises(UserError, match=f"--plan v9:2x2: {others}"):
         plan(run("--plan", "v9:2x2"))
+    for wrong in ("h100", "h100:0", "h200:2x", "h100:8x2x2"):
+        with pytest.raises(
+            UserError, match=f"--plan {wrong}: give the GPUs of a host, h100:8 or h200:8, or hosts x GPUs"
+        ):
+            plan(run("--plan", wrong))
     with pytest.raises(UserError, match="--plan: --config demo gives no teacher_config"):
         plan(parse_run(["--plan", "v5e:2x2"]))
     with pytest.raises(UserError, match="--plan gpu: JAX finds no GPU here, only cpu"):
@@ -58,6 +64,27 @@ def test_several_students_hold_one_teacher():
     teacher = placement.parameters(TINY_TEACHER, TINY_TEACHER.dtype, mesh)
     held = [held_bytes(parse_run(["--config", "tiny", "--mixer", m]), mesh) for m in ("gla", "kda", "gla,kda")]
     assert held[2] == held[0] + held[1] - sum(4 * a.size for a in jax.tree.leaves(teacher))
+
+
+def test_gpus_of_several_hosts():
+    """The slowest link counts: between hosts there is a network card for each GPU."""
+    assert topology_gpu.chip("h100:8") == topology_gpu.chip("h100:1x8") == topology.GPUS["h100"]
+    assert topology_gpu.chip("h200:2x8").network_gb_per_s == 50
+
+
+def test_without_the_compiler(monkeypatch):
+    monkeypatch.setattr(topology_gpu, "compiler", lambda: None)
+    with pytest.raises(UserError, match=r"--plan h200:4: needs XLA's compiler for GPUs: pip install 'jaxlin\[gpu\]'"):
+        plan(run("--plan", "h200:4"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(topology_gpu.compiler() is None, reason="needs XLA's compiler for GPUs: pip install -e '.[gpu]'")
+def test_gpus_that_are_not_here(capsys):
+    assert plan(run("--plan", "h200:4", "--stage", "3", "--dtype", "bfloat16"))
+    printed = capsys.readouterr().out
+    assert "1 gated_delta_rule_intra" in printed and "1 gated_delta_rule_fwd" in printed
+    assert "all-gather" in printed
 
 
 @pytest.mark.slow
