@@ -65,6 +65,8 @@ class Settings:
     """After this time no cell is begun."""
     out: str = "generation_speed.json"
     """Where the results go; a file that is there is continued."""
+    unroll: bool = False
+    """Without a loop over layers; see `jaxlin.session.serving_params`."""
     plot: str = ""
     """A figure of them, PNG or PDF; needs matplotlib."""
 
@@ -97,7 +99,7 @@ class Model:
         if (teacher := run.teacher_config) is None:
             raise UserError(f"--config {settings.config}: gives no teacher_config")
         self.config = student_config(replace(run, mixer=mixer, dtype=settings.dtype), teacher)
-        self.params = _random_params(self.config)
+        self.params = _random_params(self.config, settings.unroll)
         self._chunk = settings.chunk
 
     def measure(self, length: int, batch: int) -> dict[str, float]:
@@ -156,9 +158,9 @@ class Model:
         return prefill(self.config, self.params, state, tokens, None, chunk, fresh)
 
 
-@jax.jit(static_argnums=0)
-def _random_params(config: ModelConfig) -> Any:
-    return serving_params(init_params(config, jax.random.key(0)), config)
+@jax.jit(static_argnums=(0, 1))
+def _random_params(config: ModelConfig, unroll: bool) -> Any:
+    return serving_params(init_params(config, jax.random.key(0)), config, unroll=unroll)
 
 
 @jax.jit(static_argnums=(0, 1, 2))
@@ -201,12 +203,12 @@ class Bench:
         device = jax.local_devices()[0].device_kind
         self._settings, self._path = settings, Path(settings.out)
         self._about = {"config": settings.config, "dtype": settings.dtype, "chunk": settings.chunk, "device": device,
-                       "jax": metadata.version("jax")}  # fmt: skip
+                       "jax": metadata.version("jax"), "unroll": settings.unroll}  # fmt: skip
         self.found: dict[Cell, dict[str, Any]] = {}
         self._model: tuple[str, Model] | None = None
         if self._path.exists():
             try:
-                old = json.loads(self._path.read_text())
+                old = {"unroll": False, **json.loads(self._path.read_text())}  # files from before there was a choice
                 self.found = {Cell(c.pop("mixer"), c.pop("length"), c.pop("batch")): c for c in old["cells"]}
                 other = [name for name, value in self._about.items() if old.get(name) != value]
             except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -43,7 +43,7 @@ class Chat:
     def __init__(self, model: Teacher, settings: Settings) -> None:
         """Raises UserError for a tokenizer without a usable chat template."""
         self._model, self._settings = model, settings
-        self._params = serving_params(model.params, model.config)
+        self._params = serving_params(model.params, model.config, unroll=bool(settings.unroll))
         self.reset()
         self._ends = answer_ends(model.tokenizer)
 

@@ -61,6 +61,7 @@ class Engine:
         finished: asked now and then whether a continuation, so far, may end; what it has by then is kept.
         pad_to, prefill_chunk: see `left_pad`; longer prompts are read in such chunks.
         prefixes: the states of `remember`.
+        unroll: see `serving_params`.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Engine:
         pad_to: int = PAD_TO,
         prefill_chunk: int = PREFILL_CHUNK,
         prefixes: PrefixCache | None = None,
+        unroll: bool = False,
     ) -> None:
         for name, value in dict(slots=slots, room=room, pad_to=pad_to, prefill_chunk=prefill_chunk).items():
             if value < 1:
@@ -86,7 +88,7 @@ class Engine:
         check_stops(stop)
         if stop and tokenizer is None:
             raise ValueError("stop: stop strings need a tokenizer")
-        self._config, self._params = config, serving_params(params, config)
+        self._config, self._params = config, serving_params(params, config, unroll=unroll)
         self._room = room if "softmax" in config.mixer else None
         self._sampling, self._seed = sampling, seed
         self._ends = _Ends(frozenset(stop_ids), tuple(stop), tokenizer, finished)

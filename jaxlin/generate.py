@@ -123,6 +123,8 @@ class GenerationSettings:
     """Makes tokens that were there before less likely, above 1; see jaxlin/sampling.py."""
     seed: int = 0
     """Seed of the choice."""
+    unroll: Switch = 0
+    """No loop over layers in the program: more tokens a second, after a longer compilation."""
 
     @property
     def sampling(self) -> Sampling:
@@ -235,6 +237,7 @@ def continue_file(model: runs.Teacher, settings: Settings, prompts: Sequence[str
         stop_ids=stop_tokens(model.tokenizer),
         stop=settings.stop,
         tokenizer=model.tokenizer,
+        unroll=bool(settings.unroll),
     )
     shared = common_prefix([*tokens, min(tokens, key=len)[:-1]])
     if len(tokens) > 1 and len(shared) >= WORTH_REMEMBERING:
@@ -273,7 +276,8 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 def continue_text(model: runs.Teacher, settings: Settings, prompt: str, out: TextIO) -> None:
     """Write the prompt and what follows, piece by piece; the session comes from a file and goes to one where asked."""
-    params, tokens = serving_params(model.params, model.config), _encode(model.tokenizer, prompt)
+    params = serving_params(model.params, model.config, unroll=bool(settings.unroll))
+    tokens = _encode(model.tokenizer, prompt)
     if settings.load_state:
         session = Session.load(settings.load_state, model.config, params)
     else:

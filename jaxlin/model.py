@@ -119,6 +119,7 @@ class LanguageModel(nn.Module):
     packed: bool = False
     fresh: bool = False
     unroll: bool = False
+    apart: bool = False
 
     @nn.compact
     def __call__(
@@ -149,20 +150,8 @@ class LanguageModel(nn.Module):
             embedding_init=partitioned(nn.initializers.normal(0.02), ("vocab", "embed")),
             name="embed_tokens",
         )
-        body, repeats = Period, c.num_hidden_layers // c.period
-        if self.remat != "none":
-            body = nn.remat(Period, prevent_cse=False, policy=KEPT[self.remat])
-        layers = nn.scan(
-            body,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]  # flax leaves it untyped
-            length=repeats,
-            unroll=repeats if self.unroll else 1,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, collect, self.packed, self.fresh, name="layers")
         carry = embed(tokens), None if state is None else state["layers"]
-        (x, states), collected = layers(carry, positions, segment_ids, jnp.arange(repeats))
+        (x, states), collected = self._layers(carry, positions, segment_ids, collect)
 
         collected = {name: a.reshape(-1, *a.shape[2:]) for name, a in collected.items()}
         if "hidden_states" in collected:
@@ -175,6 +164,31 @@ class LanguageModel(nn.Module):
             scores = project(x, embed.embedding.T, c) if logits else None
         new_state = None if state is None else {"position": end, "layers": states}
         return Output(scores, x, new_state, collected)
+
+    def _layers(self, carry, positions, segment_ids, collect):
+        """(x, states) after all layers, and what was collected, stacked over periods."""
+        body, repeats = Period, self.config.num_hidden_layers // self.config.period
+        if self.remat != "none":
+            body = nn.remat(Period, prevent_cse=False, policy=KEPT[self.remat])
+        if self.apart:
+            seen = []
+            for i in range(repeats):
+                period = body(self.config, collect, self.packed, self.fresh, name=f"layers_{i}")
+                carry, found = period(carry, positions, segment_ids, jnp.int32(i))
+                seen.append(found)
+            return carry, jax.tree.map(lambda *a: jnp.stack(a), *seen)
+        layers = nn.scan(
+            body,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]  # flax leaves it untyped
+            length=repeats,
+            unroll=repeats if self.unroll else 1,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return layers(self.config, collect, self.packed, self.fresh, name="layers")(
+            carry, positions, segment_ids, jnp.arange(repeats)
+        )
 
 
 def apply(module: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -201,10 +215,10 @@ def forward(
 
     `packed` promises what batches of the data pipeline keep, padding at the ends of rows only; see `short_conv`.
     `fresh` promises that `state` is that of `init_state`, which then need not be read. With `unroll` the program has no
-    loop over layers.
+    loop over layers; nor has it where `params` has them apart (`layers_apart`).
     """
     return apply(
-        LanguageModel(config, remat, packed, fresh, unroll),
+        LanguageModel(config, remat, packed, fresh, unroll, apart="layers" not in params),
         params,
         tokens,
         segment_ids=segment_ids,
@@ -213,6 +227,27 @@ def forward(
         collect=collect,
         logits=logits,
     )
+
+
+def layers_apart(params: Any) -> Any:
+    """The parameters with those of each period of layers by themselves: layers_0, layers_1, ... instead of layers.
+
+    What a loop over layers reads of stacked matrices is often copied first: for a single token, as much again.
+    """
+    stacked = params["layers"]
+    rest = {name: part for name, part in params.items() if name != "layers"}
+    repeats = len(jax.tree.leaves(stacked)[0])
+    return rest | {f"layers_{i}": jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(repeats)}
+
+
+def layers_together(params: Any) -> Any:
+    """The inverse of `layers_apart`; parameters that are together stay so."""
+    if "layers" in params:
+        return params
+    apart = {name for name in params if name.startswith("layers_")}
+    periods = [params[f"layers_{i}"] for i in range(len(apart))]
+    rest = {name: part for name, part in params.items() if name not in apart}
+    return rest | {"layers": jax.tree.map(lambda *a: jnp.stack(a), *periods)}
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:

@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxlin import session_file
 from jaxlin.config import ModelConfig
-from jaxlin.model import forward, head_kernel, init_state, project
+from jaxlin.model import forward, head_kernel, init_state, layers_apart, project
 from jaxlin.sampling import Sampling, choose, mark, row_keys
 from jaxlin.sharding import on_every_device
 from jaxlin.student import is_new
@@ -121,12 +121,17 @@ class Session:
         )
 
 
-def serving_params(params: Any, config: ModelConfig) -> Any:
-    """The parameters with every matrix that is only ever used in the compute dtype stored in it: the same results."""
+def serving_params(params: Any, config: ModelConfig, *, unroll: bool = False) -> Any:
+    """The parameters with every matrix that is only ever used in the compute dtype stored in it: the same results.
+
+    With `unroll` each layer's are apart, and programs that read them have no loop over layers: faster to run, in small
+    batches above all, and longer to compile.
+    """
     matrices = ("kernel", "bias", "embedding")
     cast = {p: jnp.asarray(a, config.dtype if p[-1] in matrices and not is_new(p) else None)
             for p, a in flatten_dict(params).items()}  # fmt: skip
-    return unflatten_dict(cast)
+    served = unflatten_dict(cast)
+    return layers_apart(served) if unroll else served
 
 
 def left_pad(

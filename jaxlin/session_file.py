@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from jaxlin.command_line import from_dict, to_json
 from jaxlin.config import ModelConfig, UserError
 from jaxlin.drafts import draft
+from jaxlin.model import layers_together
 
 FORMAT = "jaxlin session 1"
 
@@ -66,9 +67,13 @@ def read(path: Path, config: ModelConfig, params: Any) -> tuple[dict[str, int], 
 
 
 def fingerprint(params: Any) -> str:
-    """A hash of all parameters, bit for bit: their sums as integers, each weighted by its place, computed in place."""
+    """A hash of all parameters, bit for bit: their sums as integers, each weighted by its place, computed in place.
+
+    It does not matter whether layers are together or apart.
+    """
     sums = jax.device_get(_sums(params))
-    shapes = {name(path): (a.shape, str(a.dtype)) for path, a in jax.tree.leaves_with_path(params)}
+    together = jax.eval_shape(layers_together, params)
+    shapes = {name(path): (a.shape, str(a.dtype)) for path, a in jax.tree.leaves_with_path(together)}
     return hashlib.sha256(json.dumps([shapes, [int(s) for s in sums]]).encode()).hexdigest()
 
 
@@ -78,7 +83,7 @@ def _sums(params):
         bits = lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}").astype(jnp.uint32).reshape(-1)
         return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
 
-    return [weighted(a) for a in jax.tree.leaves(params)]
+    return [weighted(a) for a in jax.tree.leaves(layers_together(params))]
 
 
 def name(path: Any) -> str:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from jaxlin.config import UserError
+from jaxlin.model import layers_together
 from jaxlin.sampling import Sampling
 from jaxlin.session import Session, serving_params
+from jaxlin.session_file import fingerprint
 from tests.models import TEACHER, random_params, student_of
 
 WARM = Sampling(1.0, repetition_penalty=1.3)
@@ -37,6 +39,26 @@ def test_continues_bit_for_bit(tmp_path, mixer, dtype):
         one.read([1, 2, 3])
     np.testing.assert_array_equal(loaded.logits, session.logits)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize("mixer", ["mlstm+softmax", "gated_deltanet"])
+def test_layers_apart(tmp_path, mixer):
+    """The same tokens and states without a loop over layers, which a saved session does not see."""
+    config = student_of(mixer)
+    params = random_params(config)
+    apart, together = serving_params(params, config, unroll=True), serving_params(params, config)
+    assert "layers" not in apart and "layers_0" in apart
+    jax.tree.map(np.testing.assert_array_equal, layers_together(apart), together)
+    assert fingerprint(apart) == fingerprint(together)
+    session = Session(config, together, seed=5)
+    session.read(list(range(20)))
+    session.save(tmp_path / "state")
+    unrolled = Session.load(tmp_path / "state", config, apart)
+    assert list(unrolled.stream(WARM, 8)) == list(session.stream(WARM, 8))
+    np.testing.assert_allclose(unrolled.logits, session.logits, rtol=1e-5, atol=1e-5)
+    unrolled.read([3, 1, 2])
+    session.read([3, 1, 2])
+    np.testing.assert_allclose(unrolled.logits, session.logits, rtol=1e-5, atol=1e-5)
 
 
 def test_before_the_first_token(tmp_path):
