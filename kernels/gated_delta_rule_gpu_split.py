@@ -41,7 +41,8 @@ def _combine(m: Array, update: Array, start: Array | None, parts: int, reverse: 
         return jnp.matmul(m, s, precision=lax.Precision.HIGHEST) + n, s
 
     s = jnp.zeros_like(update[: update.shape[0] // parts]) if start is None else start
-    _, states = lax.scan(step, s, (by_part(m), by_part(update)), reverse=reverse)
+    # Unrolled: each turn of a loop would be six kernels, four of them for its slices, its counter and its end.
+    _, states = lax.scan(step, s, (by_part(m), by_part(update)), reverse=reverse, unroll=True)
     return jnp.moveaxis(states, 0, 1).reshape(update.shape)
 
 

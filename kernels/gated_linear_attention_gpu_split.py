@@ -109,7 +109,8 @@ def cotangent_of_l(form: Form, x: Inputs, o: Array, l: Array, do: Array) -> Arra
     along = (do.astype(jnp.float32) * o.astype(jnp.float32)).reshape(
         batch, -1, CHUNK, heads * value_dim // BLOCK, BLOCK
     )
-    along = along.sum(-1).transpose(0, 3, 1, 2)
+    # A kernel of its own: XLA would take each sum, a row of 64, in a thread of the transposition that it is stacked by.
+    along = lax.optimization_barrier(along.sum(-1)).transpose(0, 3, 1, 2)
     l = jnp.repeat(l, value_dim // BLOCK, 1)  # noqa: E741
     if form.denominator == "sum":
         return -along / denominator_of(form, l, None)

@@ -9,6 +9,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxlin.kernels.hlo_tpu_traffic import FREE, SCHEDULED, plain_name, shape_bytes
@@ -183,12 +184,13 @@ class Program:
         """
         total = 0.0
         for name in self.scheduled & self.runs.keys():
-            computation = self.computations[name]
-            total += self.runs[name] * sum(self._moved(computation, x, kernels) for x in computation.values())
+            total += self.runs[name] * sum(self.moved(name, x, kernels) for x in self.computations[name].values())
         fused = (found for found in self._distinct().values() if found[1] not in self.scheduled)
         return total + sum(times * shape_bytes(x.shape) for times, _, x in fused)
 
-    def _moved(self, computation: Computation, x: Instruction, kernels: Mapping[str, float]) -> float:
+    def moved(self, name: str, x: Instruction, kernels: Mapping[str, float] = MappingProxyType({})) -> float:
+        """Bytes that one run of an instruction of the computation `name` reads and writes."""
+        computation = self.computations[name]
         if x.op in UNMOVED or x.op.endswith(("-done", "-update")):
             return 0
         if x.op == "custom-call" and any(free in x.rest for free in ANNOTATIONS):

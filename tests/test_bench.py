@@ -13,7 +13,7 @@ import pytest
 
 from jaxlin.command_line import parse
 from jaxlin.config import UserError
-from jaxlin.kernels import bench, bench_ops, bench_process, bench_report, bench_row
+from jaxlin.kernels import bench, bench_compiled, bench_ops, bench_process, bench_report, bench_row, topology_gpu
 from jaxlin.kernels.bench import Bench
 
 ABOUT = dict(device="H100", copy_tbs=3.0, matmul_tflops=600.0, versions=dict(jax="0.11.2"))
@@ -173,3 +173,19 @@ def test_a_row_in_its_process(tmp_path):
     assert found is not None and not found["failed"], output
     assert found["forward"]["ms"] > 0 and found["both"]["bytes"] == 2 * found["forward"]["bytes"]
     assert set(found["errors"]) == {"o", "dq", "dk", "dv"} and max(found["errors"].values()) < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(topology_gpu.compiler() is None, reason="needs XLA's compiler for GPUs: pip install -e '.[gpu]'")
+def test_compiled_for_a_gpu_that_is_not_here(capsys):
+    """The mLSTM in parts: nothing of XLA's around its kernels moves more than reading o and its cotangent once."""
+    settings = bench_compiled.Settings(ops=("mlstm",), shapes=("1x32768x32x64",), around=1)
+    bench_compiled.main(settings)
+    _, forward, _, both, largest = capsys.readouterr().out.splitlines()
+    assert forward.split()[:4] == ["mlstm", "1x32768x32x64", "forward", "2"]
+    assert both.split()[2:4] == ["both", "4"]
+    size, _, name, *_ = largest.split()
+    assert float(size) < 1.1 * 2 * 32768 * 32 * 64 * 2 / 1e6
+    assert "transpose" not in name  # whose threads would each sum 64
+    with pytest.raises(UserError, match="--ops nothing: expected any of linear_attention"):
+        bench_compiled.main(bench_compiled.Settings(ops=("nothing",)))

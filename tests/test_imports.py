@@ -40,7 +40,16 @@ FOREIGN = {
     "tensorflow_datasets": {"data", "sources"},
     "orbax": {"checkpoint"},
 }
-SCRIPTS = {"bench", "bench_ops", "bench_process", "bench_report", "bench_row", "bench_torch", "compile_check"}
+SCRIPTS = {
+    "bench",
+    "bench_compiled",
+    "bench_ops",
+    "bench_process",
+    "bench_report",
+    "bench_row",
+    "bench_torch",
+    "compile_check",
+}
 FILES = [
     *ROOT.glob("*.py"), *(ROOT / "jaxlin").glob("*.py"), *(ROOT / "jaxlin/mixers").glob("*.py"),
     *(ROOT / "jaxlin/evaluation").glob("*.py"), *(ROOT / "jaxlin/study").glob("*.py"),
