@@ -50,7 +50,7 @@ def devices(topology: str) -> Any:
     """The devices of "h100:8" or "h100:2x8", to compile for. Raises ValueError where the compiler is not installed."""
     name, hosts, gpus = _parse(topology)
     if compiler() is None:
-        raise ValueError(f"{topology}: needs XLA's compiler for GPUs: pip install 'jaxlin[gpu]' (no GPU)")
+        raise ValueError(f"{topology}: needs XLA's compiler for GPUs: pip install 'jaxlin[gpu]', which needs no GPU")
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")  # else JAX looks for GPUs here
     board = GPUS[name]
