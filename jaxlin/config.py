@@ -255,7 +255,7 @@ class Stage3Config(StageConfig):
     """Mean over tokens (equation 6), or summed over a sequence and averaged over sequences (the authors' code)."""
     temperature: float = 1.0
     """Softmax temperature of both models in the KL term."""
-    chunk_tokens: int = 1024
+    chunk_tokens: int = 512
     """Tokens whose logits exist at one time, on each device."""
     loss_on: Literal["all", "assistant"] = "all"
     """Tokens of conversations to predict, in KL and cross-entropy: all, or what assistants wrote."""

@@ -103,7 +103,7 @@ def logit_sums(
     config: ModelConfig,
     *,
     temperature: float = 1.0,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 512,
 ) -> LogitSums:
     """Compare two models' next-token distributions from their final hidden states, a chunk of tokens at a time.
 
@@ -133,7 +133,7 @@ def distillation_loss(
     config: ModelConfig,
     *,
     temperature: float = 1.0,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 512,
 ) -> tuple[Array, LogitSums]:
     """weights.kl KL + weights.ce CE, with the sums of `logit_sums` as metrics, through which no gradient flows.
 
@@ -255,7 +255,7 @@ def _compare_logits(
             "soft_z_t": jnp.exp(soft_t),
             "cross": jnp.exp(soft_t) * (soft_t - soft_s),
         }
-    found = reductions.sums(terms, axes=(1,))
+    found = {name: jnp.sum(term, axis=-1) for name, term in terms.items()}
     log_z = {name: jnp.log(found[name]) for name in found if "z_" in name}
 
     slope: Any = 0

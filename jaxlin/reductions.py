@@ -1,6 +1,7 @@
-"""Several reductions in one pass over what they read. None can be differentiated.
+"""The largest entries of several arrays and where they are, in one pass over all. Not to be differentiated.
 
-Left to itself XLA for GPUs makes each a kernel of its own: of logits, each is a pass over gigabytes.
+XLA takes a maximum and its index apart, and each array's: of logits, each is a pass over gigabytes. (Sums it takes
+together, and in pieces; in one such reduction XLA for CPUs would add up a whole row in order, and lose two digits.)
 """
 
 from __future__ import annotations
@@ -9,17 +10,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-
-
-def sums(terms: dict[str, Array], axes: tuple[int, ...]) -> dict[str, Array]:
-    """The sum of each array, all of one shape, over `axes`."""
-    names, arrays = zip(*terms.items(), strict=True)
-    zeros = tuple(jnp.zeros((), a.dtype) for a in arrays)
-
-    def add(left, right):
-        return tuple(a + b for a, b in zip(left, right, strict=True))
-
-    return dict(zip(names, lax.reduce(arrays, zeros, add, axes), strict=True))
 
 
 class Largest(NamedTuple):
