@@ -237,7 +237,7 @@ def _compare_logits(
 
         KL = sum_v e^t (t - s) / Z_t - log Z_t + log Z_s
     """
-    student, *teacher = reductions.maxima(logits_s) if logits_t is None else reductions.maxima(logits_s, logits_t)
+    student, *teacher = reductions.maxima(*(logits for logits in (logits_s, logits_t) if logits is not None))
     # A comparison, not an index: the vocabulary may be split over devices.
     label = at.labels[:, None] == jnp.arange(logits_s.shape[-1])
 

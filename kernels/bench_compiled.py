@@ -13,12 +13,11 @@ import functools
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlin import command_line, config, ops
+from jaxlin import command_line, config, sharding
 from jaxlin.kernels import bench, bench_ops, topology_gpu
 from jaxlin.kernels.hlo_program import Program
 
@@ -71,12 +70,13 @@ def main(settings: Settings) -> None:
 
 def programs(op: str, shape: tuple[int, ...], device: Any) -> dict[str, str]:
     """The compiled programs' text."""
-    place = SingleDeviceSharding(device)
+    mesh = sharding.make_mesh(config.MeshConfig(), [device])  # which says what is compiled for
+    place = NamedSharding(mesh, PartitionSpec())
     arrays = jax.eval_shape(functools.partial(bench_ops.inputs, op, shape))
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arrays)
     run = bench_ops.function(op, "pallas")
     both = bench_ops.forward_and_backward(op, run)
-    with mock.patch.multiple(ops, platform=lambda: "gpu", compute_capability=lambda: "9.0"):
+    with jax.set_mesh(mesh):
         compiled = dict(
             forward=jax.jit(lambda args: run(**args)).lower(args), both=jax.jit(both).lower(args, args["v"])
         )

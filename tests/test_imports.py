@@ -41,15 +41,9 @@ FOREIGN = {
     "orbax": {"checkpoint"},
 }
 SCRIPTS = {
-    "bench",
-    "bench_compiled",
-    "bench_ops",
-    "bench_process",
-    "bench_report",
-    "bench_row",
-    "bench_torch",
+    "bench", "bench_compiled", "bench_ops", "bench_process", "bench_report", "bench_row", "bench_torch",
     "compile_check",
-}
+}  # fmt: skip
 FILES = [
     *ROOT.glob("*.py"), *(ROOT / "jaxlin").glob("*.py"), *(ROOT / "jaxlin/mixers").glob("*.py"),
     *(ROOT / "jaxlin/evaluation").glob("*.py"), *(ROOT / "jaxlin/study").glob("*.py"),
