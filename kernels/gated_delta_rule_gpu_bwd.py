@@ -1,6 +1,8 @@
-"""Family B backward on Hopper: one warpgroup walks the chunks of a (batch, value head, 64 values) in reverse.
+"""Family B backward on Hopper: a program walks the chunks of a (batch, value head, K of the values) in reverse.
 
-The adjoint system is solved, T itself is never differentiated; T - I and S come from the forward pass in bfloat16.
+It is K / 64 warpgroups, 1 or 2, as in family A: each has 64 of the values with their U, Y, dV and dS, and finishes dQ
+and dK for 64 of the keys, for which it reads the other's do, U, S and dS' in shared memory. The adjoint system is
+solved, T itself is never differentiated; T - I and S come from the forward pass in bfloat16.
 
     Z = V - enter K S ;  U = T (beta Z) ;  dU = P^T do + leave K dS' ;  Y = T^T dU
     dP = tril(do U^T) ;  dA = -stril(beta Y U^T) ;  dV = beta Y ;  dbeta_i = y_i.z_i - sum_j (y_i.u_j) A_ij
@@ -15,16 +17,16 @@ with ~ for "times the decays". For the gate each row i gets, in float32 and with
 dg_t = sum_(i >= t) (rows - columns)_i + sum_(i < t) writes_i + sum(channels). All is a sum over the programs that
 share a head.
 
-A chunk is seven links of products (nine at K = 128), those of a link in flight together; before, each of twenty was
-waited for alone.
+A chunk is six links of products, of which those of a link are in flight together: Q K^T and K dS'; K S and dU; U and Y;
+dP, dA, Q K^T again and K K^T (at K = 128 with a gate a link of its own: too many registers); what dQ and dK get through
+states; the rest of them, and dS.
 
-Budget at K = V = 64: dS, and of what a chunk makes up to three tiles and a product, 160 registers a thread. So nothing
-waits in registers for long: K S and Q K^T are found twice, E when U and Y are there, and keys of 128 are two tiles of
-64 of everything, dK and dQ of one half finished before the other is begun. (Whole, products did not fit beside dS and
-ptxas had each wait for the one before.) Shared memory: q, k, v, S of 8 KB in 2 stages (1 at
-K = 128); do and T - I, with which a chunk does not begin, in one, copied when the chunk before is done with it; dS, and
-two tiles, of x (then U) and P (then dU, then the rows that read S); Y and dP lie over T, dA over S, scaled do over do,
-and dq, dk, dv over q, k, v (104 KB); vectors (3 KB); 111 KB at either K: two programs an SM.
+Budget at K = V = 64: dS, and of what a chunk makes up to four tiles and the decays, 192 registers a thread, and another
+32 at K = 128. So little waits in registers for long: Q K^T and the decays are found twice, E when U and Y are there.
+Shared memory: q, k, v, S of 8 KB in 2 stages; do and T - I, with which a chunk does not begin, in one, copied when the
+chunk before is done with it; dS, and two tiles, of x (then U) and P (then dU, then the rows that read S); Y and dP lie
+over T, dA over S, scaled do over do, and dq, dk, dv over q, k, v (104 KB); vectors (5 KB): two programs an SM. At
+K = 128 S and v come late too, Y and dA lie where the next chunk's v will be: 216 KB and vectors, one program.
 """
 
 from __future__ import annotations
@@ -38,19 +40,28 @@ from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_delta_rule_gpu_intra import beta_of
-from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present, sources, stored
+from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
+    Form,
+    Inputs,
+    clean,
+    decays,
+    key_head,
+    present,
+    small_sources,
+    stored,
+)
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row
 from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, store_state
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
-STAGES = {64: 2, 128: 1}
-"""Chunks in flight, by key dimension."""
+STAGES = 2
+"""Chunks in flight."""
 BETA, ROWS, WRITES, COLUMNS, CHANNELS = range(5)
 """The vectors [C] that come out, all but the first only for gates; the last is of channels, [K]."""
 
 
 class Gradients(NamedTuple):
-    """dq, dk for each value head and block of values [B, T, HV * V/64, K]; dv [B, T, HV, V]; vectors
+    """dq, dk for each value head and program of it [B, T, HV * V/K, K]; dv [B, T, HV, V]; vectors
     [V/64, B, HV, N, C or 4 C + K]; of the initial S."""
 
     q: Array
@@ -61,33 +72,40 @@ class Gradients(NamedTuple):
 
 
 def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Array | None, gate: bool) -> Gradients:
-    """The gradients of `forward`, whose chunk states and T - I come in; ds None is zero; with `gate` those of b too."""
+    """The gradients of `forward`, whose chunk states and T - I come in; ds None is zero; with `gate` those of b too.
+
+    K divides V.
+    """
     batch, time, _, key_dim = x.q.shape
     heads, value_dim = x.v.shape[2:]
-    chunks, blocks = time // CHUNK, value_dim // BLOCK
+    chunks, team, programs = time // CHUNK, key_dim // CHUNK, value_dim // key_dim
     size = 4 * CHUNK + key_dim if gate else CHUNK
     flat = present(q=x.q, k=x.k, v=x.v, vectors=x.vectors, codes=x.codes, do=do, states=states, t=t, ds=ds)
     shape, f32 = jax.ShapeDtypeStruct, jnp.float32
     out = dict(
-        q=shape((batch, time, heads * blocks, key_dim), x.q.dtype),
-        k=shape((batch, time, heads * blocks, key_dim), x.k.dtype),
+        q=shape((batch, time, heads * programs, key_dim), x.q.dtype),
+        k=shape((batch, time, heads * programs, key_dim), x.k.dtype),
         v=shape(x.v.shape, x.v.dtype),
-        vectors=shape((blocks, batch, heads, chunks, size), f32),
+        vectors=shape((value_dim // BLOCK, batch, heads, chunks, size), f32),
         s=shape((batch, heads, key_dim, value_dim), f32),
     )
-    halves, stages = key_dim // CHUNK, STAGES[key_dim]
+    alone = team == 1
     scratch = dict(
-        **{f"{name}{c}": gpu.tile(stages, CHUNK, CHUNK) for name in ("q", "k", "states") for c in range(halves)},
-        **{f"d_state{c}": gpu.tile(1, CHUNK, BLOCK) for c in range(halves)},
-        v=gpu.tile(stages, CHUNK, BLOCK),
-        **{name: gpu.tile(1, CHUNK, BLOCK) for name in ("do", "t", "u", "p")},
-        vectors=gpu.vector(stages, form.vectors, CHUNK),
-        made=gpu.vector(1, size),
-        barrier=gpu.barrier(2 + 3 * halves + form.segments, min(stages, chunks)),
-        late=gpu.barrier(2, 1),
+        **{name: gpu.tile(team, STAGES, CHUNK, CHUNK) for name in ("q", "k", "v")},
+        states=gpu.tile(team, team, STAGES if alone else 1, CHUNK, BLOCK),
+        d_state=gpu.tile(team, team, CHUNK, BLOCK),
+        **{name: gpu.tile(team, CHUNK, BLOCK) for name in ("do", "u", "p")},
+        t=gpu.tile(1, CHUNK, CHUNK),
+        vectors=gpu.vector(STAGES, form.vectors, CHUNK),
+        made=gpu.vector(team, size),
+        barrier=gpu.barrier((4 if alone else 2 * team) + 1 + form.segments, min(STAGES, chunks)),
+        late=gpu.barrier(2 if alone else 1 + 2 * team + team * team, 1),
+        meeting=gpu.barrier(team, 1),
     )
+    if gate:
+        scratch |= dict(sums=gpu.vector(team, gpu.SUMS))
     if form.segments:
-        scratch |= dict(codes=gpu.vector(stages, CHUNK, dtype=jnp.int32))
+        scratch |= dict(codes=gpu.vector(STAGES, CHUNK, dtype=jnp.int32))
 
     def gated_delta_rule_bwd(index, inputs, outputs, buffers):
         given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
@@ -98,134 +116,169 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
             gated_delta_rule_bwd,
             list(flat.values()),
             list(out.values()),
-            (batch, heads, blocks),
+            (batch, heads, programs),
             list(scratch.values()),
             barriers=False,
+            warpgroups=team,
         )
     )
 
 
 def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
-    b, h, w = index
-    block, blocks, key_dim = gpu.block(w), given["v"].shape[3] // BLOCK, given["q"].shape[3]
-    halves = range(key_dim // CHUNK)
-    ds = load_state(given, "ds", index, key_dim)
+    b, h, program, me = index
+    team, programs = range(buffer["q"].shape[0]), made["q"].shape[2] // made["v"].shape[2]
+    w, row = program * len(team) + me, h * programs + program
+    values, keys, first, alone = gpu.block(w), key_rows(me), me == 0, len(team) == 1
+    share = 1.0 if alone else jnp.where(first, 1.0, 0.0)  # of what both warpgroups find
 
-    def fetch_late(n):
-        """Start to copy what a chunk does not begin with: one tile each, free when the chunk before is done."""
-        parts = [(given["do"].at[b, gpu.chunk_rows(n), h, block], buffer["do"].at[0])]
-        gpu.fetch([*parts, (given["t"].at[b, h, n], buffer["t"].at[0])], buffer["late"])
+    def meet():
+        if not alone:
+            gpu.commit()
+            gpu.meet(buffer["meeting"])
+
+    def fetch_late(n, slot):
+        """Start to copy what there is room for once the chunk before is done; of two warpgroups' also S and v."""
+        part = gpu.chunk_rows(n)
+        gpu.fetch([(given["do"].at[b, part, h, values], buffer["do"].at[me])], buffer["late"])
+        gpu.where(first, lambda: gpu.fetch([(given["t"].at[b, h, n], buffer["t"].at[0])], buffer["late"]))
+        if not alone:
+            source = given["states"].at[b, h, n]
+            gpu.fetch([(source.at[key_rows(c), values], buffer["states"].at[c, me, 0]) for c in team], buffer["late"])
+            gpu.fetch([(given["v"].at[b, part, h, values], buffer["v"].at[me, slot])], buffer["late"])
 
     def chunk(n, slot, refill, ds):
         here = gpu.unknown_zero(anew=True)
-        slot += here  # which one stage alone would leave constant
-        q, k, state = ([buffer[f"{name}{c}"].at[slot] for c in halves] for name in ("q", "k", "states"))
-        v, do, t = buffer["v"].at[slot], buffer["do"].at[here], buffer["t"].at[here]
-        d_state = [buffer[f"d_state{c}"].at[here] for c in halves]
+        slot += here
+        q, k = ([buffer[name].at[c, slot] for c in team] for name in ("q", "k"))
+        own_q, own_k, v = (buffer[name].at[me, slot] for name in ("q", "k", "v"))
+        do, u = ([buffer[name].at[w + here] for w in team] for name in ("do", "u"))
+        own_do, own_u, own_p = (buffer[name].at[me + here] for name in ("do", "u", "p"))
+        t = buffer["t"].at[here]
 
-        def made_vector(row):
-            return buffer["made"].at[here, pl.ds(row * CHUNK, CHUNK)]
+        def state(c, w):
+            return buffer["states"].at[c, w, slot if alone else here]
+
+        def d_state(c, w):
+            return buffer["d_state"].at[c, w + here]
+
+        def made_vector(row, at=0):
+            return buffer["made"].at[me + here, pl.ds((row + at) * CHUNK, CHUNK)]
 
         d = decays(form, buffer, slot)
         beta = beta_of(form, buffer, slot)
         if form.segments:
-            clean(d.valid, *q, *k, v)
-        for c in halves:
-            d_state[c][...] = ds[c].astype(jnp.bfloat16)
+            clean(d.valid, own_q, own_k)
+            meet()
+        for c in team:
+            d_state(c, me)[...] = ds[c].astype(jnp.bfloat16)
         gpu.commit()
-        k_state = Sum([Product(k[c], state[c]) for c in halves])
-        q_k, k_k = (Sum([Product(x[c], k[c], tb=True) for c in halves]) for x in (q, k))
+        k_state = Sum([Product(k[c], state(c, me)) for c in team])
+        k_d_state = Sum([Product(k[c], d_state(c, me)) for c in team])
+        q_k, k_k = (Sum([Product(x[c], k[c], tb=True) for c in team]) for x in (q, k))
 
-        def z(read):
-            return gpu.load(v) - by_row(d.enter, read)
+        def weights():  # decays are read again each time: kept, they would be spilled
+            return decays(form, buffer, slot).pair(jnp.float32(1))[0]
 
-        # U, dU, Y; a tile has one thing after the other
-        read, p, du = dots(k_state, q_k, Sum([Product(k[c], d_state[c]) for c in halves]))
-        x_tile = u_tile = buffer["u"].at[here]
-        p_tile = du_tile = read_tile = buffer["p"].at[here]
-        x = by_row(beta, z(read))
-        x_tile[...], p_tile[...] = (tile.astype(jnp.bfloat16) for tile in (x, *d.pair(p)))
-        gpu.commit()
+        # U, Y of the own values; a tile has one thing after the other
+        p, du, weight = dots(q_k, k_d_state, meanwhile=weights)
+        own_p[...] = (weight * p).astype(jnp.bfloat16)
         gpu.arrived(buffer["late"])
         if form.segments:
-            clean(d.valid, do)
-        u, du = dots(Sum([Product(t, x_tile)], x), Sum([Product(p_tile, do, ta=True)], by_row(d.leave, du)), last=True)
-        u_tile[...], du_tile[...] = (tile.astype(jnp.bfloat16) for tile in (u, du))
+            clean(d.valid, v, own_do)
+        gpu.commit()
+        to_du = Sum([Product(own_p, own_do, ta=True)], by_row(d.leave, du))
+        read, du = dots(k_state, to_du, last=True)
+        z = gpu.load(v) - by_row(d.enter, read)
+        x = by_row(beta, z)
+        own_u[...], own_p[...] = (tile.astype(jnp.bfloat16) for tile in (x, du))
         gpu.commit()
         gpu.wait_out(0)
         refill()
-        y, dp, read = dots(
-            Sum([Product(t, du_tile, ta=True)], du), Sum([Product(do, u_tile, tb=True)]), k_state, last=True
-        )
-        d_beta = jnp.sum(y * z(read), 1)
-        dv = by_row(beta, y)
-        y_tile = dp_tile = t
-        y_tile[...], read_tile[...] = (tile.astype(jnp.bfloat16) for tile in (y, by_row(-d.enter, dv)))
-        v[...], do[...] = stored(d, dv), by_row(d.enter_scaled, gpu.load(do)).astype(jnp.bfloat16)
+        u_, y = dots(Sum([Product(t, own_u)], x), Sum([Product(t, own_p, ta=True)], du), last=True)
+        y_tiles = [t] if alone else [buffer["v"].at[w, 1 - slot] for w in team]
+        own_y = t if alone else buffer["v"].at[me, 1 - slot]
+        dv, d_beta = by_row(beta, y), jnp.sum(y * z, 1)
+        own_u[...], own_y[...], own_p[...] = (tile.astype(jnp.bfloat16) for tile in (u_, y, by_row(-d.enter, dv)))
+        v[...] = stored(d, dv)
         gpu.commit()
+        meet()
 
         # -dA is beta times what is here called dl; both are times the decays and scale
         i, j = gpu.indices()
-        e = 0.0
-        dl, *q_k = dots(Sum([Product(y_tile, u_tile, tb=True)]), *([q_k] if gate else []), last=True)
-        dp, dl = decays(form, buffer, slot).pair(dp, dl)  # read again: kept, they would be spilled
-        dl = jnp.where(i > j, dl, 0.0)
-        dp_tile[...] = dp.astype(jnp.bfloat16)
+        to_dp = Sum([Product(do[w], u[w], tb=True) for w in team])
+        to_dl = Sum([Product(y_tiles[w], u[w], tb=True) for w in team])
+        more = [*([q_k] if gate else []), *([k_k] if alone or not gate else [])]  # as far as there are registers
+        dp, dl, *more, weight = dots(to_dp, to_dl, *more, meanwhile=weights, last=True)
+        dp, dl = weight * dp, jnp.where(i > j, weight * dl, 0.0)
+        dp_tile, da_tile = t, state(0, 0) if alone else y_tiles[0]
+
+        def put_dp():
+            dp_tile[...] = dp.astype(jnp.bfloat16)
+
+        def put_da():
+            da_tile[...] = da
+
+        gpu.where(first, put_dp)
         if gate:
-            e = jnp.where(i > j, dp * q_k[0], 0.0)
-        (a,) = dots(k_k)
+            e = jnp.where(i > j, dp * more.pop(0), 0.0)
+        (a,) = more or dots(k_k)
         dl_a = dl * a
-        made_vector(BETA)[...] = d_beta - jnp.sum(dl_a, 1) * (1 / form.scale)
+        made_vector(BETA)[...] = d_beta - jnp.sum(dl_a, 1) * (share / form.scale)
         if gate:
             e -= by_row(beta * (1 / form.scale), dl_a)
-            made_vector(COLUMNS)[...] = jnp.sum(e, 0)
-            by_rows, writes = jnp.sum(e, 1), 0.0
+            e = e if alone else share * e
+            made_vector(COLUMNS)[...] = gpu.column_sums(e, buffer["sums"].at[me])
+            by_rows = jnp.sum(e, 1)
         da = by_row(beta * (-1 / form.scale), dl).astype(jnp.bfloat16)
-        da_tile = state[0]
+        meet()  # nobody needs Y, nor do as it came
+        own_do[...] = by_row(d.enter_scaled, gpu.load(own_do)).astype(jnp.bfloat16)
+        if not alone:
+            gpu.where(first, put_da)
+        gpu.commit()
+        meet()
 
-        # rows written to the next state, then rows reading this one, one half of the keys after the other
-        new = []
-        for c in halves:
-            written, reading = Product(u_tile, d_state[c], tb=True), Product(read_tile, state[c], tb=True)
-            dk, dk_read, dq = dots(Sum([written]), Sum([reading]), Sum([Product(do, state[c], tb=True)]), last=c == 0)
-            dk = by_row(d.leave, dk)
-            if gate:
-                writes += jnp.sum(gpu.load(k[c]) * dk, 1)
-                by_rows += jnp.sum(gpu.load(k[c]) * dk_read, 1) + jnp.sum(gpu.load(q[c]) * dq, 1)
-                made_vector(CHANNELS + c)[...] = d.keep * jnp.sum(gpu.load(state[c]) * ds[c], 1)
-            dk += dk_read
-            if c == 0:
-                gpu.put(da_tile, da)
-            d_keys = [Product(da_tile, k[c]), Product(dp_tile, q[c], ta=True), Product(da_tile, k[c], ta=True)]
-            through = [Product(q[c], do, ta=True), Product(k[c], read_tile, ta=True)]
-            dk, dq, d_start = dots(
-                Sum(d_keys, dk), Sum([Product(dp_tile, k[c])], dq), Sum(through, d.keep * ds[c]), last=True
-            )
-            new.append(d_start)
-            q[c][...], k[c][...] = stored(d, dq), stored(d, dk)
-
-        @pl.when(n > 0)
-        def _():
-            fetch_late(n - 1)
-
+        # of the own keys: rows written to the next state, rows reading this one
+        written = Sum([Product(u[w], d_state(me, w), tb=True) for w in team])
+        reading = Sum([Product(buffer["p"].at[w + here], state(me, w), tb=True) for w in team])
+        read_do = Sum([Product(do[w], state(me, w), tb=True) for w in team])
+        dk, dk_read, dq = dots(written, reading, read_do, last=alone)
+        dk = by_row(d.leave, dk)
         if gate:
+            made_vector(WRITES)[...] = jnp.sum(gpu.load(own_k) * dk, 1)
+            by_rows += jnp.sum(gpu.load(own_k) * dk_read, 1) + jnp.sum(gpu.load(own_q) * dq, 1)
             made_vector(ROWS)[...] = by_rows
-            made_vector(WRITES)[...] = writes
+            for c in team:
+                made_vector(CHANNELS, c)[...] = d.keep * jnp.sum(gpu.load(state(c, me)) * ds[c], 1)
+        dk += dk_read
+        if alone:
+            put_da()
+        gpu.commit()
+        d_keys = [Product(da_tile, own_k), Product(dp_tile, own_q, ta=True), Product(da_tile, own_k, ta=True)]
+        through = [[Product(q[c], own_do, ta=True), Product(k[c], own_p, ta=True)] for c in team]
+        dk, dq, *new = dots(
+            Sum(d_keys, dk),
+            Sum([Product(dp_tile, own_k)], dq),
+            *(Sum(through[c], d.keep * ds[c]) for c in team),
+            last=True,
+        )
+        meet()  # nobody reads this chunk any more
+        own_q[...], own_k[...] = stored(d, dq), stored(d, dk)
+        pl.when(n > 0)(lambda: fetch_late(n - 1, 1 - slot))
         part = gpu.chunk_rows(n)
-        copies = [
-            (tile[c], made[x].at[b, part, h * blocks + w, key_rows(c)])
-            for tile, x in ((q, "q"), (k, "k"))
-            for c in halves
-        ]
-        copies += [(v, made["v"].at[b, part, h, block]), (buffer["made"].at[here], made["vectors"].at[w, b, h, n])]
+        copies = [(x, made[name].at[b, part, row, keys]) for x, name in ((own_q, "q"), (own_k, "k"))]
+        copies += [(v, made["v"].at[b, part, h, values]), (buffer["made"].at[me], made["vectors"].at[w, b, h, n])]
         gpu.copy_out(*copies)
         return tuple(new)
 
-    extra = []
-    for c in halves:
-        extra.append((lambda n, c=c: given["states"].at[b, h, n, key_rows(c), block], buffer[f"states{c}"]))
-    parts = sources(given, buffer, index, tuple(extra))
-    fetch_late(jnp.int32(chunks - 1))
-    ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES[key_dim], reverse=True)
-    store_state(made["s"], ds, index)
+    head = key_head(given, h)
+    parts = [(lambda n, x=given[x]: x.at[b, gpu.chunk_rows(n), head, keys], buffer[x].at[me]) for x in ("q", "k")]
+    shared = small_sources(given, buffer, b, h)
+    if alone:
+        parts.append((lambda n: given["v"].at[b, gpu.chunk_rows(n), h, values], buffer["v"].at[0]))
+        shared.append((lambda n: given["states"].at[b, h, n, :, values], buffer["states"].at[0, 0]))
+    parts += [(*source, first) for source in shared]
+    fetch_late(jnp.int32(chunks - 1), 0)
+    ds = load_state(given, "ds", (b, h, w), made["q"].shape[3])
+    ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES, reverse=True)
+    store_state(made["s"], ds, (b, h, w))
     gpu.wait_out(0, read=False)

@@ -30,10 +30,11 @@ from jax import Array
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import tile_gpu_channel as channel
-from jaxlin.kernels.gated_delta_rule_gpu_intra import beta_of, unit_lower_inverse
+from jaxlin.kernels.gated_delta_rule_gpu_intra import Lower, beta_of, unit_lower_inverses
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
 from jaxlin.kernels.mosaic_gpu import CHUNK, by_row, columns, dot
 from jaxlin.kernels.tile_gpu_keys import key_rows, over
+from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 
 class Chunks(NamedTuple):
@@ -60,6 +61,8 @@ def intra(form: Form, x: Inputs, g: Array) -> Chunks:
     out = Chunks(*[keys] * 5, *[pairs] * 3, shape((batch, heads, chunks, key_dim), jnp.float32))
     scratch = channel.keys_and_gates(halves)
     scratch |= {name: gpu.tile(CHUNK, CHUNK) for name in ("lower", "rest", "p", *(f"free{c}" for c in range(halves)))}
+    if halves == 1:  # room for T' beside T, in two programs an SM
+        scratch |= {f"{name}_values": gpu.tile(CHUNK, CHUNK) for name in ("lower", "rest", "blocks")}
     scratch |= dict(vectors=gpu.vector(1, form.vectors, CHUNK), keep=gpu.vector(key_dim))
     if form.segments:
         scratch |= dict(codes=gpu.vector(1, CHUNK, dtype=jnp.int32))
@@ -77,7 +80,8 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
     b, h, n = index
     halves, free = range(count), [buffer[f"free{c}"] for c in range(count)]
     q, k, gates = channel.unpack(buffer, count)
-    p_tile, lower, rest = (buffer[name] for name in ("p", "lower", "rest"))
+    together = "lower_values" in buffer
+    p_tile, lower, lower_values = (buffer[name] for name in ("p", "lower", "lower_values" if together else "lower"))
     gpu.fetch(channel.sources(given, buffer, index, count), buffer["barrier"])
     gpu.arrived(buffer["barrier"])
     d, beta = decays(form, buffer, jnp.int32(0)), beta_of(form, buffer, jnp.int32(0))
@@ -86,12 +90,12 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
         clean(d.valid, *q, *k)
 
     def level(s, carry):
-        p = a = None
+        reading = []
         for c in halves:
             e = channel.level(gates[c].b, s)
-            gpu.put(free[0], gpu.load(k[c]) * e)
-            a = dot(free[0], free[0], a, tb=True)
-            p = dot((gpu.load(q[c]) * e).astype(jnp.bfloat16), free[0], p, tb=True)
+            gpu.put(free[c], gpu.load(k[c]) * e)
+            reading.append((gpu.load(q[c]) * e).astype(jnp.bfloat16))
+        p, a = dots(*(Sum([Product(x[c], free[c], tb=True) for c in halves]) for x in (reading, free)))
         corners = channel.corners(s)
         return jnp.where(corners, p, carry[0]), jnp.where(corners, a, carry[1])
 
@@ -100,14 +104,24 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
     (p,), (a,) = d.pair(p), d.keys(a)
     gpu.put(p_tile, p)
 
-    gpu.put(lower, unit_lower_inverse(by_row(-beta, a), lower, rest, free[0]))
-    gpu.copy_out((lower, made.t.at[b, h, n]))
-    gpu.wait_out(0)
-    columns_beta = columns(gpu.load_columns(buffer["vectors"].at[0, form.vectors - 1]))
-    gpu.put(lower, unit_lower_inverse(-columns_beta * a, lower, rest, free[0]))
+    def minus_values():
+        return -columns(gpu.load_columns(buffer["vectors"].at[0, form.vectors - 1])) * a
+
+    t = Lower(by_row(-beta, a), lower, buffer["rest"], free[0])
+    if together:
+        tiles = (buffer[f"{name}_values"] for name in ("lower", "rest", "blocks"))
+        t, t_values = unit_lower_inverses(t, Lower(minus_values(), *tiles))
+        gpu.put(lower_values, t_values)
+        gpu.put(lower, t)
+        gpu.copy_out((lower, made.t.at[b, h, n]))
+    else:
+        gpu.put(lower, *unit_lower_inverses(t))
+        gpu.copy_out((lower, made.t.at[b, h, n]))
+        gpu.wait_out(0)
+        gpu.put(lower, *unit_lower_inverses(t._replace(minus=minus_values())))
 
     part = gpu.chunk_rows(n)
-    copies = [(p_tile, made.p.at[b, h, n]), (lower, made.t_values.at[b, h, n])]
+    copies = [(p_tile, made.p.at[b, h, n]), (lower_values, made.t_values.at[b, h, n])]
     for c in halves:
         enter, leave = channel.enter(gates[c].b), by_row(d.leave, channel.leave(gates[c].b))
         reading = by_row(d.enter_scaled, enter) * gpu.load(q[c])

@@ -31,8 +31,9 @@ from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_delta_rule_gpu_channel_intra import Chunks
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import VALID, clean, present
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row
 from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, store_state
+from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 STAGES = 1
 ADJOINT_STAGES = 1
@@ -70,51 +71,51 @@ def gated_delta_rule_channel_walk(tiles: dict, beta: Array, keep: list, state: t
     """S' and the tiles that hold o and R, from the tiles of a chunk; `save(c, tile)` is called with those of S."""
     k, v, t, halves = tiles["k"], tiles["v"], tiles["t_values"], range(len(state))
     reads = "q" in tiles
-    minus_z = -gpu.load(v)
+    minus_z, o = -gpu.load(v), None
     for c in halves:
         tile = v if c == 0 else k[0]
         gpu.put(tile, state[c])
         save(c, tile)
-        minus_z = dot(k[c], tile, minus_z)
+        of_q = [Sum([Product(tiles[name][c], tile) for name in ("q", "q_rest")], o)] if reads else []
+        minus_z, *found = dots(Sum([Product(k[c], tile)], minus_z), *of_q)
+        o = found[0] if reads else None
     u, rest = k[-1], tiles["q_rest"][0] if reads else t
     z = -minus_z
     gpu.put(u, z)
-    r, o = dot(t, u, z), None
+    (r,) = dots(Sum([Product(t, u)], z))
     if reads:
         t[...] = r.astype(t.dtype)
-        for c in halves:
-            tile = v if c == 0 else k[0]
-            o = dot(tiles["q_rest"][c], tile, dot(tiles["q"][c], tile, o))
     channel.put_pieces(by_row(beta, r), u, rest)
-    if reads:
-        o = dot(tiles["p"], rest, dot(tiles["p"], u, o))
-        tiles["p"][...] = o.astype(v.dtype)
     new = []
     for c in halves:
-        s = by_row(keep[c], state[c])
-        for x, y in ((tiles["w"][c], u), (tiles["w"][c], rest), (tiles["w_rest"][c], u)):
-            s = dot(x, y, s, ta=True)
-        new.append(s)
-    return tuple(new), dict(o=tiles["p"], r=t) if reads else {}
+        pieces = ((tiles["w"][c], u), (tiles["w"][c], rest), (tiles["w_rest"][c], u))
+        new.append(Sum([Product(x, y, ta=True) for x, y in pieces], by_row(keep[c], state[c])))
+    if not reads:
+        return tuple(dots(*new)), {}
+    o, *new = dots(Sum([Product(tiles["p"], piece) for piece in (u, rest)], o), *new)
+    tiles["p"][...] = o.astype(v.dtype)
+    return tuple(new), dict(o=tiles["p"], r=t)
 
 
 def gated_delta_rule_channel_adjoint(tiles: dict, beta: Array, keep: list, state: tuple, save) -> tuple[tuple, dict]:
     """dS and the tiles that hold dV and Y, from the tiles of a chunk; `save(c, tile)` is called with those of dS'."""
     q, k, w, do, p, t = (tiles[name] for name in ("q", "k", "w", "do", "p", "t"))
     halves = range(len(state))
-    du = dot(p, do, ta=True)
+    du = Sum([Product(p, do, ta=True)])
     for c in halves:
-        tile = p if c == 0 else w[0]
+        tile = tiles["state"] if c == 0 else w[0]
         gpu.put(tile, state[c])
         save(c, tile)
-        du = dot(tiles["w_rest"][c], tile, dot(w[c], tile, du))
+        (total,) = dots(Sum([*du.products, Product(w[c], tile), Product(tiles["w_rest"][c], tile)], du.start))
+        du = Sum([], total)
     dv = w[-1]
-    gpu.put(dv, du)
-    y = dot(t, dv, du, ta=True)
+    gpu.put(dv, total)
+    through = (Sum([Product(q[c], do, ta=True)], by_row(keep[c], state[c])) for c in halves)
+    y, *through = dots(Sum([Product(t, dv, ta=True)], total), *through)
     t[...] = y.astype(t.dtype)
     gpu.put(dv, by_row(beta, y))
-    through = [-dot(k[c], dv, -by_row(keep[c], state[c]), ta=True) for c in halves]
-    return tuple(dot(q[c], do, through[c], ta=True) for c in halves), dict(dv=dv, y=t)
+    minus = dots(*(Sum([Product(k[c], dv, ta=True)], -through[c]) for c in halves))
+    return tuple(-x for x in minus), dict(dv=dv, y=t)
 
 
 def _walk(body, given: dict, like: Array, made: tuple[str, ...], stages: int, reverse: bool) -> dict:
@@ -133,6 +134,8 @@ def _walk(body, given: dict, like: Array, made: tuple[str, ...], stages: int, re
     if "codes" in given:
         scratch |= dict(codes=gpu.vector(stages, CHUNK, dtype=jnp.int32))
     scratch |= dict(barrier=gpu.barrier(len(scratch), stages))
+    if reverse:
+        scratch |= dict(state=gpu.tile(CHUNK, BLOCK))
 
     def program(index, inputs, outputs, buffers):
         x, y = dict(zip(given, inputs, strict=True)), dict(zip(out, outputs, strict=True))
@@ -152,6 +155,7 @@ def _program(body, index, given, made, buffer, chunks, stages, reverse) -> None:
     def chunk(n, slot, refill, state):
         tiles = {name: [buffer[f"{name}{c}"].at[slot] for c in halves] for name in KEYS if name in given}
         tiles |= {name: buffer[name].at[slot] for name in PAIRS + VALUES if name in given}
+        tiles |= {name: buffer[name] for name in ("state",) if name in buffer}
         gpu.wait_out(0)
         refill()
         if "codes" in buffer:

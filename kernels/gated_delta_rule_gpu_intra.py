@@ -20,6 +20,8 @@ again for the rest of L; L (then what is written) and X as operands (16 KB): 25 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -62,7 +64,7 @@ def intra(form: Form, x: Inputs) -> Array:
         if form.segments:
             clean(d.valid, *k)
         (a,) = d.keys(*dots(Sum([Product(k[c], k[c], tb=True) for c in halves]), last=True))
-        gpu.put(lower, unit_lower_inverse(by_row(-beta, a), lower, k[0], buffer["blocks"]))
+        gpu.put(lower, *unit_lower_inverses(Lower(by_row(-beta, a), lower, k[0], buffer["blocks"])))
         gpu.copy_out((lower, outputs[0].at[b, h, n]))
         gpu.wait_out(0, read=False)
 
@@ -76,11 +78,17 @@ def beta_of(form: Form, buffer: dict, slot: Array) -> Array:
     return gpu.load_rows(buffer["vectors"].at[slot, form.vectors - 1])
 
 
-def unit_lower_inverse(minus_lower: Array, lower: gpu.Ref, rest: gpu.Ref, blocks: gpu.Ref) -> Array:
-    """(I + L)^-1 - I of -L, a strictly lower triangular tile in registers; three tiles of shared memory are used up.
+class Lower(NamedTuple):
+    """-L, a strictly lower triangular tile in registers, and three tiles of shared memory to use up."""
 
-    -L lies in `lower` and what bfloat16 leaves of it in `rest`; X, block by block, in `blocks`.
-    """
+    minus: Array
+    rounded: gpu.Ref  # -L
+    rest: gpu.Ref  # what bfloat16 leaves of it
+    blocks: gpu.Ref  # X, block by block
+
+
+def unit_lower_inverses(*given: Lower) -> list[Array]:
+    """(I + L)^-1 - I of each; their products are in flight together."""
     i, j = gpu.indices()
     apart = lax.bitwise_xor(i, j)  # in [s, 2s) where i and j lie in the two halves of a block of 2s rows
     apart_by_8 = lax.bitwise_xor(lax.shift_right_logical(i, jnp.int32(3)), lax.shift_right_logical(j, jnp.int32(3)))
@@ -89,18 +97,24 @@ def unit_lower_inverse(minus_lower: Array, lower: gpu.Ref, rest: gpu.Ref, blocks
         apart_by, size = (apart, size) if size < 8 else (apart_by_8, size // 8)  # the same in eight columns: cheaper
         return lax.bitwise_xor(apart_by, jnp.int32(size)) < size
 
-    x = jnp.where(i == j, 1.0, jnp.where(apart == 1, minus_lower, 0.0))
-    rounded = minus_lower.astype(jnp.bfloat16)
-    lower[...] = rounded
-    rest[...] = (minus_lower - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
+    found = []
+    for x in given:
+        found.append(jnp.where(i == j, 1.0, jnp.where(apart == 1, x.minus, 0.0)))
+        rounded = x.minus.astype(jnp.bfloat16)
+        x.rounded[...] = rounded
+        x.rest[...] = (x.minus - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
     size = 2
     while size < CHUNK:
-        x_rounded = x.astype(jnp.bfloat16)
-        blocks[...] = x_rounded
+        rounded = [x.astype(jnp.bfloat16) for x in found]
+        for x, tile in zip(given, rounded, strict=True):
+            x.blocks[...] = tile
         gpu.commit()
-        products = [Product(x_rounded, lower), Product(x_rounded, rest)]
-        (corners,) = dots(Sum(products[: 1 + (size >= EXACT)]))
-        corners = jnp.where(halves(size), corners, 0.0)
-        (x,) = dots(Sum([Product(corners.astype(jnp.bfloat16), blocks)], x), last=True)
+        products = [
+            [Product(tile, x.rounded), Product(tile, x.rest)][: 1 + (size >= EXACT)]
+            for x, tile in zip(given, rounded, strict=True)
+        ]
+        corners = [jnp.where(halves(size), x, 0.0).astype(jnp.bfloat16) for x in dots(*map(Sum, products))]
+        joined = zip(corners, given, found, strict=True)
+        found = dots(*(Sum([Product(corner, x.blocks)], start) for corner, x, start in joined), last=True)
         size *= 2
-    return jnp.where(i == j, 0.0, x)
+    return [jnp.where(i == j, 0.0, x) for x in found]

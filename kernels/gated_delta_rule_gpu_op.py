@@ -52,10 +52,11 @@ def pallas(
     if g is not None and g.ndim == 4:
         return delta_rule_by_channel(scale, q, k, v, beta, g, initial_state, segment_ids)
     time, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
-    q, k, v = (fill(x, (0, -time % CHUNK, 0, -x.shape[3] % 64)) for x in (q, k, v))
+    tile = 64 if key_dim <= 64 else 128  # of values: the backward pass wants whole programs of them
+    q, k, v = (fill(x, (0, -time % CHUNK, 0, -x.shape[3] % size)) for x, size in ((q, 64), (k, 64), (v, tile)))
     s0 = None
     if initial_state is not None:
-        s0 = fill(initial_state.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % 64))
+        s0 = fill(initial_state.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % tile))
     beta, g = (None if x is None else by_chunk(x, segment_ids) for x in (beta, g))
     codes = None if segment_ids is None else segment_codes(segment_ids)
     form = Form(scale, g is not None, codes is not None, beta=True)

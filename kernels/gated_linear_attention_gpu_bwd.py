@@ -1,4 +1,8 @@
-"""Family A backward on Hopper: one warpgroup walks the chunks of a (batch, value head, 64 values) in reverse.
+"""Family A backward on Hopper: a program walks the chunks of a (batch, value head, K of the values) in reverse.
+
+It is K / 64 warpgroups, 1 or 2. Each has 64 of the values, and all keys of their dS in registers; dV is its own, and
+dQ and dK, which are sums over values, it finishes for 64 of the keys, reading the other's v, do, S and dS' in shared
+memory. So q and k are read once and dq and dk are written once, however large a head is.
 
 With r = 1 / (what n was divided by), dn = r do, dl the cotangent of l, P and the decays as in the forward pass:
 
@@ -7,8 +11,8 @@ With r = 1 / (what n was divided by), dn = r do, dl the cotangent of l, P and th
     dV = P^T dn + leave K dS' ;  dQ = scale enter (dn S^T + dl z^T) + A~ K ;  dK = leave (V dS'^T + dz') + A~^T Q
     dS = keep dS' + scale (enter Q)^T dn ;  dz likewise with dl
 
-so neither o nor n is read. Where V is split between programs all is a sum over them, dl too, each program's share of
-which then comes in. For the gates each row i gets, in float32,
+so neither o nor n is read. Where V has several blocks all is a sum over them, dl too, each block's share of which then
+comes in. For the gates each row i gets, in float32,
 
     rows_i = sum_j E_ij + reads_i     (strictly lower part of E; reads = q.dQ and writes = k.dK of the state)
     columns_j = sum_i E_ij ;  own_j = E_jj + writes_j
@@ -20,10 +24,10 @@ and each channel k keep ((S dS'^T)_kk + z_k dz'_k), from which the caller takes 
 (All writes less those of i >= t would be the same, but where gates are strong nothing would be left of it.)
 
 Budget at K = V = 64: dS, P (or E), A and one product are alive at once, 128 registers a thread and pieces of tiles, in
-the 255 there are. Keys of 128 are two tiles of 64 of everything, and what is a sum over values, dK and dQ, is finished
-for one half before the other is begun: whole, dS, dK and dQ alone would be 192 registers. Shared memory: q, k, v, do, S
-of 8 KB in 2 stages, with dq, dk, dv written over q, k, v (80 KB); P, A~ and dS as operands (24 KB); vectors (4 KB),
-with dz among them, sums over warps (6 KB): two programs an SM.
+the 255 there are; at K = 128 another 32. Shared memory: q, k, v, do, S of 8 KB in 2 stages, with dq, dk, dv written
+over q, k, v (80 KB); P, A~ and dS as operands (24 KB); vectors (6 KB); sums over warps where P was: two programs an SM.
+At K = 128 there are 128 KB of the first four, S in one stage, copied when the chunk before is done, and the operands
+(88 KB) and vectors (11 KB): one program of two warpgroups.
 """
 
 from __future__ import annotations
@@ -43,8 +47,9 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     clean,
     decays,
     denominator_of,
+    key_head,
     present,
-    sources,
+    small_sources,
     stored,
 )
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, columns, dot, rows
@@ -64,7 +69,7 @@ class Cotangents(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """dq, dk for each value head and block of values [B, T, HV * V/64, K]; dv [B, T, HV, V]; of gates
+    """dq, dk for each value head and program of it [B, T, HV * V/K, K]; dv [B, T, HV, V]; of gates
     [V/64, B, HV, N, 4 C + 2 K] (None if not asked for; the last K only with a denominator); of the initial S and z."""
 
     q: Array
@@ -84,188 +89,217 @@ def backward(
     gate: bool,
     dl: Array | None = None,
 ) -> Gradients:
-    """The gradients of `forward`, whose l and chunk states come in; with `gate` those of b and c too.
+    """The gradients of `forward`, whose l and chunk states come in; with `gate` those of b and c too. K divides V.
 
     dl [B, HV * V/64, N, C], each block's share of the cotangent of l, is needed with a denominator and more than one.
     """
     batch, time, _, key_dim = x.q.shape
     heads, value_dim = x.v.shape[2:]
-    chunks, blocks = time // CHUNK, value_dim // BLOCK
+    chunks, team, programs = time // CHUNK, key_dim // CHUNK, value_dim // key_dim
     summed = form.denominator is not None
+    if dl is not None:
+        dl = dl.reshape(batch, heads * programs, team, chunks, CHUNK).sum(2)
     flat = present(
         q=x.q, k=x.k, v=x.v, vectors=x.vectors, codes=x.codes, do=d.o, states=states.s, l=l, zs=states.z, dl=dl,
         ds=d.s, dz=d.z,
     )  # fmt: skip
     shape, f32 = jax.ShapeDtypeStruct, jnp.float32
     out = dict(
-        q=shape((batch, time, heads * blocks, key_dim), x.q.dtype),
-        k=shape((batch, time, heads * blocks, key_dim), x.k.dtype),
+        q=shape((batch, time, heads * programs, key_dim), x.q.dtype),
+        k=shape((batch, time, heads * programs, key_dim), x.k.dtype),
         v=shape(x.v.shape, x.v.dtype),
         s=shape((batch, heads, key_dim, value_dim), f32),
     )
     if summed:
-        out |= dict(z=shape((batch, heads * blocks, key_dim), f32))
+        out |= dict(z=shape((batch, heads * programs, key_dim), f32))
     if gate:
-        out |= dict(gates=shape((blocks, batch, heads, chunks, 4 * CHUNK + 2 * key_dim), f32))
-    halves = key_dim // CHUNK
-    copies = 2 + 3 * halves + (x.vectors is not None) + (x.codes is not None) + 2 * summed + (dl is not None)
+        out |= dict(gates=shape((value_dim // BLOCK, batch, heads, chunks, 4 * CHUNK + 2 * key_dim), f32))
+    copies = 4 * team + (x.vectors is not None) + (x.codes is not None) + 2 * summed + (dl is not None)
     scratch = dict(
-        **{f"{name}{c}": gpu.tile(STAGES, CHUNK, CHUNK) for name in ("q", "k", "states") for c in range(halves)},
-        **{f"d_state{c}": gpu.tile(1, CHUNK, BLOCK) for c in range(halves)},
-        v=gpu.tile(STAGES, CHUNK, BLOCK),
-        do=gpu.tile(STAGES, CHUNK, BLOCK),
-        p=gpu.tile(1, CHUNK, CHUNK),
+        **{name: gpu.tile(team, STAGES, CHUNK, CHUNK) for name in ("q", "k", "v", "do")},
+        states=gpu.tile(team, team, STAGES if team == 1 else 1, CHUNK, BLOCK),
+        d_state=gpu.tile(team, team, CHUNK, BLOCK),
+        p=gpu.in_turn((gpu.tile(team, CHUNK, CHUNK),), (gpu.vector(team, CHUNK * CHUNK // 2),)),
         a=gpu.tile(1, CHUNK, CHUNK),
-        barrier=gpu.barrier(copies, min(STAGES, chunks)),
+        barrier=gpu.barrier(copies + (team == 1), min(STAGES, chunks)),
+        late=gpu.barrier(team * team, 1),
+        meeting=gpu.barrier(team, 1),
     )
     if x.vectors is not None:
         scratch |= dict(vectors=gpu.vector(STAGES, form.vectors, CHUNK))
     if form.segments:
         scratch |= dict(codes=gpu.vector(STAGES, CHUNK, dtype=jnp.int32))
     if summed:
-        scratch |= dict(l=gpu.vector(STAGES, CHUNK), zs=gpu.vector(STAGES, key_dim), dz=gpu.vector(key_dim))
-    if dl is not None:
-        scratch |= dict(dl=gpu.vector(STAGES, CHUNK))
+        scratch |= dict(l_dl=gpu.vector(2, STAGES, CHUNK), zs=gpu.vector(STAGES, key_dim), dz=gpu.vector(key_dim))
     if gate:
-        scratch |= dict(gates=gpu.vector(1, 4 * CHUNK + 2 * key_dim))
+        scratch |= dict(gates=gpu.vector(team, 4 * CHUNK + 2 * key_dim))
 
     def gated_linear_attention_bwd(index, inputs, outputs, buffers):
         given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
         _program(form, index, given, made, dict(zip(scratch, buffers, strict=True)), chunks)
 
-    grid = (batch, heads, blocks)
     results = gpu.launch(
-        gated_linear_attention_bwd, list(flat.values()), list(out.values()), grid, list(scratch.values())
+        gated_linear_attention_bwd,
+        list(flat.values()),
+        list(out.values()),
+        (batch, heads, programs),
+        list(scratch.values()),
+        warpgroups=team,
     )
     results = dict(zip(out, results, strict=True))
     if summed:
-        results["z"] = results["z"].reshape(batch, heads, blocks, key_dim).sum(2)
+        results["z"] = results["z"].reshape(batch, heads, programs, key_dim).sum(2)
     return Gradients(*(results.get(name) for name in ("q", "k", "v", "gates", "s", "z")))
 
 
 def _program(form: Form, index, given, made, buffer, chunks) -> None:
-    b, h, w = index
+    b, h, program, me = index
     summed, gate = form.denominator is not None, "gates" in made
-    block, blocks = gpu.block(w), given["v"].shape[3] // BLOCK
-    halves = range(given["q"].shape[3] // CHUNK)
+    team, programs = range(buffer["q"].shape[0]), made["q"].shape[2] // made["v"].shape[2]
+    w, row = program * len(team) + me, h * programs + program
+    values, keys, first = gpu.block(w), key_rows(me), me == 0
+    (p_tiles,), (sums,) = buffer["p"]
 
-    def dz(c):
-        return buffer["dz"].at[key_rows(c)]
+    alone = len(team) == 1
 
-    ds = load_state(given, "ds", index, given["q"].shape[3])
-    if summed:
-        for c in halves:
-            start = gpu.zero_columns(CHUNK)
-            if "dz" in given:
-                start = jnp.where(w == 0, gpu.load_columns(given["dz"].at[b, h, key_rows(c)]), start)
-            dz(c)[...] = start
+    def meet():
+        if not alone:
+            gpu.meet(buffer["meeting"])
+
+    def column_sums(x):
+        return gpu.column_sums(x, sums.at[me, pl.ds(0, gpu.SUMS)])
+
+    def fetch_states(n):
+        """Start to copy the states of a chunk where two warpgroups leave room for one chunk's alone."""
+        if not alone:
+            source = given["states"].at[b, h, n]
+            gpu.fetch([(source.at[key_rows(c), values], buffer["states"].at[c, me, 0]) for c in team], buffer["late"])
 
     def chunk(n, slot, refill, ds):
-        q, k, state = ([buffer[f"{name}{c}"].at[slot] for c in halves] for name in ("q", "k", "states"))
-        v, do = (buffer[name].at[slot] for name in ("v", "do"))
         here = gpu.unknown_zero(anew=True)
-        d_state = [buffer[f"d_state{c}"].at[here] for c in halves]
-        p_tile, a_tile = buffer["p"].at[here], buffer["a"].at[here]
+        q, k, v, do = ([buffer[name].at[u, slot] for u in team] for name in ("q", "k", "v", "do"))
+        own_q, own_k, own_v, own_do = (buffer[name].at[me, slot] for name in ("q", "k", "v", "do"))
+        p_tile, a_tile = p_tiles.at[me + here], buffer["a"].at[here]
 
-        def made_gates(row):
-            return buffer["gates"].at[here, pl.ds(row * CHUNK, CHUNK)]
+        def state(c, u):
+            return buffer["states"].at[c, u, slot if alone else here]
 
-        def z(c):
-            return buffer["zs"].at[slot, key_rows(c)]
+        def d_state(c, u):
+            return buffer["d_state"].at[c, u + here]
+
+        def made_gates(row, at=0):
+            return buffer["gates"].at[me + here, pl.ds((row + at) * CHUNK, CHUNK)]
 
         d = decays(form, buffer, slot)
         if form.segments:
-            clean(d.valid, *q, *k, v, do)
-        for c in halves:
-            gpu.put(d_state[c], ds[c])
+            clean(d.valid, own_q, own_k, own_v, own_do)
+            meet()
+        for c in team:
+            gpu.put(d_state(c, me), ds[c])
 
         r = dl = None
-        reading, qk = d.enter_scaled, over(halves, lambda c, x: dot(q[c], k[c], x, tb=True))
+        reading, qk = d.enter_scaled, over(team, lambda c, x: dot(q[c], k[c], x, tb=True))
+        a = over(team, lambda u, x: dot(do[u], v[u], x, tb=True))
         if summed:
             (p,) = d.pair(qk)
-            l = gpu.load_rows(buffer["l"].at[slot])  # noqa: E741
+            l = gpu.load_rows(buffer["l_dl"].at[0, slot])  # noqa: E741
             r = 1 / denominator_of(form, l, d.floor)
-            reading, a = reading * r, by_row(r, dot(do, v, tb=True))
+            reading, a = reading * r, by_row(r, a)
             if "dl" in given:
-                dl = gpu.load_rows(buffer["dl"].at[slot])
+                dl = gpu.load_rows(buffer["l_dl"].at[1, slot])
             else:
                 dl = jnp.sum(a * p, 1)
-                for c in halves:
-                    dl += jnp.sum(gpu.load(q[c]) * by_row(reading, dot(do, state[c], tb=True)), 1)
-                dl = -r * dl
+                read = dot(own_do, state(0, me), tb=True)
+                dl = -r * (dl + jnp.sum(gpu.load(own_q) * by_row(reading, read), 1))
                 if form.denominator == "max":
                     dl = jnp.where(jnp.abs(l) >= d.floor, jnp.where(l < 0, -dl, dl), 0.0)
             a = a + rows(dl)
             p_tile[...] = by_row(r, p).astype(jnp.bfloat16)
             (decayed,) = d.pair(a)
         else:
-            a = dot(do, v, tb=True)
             p, decayed = d.pair(qk, a)
             p_tile[...] = p.astype(jnp.bfloat16)
-        gpu.put(a_tile, decayed)
+        gpu.where(first, lambda: gpu.put(a_tile, decayed))  # the same in both
+        gpu.commit()
+        meet()
         gpu.wait_out(0)
         refill()
+        by_rows = writes = own = strict = None
         if gate:
             i, j = gpu.indices()
-            e = a * p
+            e = a * p if alone else jnp.where(first, 1.0, 0.0) * (a * p)
             strict = jnp.where(i > j, e, 0.0)
-            made_gates(COLUMNS)[...] = jnp.sum(strict, 0)
-            by_rows, own, writes = jnp.sum(strict, 1), jnp.sum(jnp.where(i == j, e, 0.0), 1), 0.0
+            by_rows, own = jnp.sum(strict, 1), jnp.sum(jnp.where(i == j, e, 0.0), 1)
 
-        dv = over(halves, lambda c, x: dot(k[c], d_state[c], x))
-        dv = stored(d, dot(p_tile, do, by_row(d.leave, dv), ta=True))
-        gpu.put(p_tile, by_row(reading, gpu.load(do)))
-        # one half of the keys after the other: few tiles are alive at once
-        new = []
-        for c in halves:
-            dk = dot(v, d_state[c], tb=True)
-            if summed:
-                dk = dk + columns(gpu.load_columns(dz(c)))
-            dk = by_row(d.leave, dk)
-            if gate:
-                writes += jnp.sum(gpu.load(k[c]) * dk, 1)
-            dk = dot(a_tile, q[c], dk, ta=True)
-            dq = by_row(reading, dot(do, state[c], tb=True))
-            if summed:
-                dq = dq + by_row(dl * d.enter_scaled, columns(gpu.load_columns(z(c))))
-            if gate:
-                by_rows += jnp.sum(gpu.load(q[c]) * dq, 1)
-                made_gates(CHANNELS + c)[...] = d.keep * jnp.sum(gpu.load(state[c]) * ds[c], 1)
-                if summed:
-                    made_gates(CHANNELS + len(halves) + c)[...] = (
-                        d.keep * gpu.load_columns(z(c)) * gpu.load_columns(dz(c))
-                    )
-            dq = dot(a_tile, k[c], dq)
-            if summed:
-                dz(c)[...] = d.keep * gpu.load_columns(dz(c)) + jnp.sum(by_row(dl * d.enter_scaled, gpu.load(q[c])), 0)
-            new.append(dot(q[c], p_tile, d.keep * ds[c], ta=True))
-            q[c][...], k[c][...] = stored(d, dq), stored(d, dk)
-        v[...] = dv
+        # of the own values: dv, and dS at the chunk's start
+        dv = over(team, lambda c, x: dot(k[c], d_state(c, me), x))
+        dv = stored(d, dot(p_tile, own_do, by_row(d.leave, dv), ta=True))
+        if gate:
+            made_gates(COLUMNS)[...] = column_sums(strict)  # where P was
+        gpu.put(p_tile, by_row(reading, gpu.load(own_do)))
+        if not alone:
+            gpu.arrived(buffer["late"])
+        if gate:
+            for c in team:
+                made_gates(CHANNELS, c)[...] = d.keep * jnp.sum(gpu.load(state(c, me)) * ds[c], 1)
+        new = tuple(dot(q[c], p_tile, d.keep * ds[c], ta=True) for c in team)
+
+        # of the own keys: dq, dk, dz
+        dk = over(team, lambda u, x: dot(v[u], d_state(me, u), x, tb=True))
+        if summed:
+            z, dz = gpu.load_columns(buffer["zs"].at[slot, keys]), gpu.load_columns(buffer["dz"].at[keys])
+            dk = dk + columns(dz)
+        dk = by_row(d.leave, dk)
+        if gate:
+            writes = jnp.sum(gpu.load(own_k) * dk, 1)
+        dk = stored(d, dot(a_tile, own_q, dk, ta=True))
+        dq = by_row(reading, over(team, lambda u, x: dot(do[u], state(me, u), x, tb=True)))
+        if summed:
+            dq = dq + by_row(dl * d.enter_scaled, columns(z))
+        if gate:
+            by_rows += jnp.sum(gpu.load(own_q) * dq, 1)
+        if gate and summed:
+            made_gates(CHANNELS + len(team), me)[...] = d.keep * z * dz
+        dq = stored(d, dot(a_tile, own_k, dq))
+        if summed:
+            through = column_sums(by_row(dl * d.enter_scaled, gpu.load(own_q)))
+            buffer["dz"].at[keys][...] = d.keep * dz + through
+
+        meet()  # nobody reads this chunk any more
+        own_q[...], own_k[...], own_v[...] = dq, dk, dv
+        pl.when(n > 0)(lambda: fetch_states(n - 1))
         if gate:
             made_gates(ROWS)[...] = by_rows
             made_gates(OWN)[...] = own + writes
             made_gates(WRITES)[...] = writes
         part = gpu.chunk_rows(n)
-        copies = [
-            (tile[c], made[x].at[b, part, h * blocks + w, key_rows(c)])
-            for tile, x in ((q, "q"), (k, "k"))
-            for c in halves
-        ]
-        copies += [(v, made["v"].at[b, part, h, block])]
-        gpu.copy_out(*copies, *([(buffer["gates"].at[here], made["gates"].at[w, b, h, n])] if gate else []))
-        return tuple(new)
+        copies = [(x, made[name].at[b, part, row, keys]) for x, name in ((own_q, "q"), (own_k, "k"))]
+        copies += [(own_v, made["v"].at[b, part, h, values])]
+        gpu.copy_out(*copies, *([(buffer["gates"].at[me], made["gates"].at[w, b, h, n])] if gate else []))
+        return new
 
-    extra = [(lambda n: given["do"].at[b, gpu.chunk_rows(n), h, block], buffer["do"])]
-    for c in halves:
-        extra.append((lambda n, c=c: given["states"].at[b, h, n, key_rows(c), block], buffer[f"states{c}"]))
+    head = key_head(given, h)
+    parts = [(lambda n, x=given[x]: x.at[b, gpu.chunk_rows(n), head, keys], buffer[x].at[me]) for x in ("q", "k")]
+    parts += [(lambda n, x=given[x]: x.at[b, gpu.chunk_rows(n), h, values], buffer[x].at[me]) for x in ("v", "do")]
+    shared = small_sources(given, buffer, b, h)
     if summed:
-        extra += [(lambda n, x=given[x]: x.at[b, h, n], buffer[x]) for x in ("l", "zs")]
-        if "dl" in given:
-            extra += [(lambda n: given["dl"].at[b, h * blocks + w, n], buffer["dl"])]
-    parts = sources(given, buffer, index, tuple(extra))
+        shared.append((lambda n: given["l"].at[b, h, n], buffer["l_dl"].at[0]))
+        shared.append((lambda n: given["zs"].at[b, h, n], buffer["zs"]))
+        start = gpu.zero_columns(CHUNK)
+        if "dz" in given:
+            start = jnp.where(program == 0, gpu.load_columns(given["dz"].at[b, h, keys]), start)
+        buffer["dz"].at[keys][...] = start
+    if "dl" in given:
+        shared.append((lambda n: given["dl"].at[b, row, n], buffer["l_dl"].at[1]))
+    if gate and summed and not alone:  # what the other has of z
+        buffer["gates"].at[me, key_rows(CHANNELS + len(team) + 1 - me)][...] = gpu.zero_columns(CHUNK)
+    if alone:
+        shared.append((lambda n: given["states"].at[b, h, n, :, values], buffer["states"].at[0, 0]))
+    parts += [(*source, first) for source in shared]
+    fetch_states(jnp.int32(chunks - 1))
+    ds = load_state(given, "ds", (b, h, w), made["q"].shape[3])
     ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES, reverse=True)
-    store_state(made["s"], ds, index)
+    store_state(made["s"], ds, (b, h, w))
     if summed:
-        for c in halves:
-            made["z"].at[b, h * blocks + w, key_rows(c)][...] = gpu.load_columns(dz(c))
+        made["z"].at[b, row, keys][...] = gpu.load_columns(buffer["dz"].at[keys])
     gpu.wait_out(0, read=False)

@@ -29,6 +29,7 @@ from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import RUN, Form, Inputs, clean, decays, present, stored
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
 from jaxlin.kernels.tile_gpu_keys import key_rows
+from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 STAGES = 1
 """Blocks of values in flight."""
@@ -114,13 +115,12 @@ def through_state(
 
     def block(w, slot, refill, sums):
         v, do, state, d_state = (buffer[name].at[slot] for name in ("v", "do", "states", "d_states"))
-        dp, dp_t, dq, dk, carried = sums
         if valid is not None:
             clean(valid, v, do)
         refill()
-        dp, dp_t = dot(do, v, dp, tb=True), dot(v, do, dp_t, tb=True)
-        dq, dk = dot(do, state, dq, tb=True), dot(v, d_state, dk, tb=True)
-        return dp, dp_t, dq, dk, carried + jnp.sum(gpu.load(state) * gpu.load(d_state), 1)
+        products = (do, v), (v, do), (do, state), (v, d_state)
+        found = dots(*(Sum([Product(a, b, tb=True)], x) for (a, b), x in zip(products, sums[:4], strict=True)))
+        return *found, sums[4] + jnp.sum(gpu.load(state) * gpu.load(d_state), 1)
 
     sums = (*[gpu.zeros(CHUNK, CHUNK)] * 4, gpu.zero_rows(CHUNK))
     return gpu.stream(values, buffer["values_barrier"], block, sums, chunks=blocks, stages=stages, started=True)

@@ -30,8 +30,9 @@ from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import VALID, clean, present
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
+from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row
 from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, store_state
+from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 STAGES = 2
 
@@ -101,23 +102,25 @@ def _program(index, given, made, buffer, chunks, stages, reverse) -> None:
         if "codes" in buffer:
             clean(lax.bitwise_and(gpu.load_rows(buffer["codes"].at[slot]), VALID) != 0, v)
         keep = [gpu.load_rows(buffer["keep"].at[slot, key_rows(c)]) for c in halves]
-        o = None
-        if reads:
-            x = [buffer[f"x{c}"].at[slot] for c in halves]
-            gpu.wait_out(1)  # the states of the chunk before
-            for c in halves:
-                tile = buffer["state"] if c == 0 else x[0]
-                gpu.put(tile, state[c])
-                if saves:
-                    gpu.copy_out((tile, made["states"].at[b, h, n, key_rows(c), block]))
-                o = dot(x[c], tile, o)
-            gpu.wait_out(saves)  # all of the chunk before
+        new = [Sum([Product(y[c], v, ta=True)], by_row(keep[c], state[c])) for c in halves]
+        if not reads:
+            refill()
+            return tuple(dots(*new))
+        x, o = [buffer[f"x{c}"].at[slot] for c in halves], None
+        gpu.wait_out(1)  # the states of the chunk before
+        for c in halves:
+            tile = buffer["state"] if c == 0 else x[0]
+            gpu.put(tile, state[c])
+            if saves:
+                gpu.copy_out((tile, made["states"].at[b, h, n, key_rows(c), block]))
+            if c < halves[-1]:  # its x is the next one's tile
+                (o,) = dots(Sum([Product(x[c], tile)], o))
+        gpu.wait_out(saves)  # all of the chunk before
         refill()
-        new = tuple(dot(y[c], v, by_row(keep[c], state[c]), ta=True) for c in halves)
-        if reads:
-            v[...] = dot(buffer["p"].at[slot], v, o, ta=reverse).astype(v.dtype)
-            gpu.copy_out((v, made["o"].at[b, gpu.chunk_rows(n), h, block]))
-        return new
+        o, *new = dots(Sum([Product(x[-1], tile), Product(buffer["p"].at[slot], v, ta=reverse)], o), *new)
+        v[...] = o.astype(v.dtype)
+        gpu.copy_out((v, made["o"].at[b, gpu.chunk_rows(n), h, block]))
+        return tuple(new)
 
     def half(keys, channels, n):
         return keys.at[b, gpu.chunk_rows(n), h, channels]

@@ -26,7 +26,6 @@ from jax.experimental import pallas as pl
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_linear_attention import NORMALIZER_EPS
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, columns, dot, rows
-from jaxlin.kernels.tile_gpu_keys import key_rows
 
 STAGES = {64: 3, 128: 2}
 """Chunks in flight, by key dimension."""
@@ -262,23 +261,27 @@ def stored(d: Decays, x: Array) -> Array:
     return (x if d.valid is None else jnp.where(rows(d.valid, x.shape[1]), x, 0.0)).astype(jnp.bfloat16)
 
 
-def sources(given: dict, buffer: dict, index: tuple[Array, Array, Array], extra: tuple = ()) -> list:
-    """The parts of q, k, v, vectors and codes that a chunk reads, with their buffers; q and k whole or by 64 keys."""
+def sources(given: dict, buffer: dict, index: tuple[Array, Array, Array]) -> list:
+    """The parts of q, k, v, vectors and codes that a chunk reads, with their buffers."""
     b, h, w = index
-    group = given["v"].shape[2] // given["q"].shape[2]
-    key_head = h if group == 1 else lax.div(h, jnp.int32(group))
-    if "q" in buffer:
-        found = [(lambda n, x=given[x]: x.at[b, gpu.chunk_rows(n), key_head], buffer[x]) for x in ("q", "k")]
-    else:
-
-        def half(x: str, c: int) -> tuple:
-            return lambda n: given[x].at[b, gpu.chunk_rows(n), key_head, key_rows(c)], buffer[f"{x}{c}"]
-
-        found = [half(x, c) for x in ("q", "k") for c in range(given[x].shape[3] // CHUNK)]
+    head = key_head(given, h)
+    found = [(lambda n, x=given[x]: x.at[b, gpu.chunk_rows(n), head], buffer[x]) for x in ("q", "k")]
     found.append((lambda n: given["v"].at[b, gpu.chunk_rows(n), h, gpu.block(w)], buffer["v"]))
+    return found + small_sources(given, buffer, b, h)
+
+
+def key_head(given: dict, h: Array) -> Array:
+    """The head of q and k that value head h has."""
+    group = given["v"].shape[2] // given["q"].shape[2]
+    return h if group == 1 else lax.div(h, jnp.int32(group))
+
+
+def small_sources(given: dict, buffer: dict, b: Array, h: Array) -> list:
+    """The parts of vectors and codes that a chunk reads, with their buffers."""
+    found = []
     if "vectors" in given:
         x = given["vectors"]
         found.append((lambda n: x.at[b if x.shape[0] > 1 else 0, h, n if x.shape[2] > 1 else 0], buffer["vectors"]))
     if "codes" in given:
         found.append((lambda n: given["codes"].at[b, n], buffer["codes"]))
-    return [*found, *extra]
+    return found

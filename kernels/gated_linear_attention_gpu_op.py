@@ -130,8 +130,9 @@ def attend(
 ) -> tuple[Array, Array, Array | None]:
     """(o [B, T, HV, V], final S [B, HV, K, V], final z [B, HV, K] or None) for any T, K <= 128 and V <= 256."""
     time, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
-    q, k, v = (fill(x, (0, -time % CHUNK, 0, -x.shape[3] % 64)) for x in (q, k, v))
-    s0 = None if s0 is None else fill(s0.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % 64))
+    tile = 64 if key_dim <= 64 else 128  # of values: the backward pass wants whole programs of them
+    q, k, v = (fill(x, (0, -time % CHUNK, 0, -x.shape[3] % size)) for x, size in ((q, 64), (k, 64), (v, tile)))
+    s0 = None if s0 is None else fill(s0.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % tile))
     z0 = None if z0 is None else fill(z0.astype(jnp.float32), (0, 0, -key_dim % 64))
     codes = None if segment_ids is None else segment_codes(segment_ids)
     write = gates is not None and gates.w is not None

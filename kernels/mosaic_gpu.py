@@ -1,8 +1,8 @@
 """What every GPU kernel here is made of: tiles, products, vectors, a stream of chunks, the launch. Hopper, Mosaic GPU.
 
-One program is one warpgroup of 128 threads with one (batch, value head). Tiles of bfloat16 live in shared memory,
-swizzled as wgmma wants them; float32 tiles live in registers, in the layout of wgmma's accumulator (32 registers a
-thread for 64 x 64). A vector in registers belongs to the rows of a tile (`load_rows`) or to its columns
+One program is one warpgroup of 128 threads (or two) with one (batch, value head). Tiles of bfloat16 live in shared
+memory, swizzled as wgmma wants them; float32 tiles live in registers, in the layout of wgmma's accumulator (64 x 64: 32
+registers a thread). A vector in registers belongs to the rows of a tile (`load_rows`) or to its columns
 (`load_columns`); `rows` and `columns` spread it over one. Lane semantics with explicit layouts: the default
 Warpgroup semantics did not finish inferring layouts for kernels like these.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -38,8 +38,11 @@ _JAX = tuple(jax.__version_info__[:2])
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _FLOAT_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 _WGMMA = plgpu.Layout.WGMMA
-_REDUCTION_SCRATCH = 1024  # bytes for sums over rows, which lie in four warps; more would cost a program an SM
+SUMS = 256
+"""Float32 numbers through which the warps of a warpgroup add up rows; more would cost a program an SM."""
 Ref = Any
+Source = tuple[Callable[[Any], Ref], Ref] | tuple[Callable[[Any], Ref], Ref, Any]
+"""What a `stream` copies."""
 
 
 def interpreted() -> bool:
@@ -83,17 +86,17 @@ def put(ref: Ref, x: Array) -> None:
 
 def load(ref: Ref) -> Array:
     """A tile as float32 in registers."""
-    return _load(ref, _WGMMA).astype(jnp.float32)
+    return load_in(ref, _WGMMA).astype(jnp.float32)
 
 
 def load_rows(ref: Ref) -> Array:
     """A vector [C], one entry for each row of a tile."""
-    return _load(ref, _WGMMA.reduce(1))
+    return load_in(ref, _WGMMA.reduce(1))
 
 
 def load_columns(ref: Ref) -> Array:
     """A vector [C], one entry for each column of a tile."""
-    return _load(ref, _WGMMA.reduce(0))
+    return load_in(ref, _WGMMA.reduce(0))
 
 
 def take_rows(ref: Ref, index: Array) -> Array:
@@ -117,7 +120,8 @@ def take_rows(ref: Ref, index: Array) -> Array:
     return take(ref, index)
 
 
-def _load(ref: Ref, layout: Any) -> Array:
+def load_in(ref: Ref, layout: Any) -> Array:
+    """What `ref` holds, in registers laid out so."""
     if interpreted():
         return ref[...]
     position = ((),) if _JAX < (0, 11) else ()  # 0.10 still takes an index
@@ -126,21 +130,31 @@ def _load(ref: Ref, layout: Any) -> Array:
 
 def zeros(rows: int, columns: int) -> Array:
     """A float32 tile of zeros in registers."""
-    return _layout(jnp.zeros((rows, columns), jnp.float32), _WGMMA)
+    return in_layout(jnp.zeros((rows, columns), jnp.float32), _WGMMA)
 
 
 def zero_rows(rows: int) -> Array:
     """A float32 vector of zeros, as `load_rows` gives it."""
-    return _layout(jnp.zeros((rows,), jnp.float32), _WGMMA.reduce(1))
+    return in_layout(jnp.zeros((rows,), jnp.float32), _WGMMA.reduce(1))
 
 
 def zero_columns(columns: int) -> Array:
     """A float32 vector of zeros, as `load_columns` gives it."""
-    return _layout(jnp.zeros((columns,), jnp.float32), _WGMMA.reduce(0))
+    return in_layout(jnp.zeros((columns,), jnp.float32), _WGMMA.reduce(0))
 
 
-def _layout(x: Array, layout: Any) -> Array:
+def in_layout(x: Array, layout: Any) -> Array:
+    """x laid out so."""
     return x if interpreted() else plgpu.layout_cast(x, layout)
+
+
+def store(ref: Ref, x: Array) -> None:
+    """Write registers to global memory."""
+    x = x.astype(ref.dtype)
+    if _JAX >= (0, 12) and not interpreted():
+        plgpu.store(ref, x, optimized=False)  # 0.12 refuses to write to global memory otherwise
+    else:
+        ref[...] = x
 
 
 # ---- tiles in registers ----
@@ -159,6 +173,21 @@ def by_row(x: Array, tile: Array) -> Array:
 def columns(x: Array, rows: int = CHUNK) -> Array:
     """[N] -> [rows, N]: entry n all along column n."""
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
+
+
+def column_sums(x: Array, scratch: Ref) -> Array:
+    """The sum of a tile's rows, as `load_columns` gives it, by way of scratch [SUMS]: each warpgroup needs its own."""
+    if interpreted():
+        return jnp.sum(x, 0)
+
+    @plgpu.inline_mgpu(
+        arg_types=(_WGMMA, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=_WGMMA.reduce(0)),
+    )
+    def add(_, x, scratch):
+        return x.reduce("add", 0, scratch)
+
+    return add(x, scratch)
 
 
 def indices(rows: int = CHUNK, columns: int = CHUNK) -> tuple[Array, Array]:
@@ -199,57 +228,6 @@ def dot(a: Array | Ref, b: Ref, acc: Array | None = None, *, ta: bool = False, t
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
 
 
-class Strip(NamedTuple):
-    """A tile [rows, columns] that registers load from global memory and store there, without shared memory.
-
-    Each warp has a quarter of the columns and all the rows, so a sum over rows, `jnp.sum(x, 0)`, stays in a warp.
-    Rows are a multiple of 16, columns are 16, 32 or 64; a thread has four neighbours of a row (two where there are 16).
-    """
-
-    rows: int
-    columns: int
-
-    @property
-    def layout(self) -> Any:
-        per_warp, vector = self.columns // 4, 4 if self.columns > 16 else 2
-        height = 32 * vector // per_warp
-        tiling = plgpu.Tiling(((height, self.columns), (height, per_warp), (vector,)))
-        return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
-
-    def load(self, ref: Ref) -> Array:
-        """The tile as float32."""
-        return _load(ref, self.layout).astype(jnp.float32)
-
-    def load_rows(self, ref: Ref) -> Array:
-        """A vector [rows] as float32."""
-        return _load(ref, self.layout.reduce(1)).astype(jnp.float32)
-
-    def load_columns(self, ref: Ref) -> Array:
-        """A vector [columns] as float32."""
-        return _load(ref, self.layout.reduce(0)).astype(jnp.float32)
-
-    def by_row(self, x: Array, tile: Array) -> Array:
-        """The tile with each row times its entry of x [rows], or all of it times a scalar."""
-        return (x if x.ndim == 0 else self.over_rows(x)) * tile
-
-    def over_rows(self, x: Array) -> Array:
-        """[rows] -> tile: entry r all along row r."""
-        return _layout(lax.broadcast_in_dim(x, tuple(self), [0]), self.layout)
-
-    def over_columns(self, x: Array) -> Array:
-        """[columns] -> tile: entry n all along column n."""
-        return _layout(lax.broadcast_in_dim(x, tuple(self), [1]), self.layout)
-
-
-def store(ref: Ref, x: Array) -> None:
-    """Write a `Strip`, its rows or its columns to global memory."""
-    x = x.astype(ref.dtype)
-    if _JAX >= (0, 12) and not interpreted():
-        plgpu.store(ref, x, optimized=False)  # 0.12 refuses to write to global memory otherwise
-    else:
-        ref[...] = x
-
-
 def transposed(ref: Ref) -> Ref:
     """A tile in shared memory with rows and columns exchanged."""
     return plgpu.transpose_ref(ref, (1, 0)) if _JAX < (0, 11) else ref.transpose((1, 0))
@@ -259,7 +237,7 @@ def transposed(ref: Ref) -> Ref:
 
 
 def stream(
-    sources: Sequence[tuple[Callable[[Array], Ref], Ref]],
+    sources: Sequence[Source],
     barrier: Ref,
     body: Callable[[Array, Array, Callable[[], None], Any], Any],
     carry: Any,
@@ -271,8 +249,9 @@ def stream(
 ) -> Any:
     """Run `carry = body(n, slot, refill, carry)` over chunks, their data copied `stages` ahead by TMA.
 
-    sources: (chunk -> its part of global memory, shared memory [stages, ...]); `barrier` has `stages` barriers of
-    len(sources) arrivals. The body may overwrite its slot and copy it out. It calls `refill` once, when all that the
+    sources: (chunk -> its part of global memory, shared memory [stages, ...]), and for some a third, when to copy it:
+    warpgroups of a program share the copying. `barrier` has `stages` barriers of as many arrivals as there are copies
+    in all. The body may overwrite its slot and copy it out. It calls `refill` once, when all that the
     previous chunk copied out has left shared memory: the previous slot is then loaded anew. With one stage a chunk is
     loaded only once the one before is done and copied out: for programs that share an SM with another. What
     `start_stream` was called for is `started`.
@@ -308,7 +287,7 @@ def stream(
 
 
 def start_stream(
-    sources: Sequence[tuple[Callable[[Array], Ref], Ref]],
+    sources: Sequence[Source],
     barrier: Ref,
     *,
     chunks: int,
@@ -321,14 +300,32 @@ def start_stream(
         _fetch_chunk(sources, barrier, n, jnp.int32(step))
 
 
-def _fetch_chunk(sources: Sequence[tuple[Callable[[Array], Ref], Ref]], barrier: Ref, n: Array, slot: Array) -> None:
-    for part, buffer in sources:
-        plgpu.copy_gmem_to_smem(part(n), buffer.at[slot], barrier.at[slot])
+def _fetch_chunk(sources: Sequence[Source], barrier: Ref, n: Array, slot: Array) -> None:
+    for part, buffer, *when in sources:
+
+        def copy(part=part, buffer=buffer):
+            plgpu.copy_gmem_to_smem(part(n), buffer.at[slot], barrier.at[slot])
+
+        where(when[0] if when else True, copy)
+
+
+def where(condition: Array | bool, do: Callable[[], None]) -> None:
+    """Do it where the condition holds, the same for a whole warpgroup."""
+    if condition is True:
+        do()
+    else:
+        pl.when(condition)(do)
 
 
 def barrier(sources: int, stages: int) -> Any:
-    """The barriers of a `stream`."""
+    """The barriers of a `stream`; for copies by `fetch`, or for as many warpgroups to `meet` at, it has one stage."""
     return plgpu.Barrier(num_arrivals=sources, num_barriers=stages)
+
+
+def meet(barrier: Ref) -> None:
+    """Wait for the program's other warpgroups; what each wrote to shared memory and committed is there for all."""
+    plgpu.barrier_arrive(barrier.at[0])
+    plgpu.barrier_wait(barrier.at[0])
 
 
 def fetch(sources: Sequence[tuple[Ref, Ref]], barrier: Ref) -> None:
@@ -353,10 +350,7 @@ def copy_out(*copies: tuple[Ref, Ref], when: Array | bool = True) -> None:
         for source, target in copies:
             plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
-    if when is True:
-        start()
-    else:
-        pl.when(when)(start)
+    where(when, start)
     plgpu.commit_smem_to_gmem_group()
 
 
@@ -391,19 +385,23 @@ def launch(
     scratch: Sequence[Any] = (),
     state: Array | None = None,
     barriers: bool = True,
+    warpgroups: int | None = None,
 ) -> list[Array]:
     """Run body(index, input refs, output refs, scratch refs) for every index of the grid; outputs of types `out`.
 
-    A `state` is one more input, which the body overwrites in place, and one more output. Without `barriers` around each
-    write to shared memory the body must `commit` between warps' reading and writing the same.
+    With `warpgroups` so many run a program, with one scratch; the index has one more entry, which of them it is, and
+    they add up rows by `column_sums` alone. A `state` is one more input, which the body overwrites in place, and one
+    more output. Without `barriers` around each write to shared memory the body must `commit` between warps' reading and
+    writing the same.
     """
     names, count = tuple(f"g{i}" for i in range(len(grid))), len(arrays) + (state is not None)
 
-    def split(refs):
-        return refs[:count], refs[count : count + len(out)], refs[count + len(out) :]
+    def run(index, refs):
+        member = () if warpgroups is None else (lax.axis_index("warpgroup") if warpgroups > 1 else 0,)
+        body((*index, *member), refs[:count], refs[count : count + len(out)], refs[count + len(out) :])
 
     def program(*refs):
-        body(tuple(lax.axis_index(name) for name in names), *split(refs))
+        run(map(lax.axis_index, names), refs)
 
     def programs(*refs):
         def one(flat, _):
@@ -411,32 +409,36 @@ def launch(
             for size in reversed(grid):
                 index.append(lax.rem(flat, jnp.int32(size)))
                 flat = lax.div(flat, jnp.int32(size))
-            body(tuple(reversed(index)), *split(refs))
+            run(reversed(index), refs)
 
         lax.fori_loop(0, math.prod(grid), one, None)
 
-    options: dict[str, Any]
+    mesh: dict[str, Any] = (
+        dict(grid=(1,), grid_names=("all",)) if interpreted() else dict(grid=tuple(grid), grid_names=names)
+    )
+    options: dict[str, Any] = {}
     if interpreted():
-        where, options = dict(grid=(1,), grid_names=("all",)), dict(interpret=_interpreter())
+        mesh, options = dict(grid=(1,), grid_names=("all",)), dict(interpret=_interpreter())
     else:
-        params = plgpu.CompilerParams(
+        options["compiler_params"] = plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             approx_math=True,
             unsafe_no_auto_barriers=not barriers,
-            reduction_scratch_bytes=_REDUCTION_SCRATCH,
+            reduction_scratch_bytes=0 if warpgroups else 4 * SUMS,
         )
-        where, options = dict(grid=tuple(grid), grid_names=names), dict(compiler_params=params)
+    if warpgroups is not None and warpgroups > 1:
+        mesh |= dict(num_threads=warpgroups, thread_name="warpgroup")
     function = programs if interpreted() else program
     function.__name__ = body.__name__
     if state is None:
-        kernel = plgpu.kernel(function, out_type=list(out), scratch_types=list(scratch), **where, **options)
+        kernel = plgpu.kernel(function, out_type=list(out), scratch_types=list(scratch), **mesh, **options)
         # XLA (jax 0.11.2) runs a kernel once more inside the copy of its output to an array of all layers, where a loop
         # over layers keeps it for the backward pass (openxla/xla pull request 45799); not through a barrier.
         return list(lax.optimization_barrier(kernel(*arrays)))
     # 0.10's plgpu.kernel takes no mutable arrays; pl.kernel does, but has its own idea of scratch.
     assert not scratch
     ref = jax.new_ref(state, memory_space=plgpu.GMEM)
-    kernel = pl.kernel(function, out_type=list(out), mesh=plgpu.Mesh(**where), name=body.__name__, **options)
+    kernel = pl.kernel(function, out_type=list(out), mesh=plgpu.Mesh(**mesh), name=body.__name__, **options)
     return [*kernel(*arrays, ref), jax.freeze(ref)]
 
 

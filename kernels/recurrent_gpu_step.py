@@ -23,6 +23,7 @@ from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_linear_attention import NORMALIZER_EPS
 from jaxlin.kernels.in_stack import InStack
 from jaxlin.kernels.recurrent_step import Token, compose, definition
+from jaxlin.kernels.tile_gpu_strip import Strip
 
 LARGEST = 256
 """Of the head sizes, which are multiples of 16."""
@@ -75,7 +76,7 @@ def _call(scale: float, x: Token, s: Any, z: Array | None) -> tuple[Array, Any, 
     own = s if isinstance(s, InStack) else InStack(s[None], jnp.zeros((), jnp.int32))
     check(x, own.stack)
     _, batch, heads, key, value = own.stack.shape
-    strip = gpu.Strip(key, columns_of(key, value))
+    strip = Strip(key, columns_of(key, value))
     named = {n: a for n, a in (x._asdict() | dict(z=z, layer=own.layer[None])).items() if a is not None}
     out = [jax.ShapeDtypeStruct(x.v.shape, x.v.dtype)]
     if z is not None:
@@ -88,7 +89,7 @@ def _call(scale: float, x: Token, s: Any, z: Array | None) -> tuple[Array, Any, 
     return o, new, z_new[0] if z_new else None
 
 
-def _kernel(scale: float, strip: gpu.Strip, group: int, names: tuple, index: Any, inputs: Any, out: Any, _: Any):
+def _kernel(scale: float, strip: Strip, group: int, names: tuple, index: Any, inputs: Any, out: Any, _: Any):
     batch, head, block = index
     *arrays, state = inputs
     x = dict(zip(names, arrays, strict=True))

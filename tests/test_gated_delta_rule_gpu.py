@@ -35,6 +35,8 @@ def run(case: Case):
         replace(BASE, gate="scalar", strength="mixed", segments="gaps", B=2),
         pytest.param(replace(BASE, gate="scalar", corr=1.0, beta=2.0, segments="packed", HV=2), marks=slow),
         pytest.param(replace(BASE, gate="scalar", K=128, V=128), marks=slow),
+        replace(BASE, T=130, gate="scalar", strength="mixed", K=128, V=256, segments="gaps"),  # two warpgroups
+        pytest.param(replace(BASE, gate="none", K=128, V=128, segments="packed"), marks=slow),
         replace(BASE, T=7, K=16, V=24, gate="none", corr=0.9, beta=0.0, state=False),
         replace(BASE, gate="channel", strength="mixed", segments="gaps", B=2, HV=2),
         replace(BASE, gate="channel", T=7, K=16, V=24, corr=0.9, beta=0.0, state=False),
@@ -109,7 +111,8 @@ def test_barriers_behind_kernels(monkeypatch):
         corr=[0.9, 0.999, 1.0],
         beta=[0.0, 1e-6, 0.5, 1.0, 2.0],
         state=[False],
-    ),
+    )
+    + grid.variations(replace(BASE, B=2, H=4, HV=4, segments="packed", K=128, V=128), **hopper.LARGE_HEADS),
     ids=str,
 )
 @pytest.mark.parametrize("gate", ("none", "scalar", "channel"))
@@ -140,8 +143,10 @@ def test_grid_in_parts(size, gate):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", ("none", "scalar", "channel"))
-def test_reruns_are_bit_equal(gate):
-    hopper.check_reruns("gated_delta_rule", replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate=gate))
+@pytest.mark.parametrize("size", (64, 128))
+def test_reruns_are_bit_equal(size, gate):
+    case = replace(BASE, T=1024, B=4, H=9, HV=9, K=size, V=size, segments="gaps", gate=gate)
+    hopper.check_reruns("gated_delta_rule", case)
 
 
 @pytest.mark.gpu

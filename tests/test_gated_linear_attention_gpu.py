@@ -50,6 +50,8 @@ slow = pytest.mark.slow
         pytest.param(replace(BASE, gate="scalar", strength="strong", corr=0.9, state=False), marks=slow),
         replace(BASE, T=7, K=16, V=24, segments="packed"),
         pytest.param(replace(BASE, K=128, V=96, segments="packed"), marks=slow),
+        replace(BASE, T=130, gate="scalar", strength="mixed", K=128, V=256, segments="gaps"),  # two warpgroups
+        pytest.param(replace(BASE, gate="none", K=128, V=128), marks=slow),
         replace(BASE, gate="channel", strength="mixed", segments="gaps", B=2, HV=2),
         replace(BASE, gate="channel", T=7, K=16, V=24, segments="packed"),
         pytest.param(replace(BASE, gate="channel", strength="strong"), marks=slow),
@@ -69,6 +71,7 @@ def test_interpreted(case, interpreted):
         pytest.param(replace(BASE, gate="none"), marks=slow),
         replace(BASE, gate="none", segments="gaps", B=2),
         pytest.param(replace(BASE, gate="none", K=96, V=128), marks=slow),
+        pytest.param(replace(BASE, gate="none", K=128, V=256, T=130, segments="gaps"), marks=slow),
     ],
     ids=str,
 )
@@ -81,7 +84,7 @@ def test_interpreted_normalized(case, interpreted):
     [
         pytest.param(replace(BASE, strength="weak"), marks=slow),
         replace(BASE, strength="weak", segments="packed"),
-        pytest.param(replace(BASE, strength="weak", K=128, V=128), marks=slow),
+        replace(BASE, strength="weak", T=130, K=128, V=128, HV=2, segments="packed"),
     ],
     ids=str,
 )
@@ -193,7 +196,8 @@ def test_what_is_not_served_is_named(change, reason, interpreted):
         strength=["weak", "mixed", "strong", "zero"],
         corr=[0.9, 1.0],
         state=[False],
-    ),
+    )
+    + grid.variations(replace(BASE, B=2, H=4, HV=4, segments="packed", K=128, V=128), **hopper.LARGE_HEADS),
     ids=str,
 )
 @pytest.mark.parametrize("form", ("none", "constant", "scalar", "channel", "normalize", "mlstm"))
@@ -221,10 +225,11 @@ def test_grid_in_parts(form):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ("scalar", "channel", "normalize", "mlstm"))
-def test_reruns_are_bit_equal(form):
+@pytest.mark.parametrize("size", (64, 128))
+def test_reruns_are_bit_equal(size, form):
     op = "mlstm" if form == "mlstm" else "gated_linear_attention"
     gate = form if form in ("scalar", "channel") else "none"
-    case = replace(BASE, T=1024, B=4, H=9, HV=9, segments="gaps", gate=gate)
+    case = replace(BASE, T=1024, B=4, H=9, HV=9, K=size, V=size, segments="gaps", gate=gate)
     hopper.check_reruns(op, case, normalize=form == "normalize")
 
 
