@@ -3,7 +3,7 @@
 Command:  python -m jaxlin.study --config study_135m --text TRAIN... --heldout HELDOUT --data DATA
           one job a host: add --shard I/N (configs/study.slurm, configs/study.gke.yaml); several students in one
           process: --together 3
-Hardware: GPUs with 40 GiB or more. Time: two students together trained for 15 to 19 minutes on an H200.
+Hardware: GPUs with 40 GiB or more. Time: two students together trained in 15 to 19 minutes on an H200, one in 7 to 9.
 Result:   docs/results.md has what was run.
 
 Disk:     1.7 GB a checkpoint; a run keeps two, and that of 30M tokens.
@@ -41,6 +41,11 @@ PUZZLES = (
         "a: the lead without it",
         "Is mLSTM ahead of Gated DeltaNet where both have the teacher's heads?",
         "paper_code-60M/mlstm", "paper_code-60M/gated_deltanet", ZERO_SHOT,
+    ),
+    Contrast(
+        "a: the lead with the error in both",
+        "Is mLSTM ahead of Gated DeltaNet where both have their heads repeated as in the authors' code?",
+        "paper_code-gqa_error-60M/mlstm", "paper_code-gqa_error-60M/gated_deltanet", ZERO_SHOT,
     ),
     Contrast(
         "a: what the error costs Gated DeltaNet",
