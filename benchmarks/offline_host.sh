@@ -11,7 +11,8 @@
 #         kernel_tests [pytest's arguments]              the tests that need a GPU, without the CPU settings of conftest.py,
 #         parity_tests [pytest's arguments]              the demo teacher beside transformers on the same GPU,
 #         [JOBS=FILE] study CONFIG [flags]               a job a GPU of `python -m jaxlin.study`, or one for each line
-#                                                        "GPU [flags]" of FILE (0 --only NAME...), side by side, in /tmp/carry,
+#                                                        "GPU [flags]" of FILE (0 --only GROUP), in /tmp/carry; those of a GPU
+#                                                        in turn, the next as soon as one has trained and only measures;
 #                                                        on the tokens and the data that were carried; results of earlier
 #                                                        hosts (collected.tar.gz, packed as a FILE) are not made again. What
 #                                                        there is to be brought home lies in /tmp/carry/home, made anew every 20
@@ -100,12 +101,10 @@ study() (  # in /tmp/carry, where nothing is replaced when the next call brings 
   fi
   jobs=${JOBS:-jobs.txt}
   [ -n "${JOBS:-}" ] || for ((gpu = 0; gpu < gpus; gpu++)); do echo "$gpu --shard $gpu/$gpus"; done > "$jobs"
-  while read -r gpu flags; do
-    fraction=$(awk -v gpu="$gpu" '$1 == gpu { jobs++ } END { print 0.9 / jobs }' "$jobs")
-    CUDA_VISIBLE_DEVICES=$gpu XLA_PYTHON_CLIENT_MEM_FRACTION=$fraction python3 -m jaxlin.study --config "$config" --data data \
-      --heldout heldout.npy --text shard?.npy "$@" $flags > "job${#pids[@]}.log" 2>&1 < /dev/null &
+  for gpu in $(cut -d' ' -f1 "$jobs" | sort -u); do
+    in_turn "$gpu" "$@" < <(awk -v gpu="$gpu" '$1 == gpu { $1 = NR - 1; print }' "$jobs") &
     pids+=($!)
-  done < "$jobs"
+  done
   while kill -0 "${pids[@]}" 2> /dev/null; do  # what there is, should there be no time for the rest
     sleep 20
     home
@@ -114,6 +113,20 @@ study() (  # in /tmp/carry, where nothing is replaced when the next call brings 
   home
   return $failed
 )
+
+in_turn() {  # GPU [flags] < lines "NUMBER [flags]"
+  gpu=$1 && shift && started=() && failed=0
+  mapfile -t lines
+  for line in "${lines[@]}"; do
+    read -r number flags <<< "$line"
+    CUDA_VISIBLE_DEVICES=$gpu XLA_PYTHON_CLIENT_MEM_FRACTION=0.$((${#lines[@]} > 1 ? 45 : 90)) python3 -m jaxlin.study \
+      --config "$config" --data data --heldout heldout.npy --text shard?.npy "$@" $flags > "job$number.log" 2>&1 < /dev/null &
+    started+=($!)
+    while kill -0 $! 2> /dev/null && ! grep '(log: ' "job$number.log" | grep -qv ': train (log: '; do sleep 1; done
+  done
+  for pid in "${started[@]}"; do wait "$pid" || failed=1; done
+  return $failed
+}
 
 home() {  # what is to be brought home of a study: /tmp/carry/home/
   mkdir -p home "$folder"/logs && cp job*.log home/ && tar -czf home/logs.tar.gz "$folder"/logs

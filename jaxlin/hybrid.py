@@ -32,7 +32,7 @@ from jaxlin.inspect.gates import linear_layers
 from jaxlin.losses import logit_sums
 from jaxlin.mixers.common import RMSNorm, positions_in_segments
 from jaxlin.model import Block, apply, blocks, forward, head_kernel
-from jaxlin.pattern import pattern_of
+from jaxlin.pattern import layers_of, pattern_of
 from jaxlin.runs import Teacher
 
 Progress = Callable[[int], Any]  # called with the number of measurements done
@@ -175,8 +175,8 @@ def evenly(layers: Sequence[int], keep: int) -> list[int]:
 
 def pattern(config: ModelConfig, kept: Sequence[int]) -> str:
     """The student's mixers with attention in the layers `kept`, as --mixer takes them."""
-    own = (config.mixer[i % config.period] for i in range(config.num_hidden_layers))
-    return pattern_of(["softmax" if i in kept else mixer for i, mixer in enumerate(own)])
+    own = enumerate(layers_of(config.mixer, config.num_hidden_layers))
+    return pattern_of(["softmax" if i in kept else mixer for i, mixer in own])
 
 
 def main() -> None:

@@ -22,6 +22,11 @@ def pattern_of(mixers: Sequence[str]) -> str:
     return "+".join(name if count == 1 else f"{count}x{name}" for name, count in runs)
 
 
+def layers_of(mixers: Sequence[str], layers: int) -> list[str]:
+    """The mixer of each of so many layers, which repeat the pattern."""
+    return [mixers[i % len(mixers)] for i in range(layers)]
+
+
 def _period(mixers: Sequence[str]) -> tuple[str, ...]:
     count = len(mixers)
     shortest = next(n for n in range(1, count + 1) if count % n == 0 and list(mixers) == [*mixers[:n]] * (count // n))

@@ -92,8 +92,8 @@ def restored_layers(before: ModelConfig, now: ModelConfig) -> list[int] | None:
     layers = range(now.num_hidden_layers)
 
     def built(config: ModelConfig, layer: int) -> tuple[str, MixerOptions]:
-        mixer = config.mixer[layer % config.period]
-        return mixer, own_options(mixer, config.options[layer % config.period])
+        place = layer % config.period
+        return config.mixer[place], own_options(config.mixer[place], config.options[place])
 
     old, new = ([built(config, layer) for layer in layers] for config in (before, now))
     restored = [i for i in layers if old[i] != new[i]]

@@ -15,6 +15,7 @@ from jaxlin.config import ModelConfig
 from jaxlin.distill import squares
 from jaxlin.evaluation.language_modeling import compare, on_mesh, put
 from jaxlin.layer_local import Batch, by_layer, walk
+from jaxlin.pattern import layers_of
 from jaxlin.sharding import on_every_device
 
 
@@ -43,7 +44,7 @@ def fidelity(
     error, power, cosine, tokens = totals
     return {
         **whole,
-        "mixer": [student.mixer[i % student.period] for i in range(student.num_hidden_layers)],
+        "mixer": layers_of(student.mixer, student.num_hidden_layers),
         "nmse": (error / power).tolist(),
         "cosine": (cosine / tokens).tolist(),
     }

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxlin.config import ModelConfig
 from jaxlin.inspect import memory
 from jaxlin.model import LanguageModel, apply
+from jaxlin.pattern import layers_of
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 STARTS = 16  # tokens of a sequence whose writes are followed
@@ -22,7 +23,7 @@ Gates = dict[str, jax.Array]
 
 def linear_layers(config: ModelConfig) -> list[int]:
     """The layers that have a state of constant size."""
-    return [i for i in range(config.num_hidden_layers) if config.mixer[i % config.period] != "softmax"]
+    return [i for i, mixer in enumerate(layers_of(config.mixer, config.num_hidden_layers)) if mixer != "softmax"]
 
 
 @jax.jit(static_argnums=0)

@@ -14,6 +14,7 @@ from rich.table import Table
 from jaxlin.config import UserError
 from jaxlin.inspect import gates, needle, probe, states
 from jaxlin.inspect.subject import Subject
+from jaxlin.pattern import layers_of
 
 GATES = {"decay": "decay", "beta": "beta", "input_gate": "input gate"}
 Bar = Callable[[str, int], Callable[[int], Any]]
@@ -43,9 +44,9 @@ def inspect(
     of_gates = gates.measure(config, params, rows, bar("gates and memory", sequences))
     of_states = states.measure(config, params, rows, positions, bar("states", sequences))
     found = probe.measure(config, params, made, distances, seed, bar("needles", examples)) if made else None
-    numbers = gates.linear_layers(config)
+    numbers, mixers = gates.linear_layers(config), layers_of(config.mixer, config.num_hidden_layers)
     layers = [
-        {"layer": number, "mixer": config.mixer[number % config.period], **one, "states": of_state}
+        {"layer": number, "mixer": mixers[number], **one, "states": of_state}
         for number, one, of_state in zip(numbers, of_gates, of_states, strict=True)
     ]
     if found:
