@@ -160,4 +160,4 @@ def kept_in(settings: Settings) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, called={"--data.heldout": "--text"})

@@ -14,7 +14,7 @@ import runpy
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,8 +145,11 @@ def _program() -> str:
     return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
-def run_main(main: Callable[[], Any]) -> None:
-    """Call `main`; a `UserError`, or too little memory, becomes one line on stderr and exit code 2."""
+def run_main(main: Callable[[], Any], *, called: Mapping[str, str] | None = None) -> None:
+    """Call `main`; a `UserError`, or too little memory, becomes one line on stderr and exit code 2.
+
+    called: flags of train.py by which an error may begin, and what they are here.
+    """
     try:
         main()
     except KeyboardInterrupt:
@@ -158,7 +161,8 @@ def run_main(main: Callable[[], Any]) -> None:
             if "RESOURCE_EXHAUSTED" not in message:
                 raise
             message = f"out of memory: {message.splitlines()[0]}"
-        print(f"error: {message}", file=sys.stderr)
+        flag, *rest = message.split(" ", 1)
+        print("error:", (called or {}).get(flag, flag), *rest, file=sys.stderr)
         sys.exit(2)
 
 

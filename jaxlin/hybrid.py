@@ -242,4 +242,4 @@ def show(report: dict[str, Any], keep: int, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, called={"--data.heldout": "--text"})

@@ -10,7 +10,7 @@ import pytest
 
 import eval as eval_py
 from jaxlin import chat, data, export, generate, hybrid, mistakes, synthesize
-from jaxlin.command_line import parse, parse_run
+from jaxlin.command_line import parse, parse_run, run_main
 from jaxlin.config import RunConfig, UserError
 from jaxlin.evaluation import compare
 from jaxlin.inspect import __main__ as inspect
@@ -116,3 +116,12 @@ def test_what_is_not_understood_is_shown_as_tyro_does(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Odd, ["--size", "x"])
     assert stop.value.code == 2 and "--size" in capsys.readouterr().err
+
+
+def test_an_error_names_the_flag_as_the_command_has_it(capsys):
+    def main():
+        raise UserError("--data.heldout nowhere.txt: no such file or folder")
+
+    with pytest.raises(SystemExit):
+        run_main(main, called={"--data.heldout": "--text"})
+    assert capsys.readouterr().err == "error: --text nowhere.txt: no such file or folder\n"

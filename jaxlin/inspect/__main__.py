@@ -111,4 +111,4 @@ def powers(length: int) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, called={"--data.heldout": "--text"})
