@@ -151,15 +151,15 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         slot += here
         q, k = ([buffer[name].at[c, slot] for c in team] for name in ("q", "k"))
         own_q, own_k, v = (buffer[name].at[me, slot] for name in ("q", "k", "v"))
-        do, u = ([buffer[name].at[w + here] for w in team] for name in ("do", "u"))
+        do, u = ([buffer[name].at[m + here] for m in team] for name in ("do", "u"))
         own_do, own_u, own_p = (buffer[name].at[me + here] for name in ("do", "u", "p"))
         t = buffer["t"].at[here]
 
-        def state(c, w):
-            return buffer["states"].at[c, w, slot if alone else here]
+        def state(c, m):
+            return buffer["states"].at[c, m, slot if alone else here]
 
-        def d_state(c, w):
-            return buffer["d_state"].at[c, w + here]
+        def d_state(c, m):
+            return buffer["d_state"].at[c, m + here]
 
         def made_vector(row, at=0):
             return buffer["made"].at[me + here, pl.ds((row + at) * CHUNK, CHUNK)]
@@ -194,19 +194,19 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         gpu.commit()
         gpu.wait_out(0)
         refill()
-        u_, y = dots(Sum([Product(t, own_u)], x), Sum([Product(t, own_p, ta=True)], du), last=True)
-        y_tiles = [t] if alone else [buffer["v"].at[w, 1 - slot] for w in team]
+        new_u, y = dots(Sum([Product(t, own_u)], x), Sum([Product(t, own_p, ta=True)], du), last=True)
+        y_tiles = [t] if alone else [buffer["v"].at[m, 1 - slot] for m in team]
         own_y = t if alone else buffer["v"].at[me, 1 - slot]
         dv, d_beta = by_row(beta, y), jnp.sum(y * z, 1)
-        own_u[...], own_y[...], own_p[...] = (tile.astype(jnp.bfloat16) for tile in (u_, y, by_row(-d.enter, dv)))
+        own_u[...], own_y[...], own_p[...] = (tile.astype(jnp.bfloat16) for tile in (new_u, y, by_row(-d.enter, dv)))
         v[...] = stored(d, dv)
         gpu.commit()
         meet()
 
         # -dA is beta times what is here called dl; both are times the decays and scale
         i, j = gpu.indices()
-        to_dp = Sum([Product(do[w], u[w], tb=True) for w in team])
-        to_dl = Sum([Product(y_tiles[w], u[w], tb=True) for w in team])
+        to_dp = Sum([Product(do[m], u[m], tb=True) for m in team])
+        to_dl = Sum([Product(y_tiles[m], u[m], tb=True) for m in team])
         more = [*([q_k] if gate else []), *([k_k] if alone or not gate else [])]  # as far as there are registers
         dp, dl, *more, weight = dots(to_dp, to_dl, *more, meanwhile=weights, last=True)
         dp, dl = weight * dp, jnp.where(i > j, weight * dl, 0.0)
@@ -238,9 +238,9 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         meet()
 
         # of the own keys: rows written to the next state, rows reading this one
-        written = Sum([Product(u[w], d_state(me, w), tb=True) for w in team])
-        reading = Sum([Product(buffer["p"].at[w + here], state(me, w), tb=True) for w in team])
-        read_do = Sum([Product(do[w], state(me, w), tb=True) for w in team])
+        written = Sum([Product(u[m], d_state(me, m), tb=True) for m in team])
+        reading = Sum([Product(buffer["p"].at[m + here], state(me, m), tb=True) for m in team])
+        read_do = Sum([Product(do[m], state(me, m), tb=True) for m in team])
         dk, dk_read, dq = dots(written, reading, read_do, last=alone)
         dk = by_row(d.leave, dk)
         if gate:
