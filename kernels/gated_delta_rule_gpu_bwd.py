@@ -133,7 +133,6 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
 
     def meet():
         if not alone:
-            gpu.commit()
             gpu.meet(buffer["meeting"])
 
     def fetch_late(n, slot):

@@ -15,9 +15,10 @@ Q and W have a second piece of bfloat16, 16 bits in all: with 8, o had 3.9e-3 by
 
 Bytes at K = V = 64, in units of q: q, k and g (2) are read, Q and W twice, K, P, T, T' written: 12.
 
-Budget at K = 64: P, A, T's blocks, a decay and a product in registers, 160 a thread, and pieces of tiles, so two
-programs an SM. Shared memory: q, k of 8 KB; b of 18 KB, and in turn g and its pieces; three tiles for the inverse and
-one for P (32 KB). What is made is written over all of these: 66 KB; 108 KB at K = 128.
+Budget at K = 64: A, the blocks of T and T' and two products in registers, 160 a thread, and pieces of tiles, so two
+programs an SM. Shared memory: q, k of 8 KB; b of 18 KB, and in turn g and its pieces; three tiles for each inverse and
+one for P (56 KB). What is made is written over all of these: 90 KB. At K = 128, 108 KB, the inverses are found one
+after the other.
 """
 
 from __future__ import annotations

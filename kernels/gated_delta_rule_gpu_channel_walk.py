@@ -17,8 +17,8 @@ Bytes at K = V = 64, in units of q: Q and W twice, K, V, P, T' are read, o, S, R
 and W twice are read, dV, dS', Y written: 10.
 
 Budget at K = 64: S, R and o in registers, 96 a thread; every operand is in shared memory. Tiles of 8 KB in one stage,
-and all that a chunk makes is written over those it is done with: 64 KB, in reverse 56 KB, so that other programs on the
-SM compute while one loads. At K = 128 104 and 88 KB.
+and all that a chunk makes is written over those it is done with (in reverse dS' has a tile of its own): 64 KB, so that
+other programs on the SM compute while one loads. At K = 128 104 and 96 KB.
 """
 
 from __future__ import annotations

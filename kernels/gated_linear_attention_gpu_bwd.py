@@ -25,9 +25,9 @@ and each channel k keep ((S dS'^T)_kk + z_k dz'_k), from which the caller takes 
 
 Budget at K = V = 64: dS, P (or E), A and one product are alive at once, 128 registers a thread and pieces of tiles, in
 the 255 there are; at K = 128 another 32. Shared memory: q, k, v, do, S of 8 KB in 2 stages, with dq, dk, dv written
-over q, k, v (80 KB); P, A~ and dS as operands (24 KB); vectors (6 KB); sums over warps where P was: two programs an SM.
+over q, k, v (80 KB); P, A~ and dS as operands (24 KB); vectors (8 KB); sums over warps where P was: two programs an SM.
 At K = 128 there are 128 KB of the first four, S in one stage, copied when the chunk before is done, and the operands
-(88 KB) and vectors (11 KB): one program of two warpgroups.
+(88 KB), vectors (10 KB): one program of two warpgroups, and no room for another buffer.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ most 64 gates, each clamped at `MIN_GATE`: its error stays below 1e-3, which bfl
 
 Budget at K = 64, of 65536 registers and 227 KB of shared memory an SM: S, P, n in registers, 96 a thread, and
 pieces of tiles; the compiler takes 255, so two programs share an SM. Shared memory a program: q, k, v tiles of 8 KB,
-3 stages, o written over v (72 KB); S and the decayed V as operands (16 KB); vectors (3 KB); sums over warps (6 KB).
+3 stages, o written over v (72 KB); S and the decayed V as operands (16 KB); vectors (7 KB).
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         denominator = None
         if z is not None:
             l = jnp.sum(p, 1) + d.enter_scaled * jnp.sum(gpu.load(q) * columns(z), 1)  # noqa: E741
-            denominator = l
+            denominator = l if d.valid is None else jnp.where(d.valid, l, 1.0)  # q is as it came in padding
         gpu.wait_out(saves)  # all that the chunk before made
         refill()
         o = dot(p.astype(jnp.bfloat16), v, o)

@@ -111,6 +111,8 @@ def cotangent_of_l(form: Form, x: Inputs, o: Array, l: Array, do: Array) -> Arra
     )
     # A kernel of its own: XLA would take each sum, a row of 64, in a thread of the transposition that it is stacked by.
     along = lax.optimization_barrier(along.sum(-1)).transpose(0, 3, 1, 2)
+    if x.codes is not None:  # do is as it came in padding
+        along = jnp.where(lax.bitwise_and(x.codes, VALID)[:, None] != 0, along, 0.0)
     l = jnp.repeat(l, value_dim // BLOCK, 1)  # noqa: E741
     if form.denominator == "sum":
         return -along / denominator_of(form, l, None)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxlin.kernels import recurrent_gpu_step, recurrent_step
+from jaxlin.kernels import chunk, recurrent_gpu_step, recurrent_step
 from jaxlin.kernels.gated_linear_attention_gpu_op import Gates, attend, by_chunk, check
 from jaxlin.kernels.mlstm import stabilizer
 
@@ -30,6 +30,7 @@ def pallas(
     if q.shape[1] == 1:
         return recurrent_step.mlstm(recurrent_gpu_step.step, q, k, v, i, f, initial_state, segment_ids, scale)
     check(scale, q, k, v)
+    i, f = chunk.mask_padding(segment_ids, i, f)
     c, n, m0 = (None, None, None) if initial_state is None else initial_state
     start = jnp.zeros(v.shape[:1] + v.shape[2:3], jnp.float32) if m0 is None else m0
     i, log_f = i.astype(start.dtype), jax.nn.log_sigmoid(f.astype(start.dtype))

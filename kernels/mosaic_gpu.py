@@ -32,7 +32,7 @@ CHUNK = 64
 """Rows of a chunk, and of every tile: wgmma multiplies 64 rows at a time."""
 
 BLOCK = 64
-"""Columns of the values that one program has."""
+"""Columns of the values that one warpgroup has."""
 
 _JAX = tuple(jax.__version_info__[:2])
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -179,6 +179,7 @@ def column_sums(x: Array, scratch: Ref) -> Array:
     """The sum of a tile's rows, as `load_columns` gives it, by way of scratch [SUMS]: each warpgroup needs its own."""
     if interpreted():
         return jnp.sum(x, 0)
+    commit()  # JAX's sum begins to write before warps wait for each other
 
     @plgpu.inline_mgpu(
         arg_types=(_WGMMA, plgpu.RefType()),

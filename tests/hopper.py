@@ -53,9 +53,9 @@ def check_reruns(op: str, case: Case, normalize: bool = False) -> None:
             np.testing.assert_array_equal(first[name], other[name], err_msg=name)
 
 
-def check_padding(op: str, case: Case, names: str) -> None:
+def check_padding(op: str, case: Case, names: str, normalize: bool = False) -> None:
     """Assert that NaN in padding changes nothing, and that o and gradients are zero there."""
-    args = grid.inputs(op, case)
+    args = grid.inputs(op, case, normalize)
     clean = grid.outputs_and_gradients(getattr(ops, op), args, jnp.bfloat16, implementation="pallas")
     padding = args["segment_ids"] == 0
     for name in names.split():

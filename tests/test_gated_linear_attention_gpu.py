@@ -106,10 +106,25 @@ def test_interpreted_in_parts(form, interpreted, monkeypatch):
         run("gated_linear_attention", replace(case, gate=gate, HV=2), normalize=form == "normalize")
 
 
-@slow
-@pytest.mark.parametrize("gate", ("scalar", "channel"))
-def test_padding_may_hold_anything(gate, interpreted):
-    hopper.check_padding("gated_linear_attention", replace(BASE, gate=gate, segments="gaps", B=2), "q k v g")
+PADDED = {
+    "scalar": ("gated_linear_attention", "q k v g"),
+    "channel": ("gated_linear_attention", "q k v g"),
+    "normalize": ("gated_linear_attention", "q k v"),
+    "mlstm": ("mlstm", "q k v i f"),
+}
+"""An op, and its arguments that may hold NaN in padding."""
+
+
+def check_padding(form: str, **changes):
+    op, names = PADDED[form]
+    gate = form if form in ("scalar", "channel") else "none"
+    case = replace(BASE, gate=gate, segments="gaps", B=2, **changes)
+    hopper.check_padding(op, case, names, normalize=form == "normalize")
+
+
+@pytest.mark.parametrize("form", (*(pytest.param(name, marks=slow) for name in PADDED if name != "mlstm"), "mlstm"))
+def test_padding_may_hold_anything(form, interpreted):
+    check_padding(form)
 
 
 # ---- on the CPU, lowered for CUDA ----
@@ -211,9 +226,10 @@ def test_grid(case, form):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ("none", "constant", "scalar", "channel", "normalize", "mlstm"))
-def test_grid_in_parts(form):
+@pytest.mark.parametrize("size", (64, 128))
+def test_grid_in_parts(size, form):
     """One sequence of few heads: parts side by side."""
-    case = replace(BASE, T=4096, segments="none" if form == "constant" else "packed")
+    case = replace(BASE, T=4096, K=size, V=size, segments="none" if form == "constant" else "packed")
     if form == "mlstm":
         run("mlstm", replace(case, strength="weak"))
     else:
@@ -234,6 +250,7 @@ def test_reruns_are_bit_equal(size, form):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gate", ("scalar", "channel"))
-def test_padding_may_hold_anything_on_the_gpu(gate):
-    hopper.check_padding("gated_linear_attention", replace(BASE, gate=gate, segments="gaps", B=2), "q k v g")
+@pytest.mark.parametrize("form", PADDED)
+@pytest.mark.parametrize("size", (64, 128))
+def test_padding_may_hold_anything_on_the_gpu(size, form):
+    check_padding(form, K=size, V=size)
