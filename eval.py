@@ -61,6 +61,8 @@ def main() -> None:
         raise UserError("--student-only: give --run DIR and a --suite of benchmarks")
     if settings.milestones and (settings.out or not settings.run):
         raise UserError("--milestones: give --run DIR, into which the results go, and no --out")
+    if settings.out and settings.suite == "quick":
+        raise UserError("--out: the suite quick is kept in the run folder; give --out to other suites")
     if settings.data and not Path(settings.data).is_dir():
         raise UserError(f"--data {settings.data}: no such folder")
     require_folder("--out", settings.out)

@@ -281,7 +281,7 @@ def load_params(folder: Path | str, step: int | None = None) -> dict[str, Any]:
             return step
         whole = (step for step in sorted(_complete(root), reverse=True) if not _damage(_complete(root)[step]))
         if (newest := next(whole, None)) is None:
-            raise UserError(f"{root}: there is no whole checkpoint in it")
+            raise UserError(f"{root}: there is no whole checkpoint in it; the run's train.py command makes one")
         return newest
 
     path = _complete(root)[processes.from_first(chosen)]

@@ -104,6 +104,8 @@ def parse_run(args: Sequence[str] | None = None) -> RunConfig:
 
 def _inherited(init_from: str, run_dir: str) -> dict[str, Any]:
     """The settings that a run takes over from the one that it starts from; from its own folder once it is under way."""
+    if (Path(init_from) / "run_card.json").is_file():
+        raise UserError(f"--init-from {init_from}: an exported student, not a run; give the run that it came from")
     path = Path(run_dir or init_from) / "config.json"
     if run_dir and not path.exists():
         path = Path(init_from) / "config.json"

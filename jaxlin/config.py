@@ -134,8 +134,8 @@ class ModelConfig:
             )
         if self.num_hidden_layers % len(self.mixer):
             raise UserError(
-                f"mixer={pattern_of(self.mixer)} has a period of {len(self.mixer)}, "
-                f"which does not divide the {self.num_hidden_layers} layers"
+                f"--mixer {pattern_of(self.mixer)} has a period of {len(self.mixer)}, which does not divide "
+                f"the {self.num_hidden_layers} layers; give one that does, or all layers"
             )
 
     def described(self) -> dict[str, Any]:

@@ -36,7 +36,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path` at the end, and is deleted where anything goes wrong."""
     require_new(path)
     temporary = path.parent / f".{path.name}-{uuid.uuid4().hex}"
-    temporary.mkdir(parents=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror}); give another folder") from None
     try:
         yield temporary
         os.replace(temporary, path)

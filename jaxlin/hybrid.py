@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -208,6 +209,7 @@ def main() -> None:
     total = float(hybrids.tokens.sum())
     report = {
         "tokens": int(total),
+        "text": list(settings.text),  # empty is what the run held back
         "greedy": bool(settings.greedy),
         "layers": [asdict(one) for one in found],
         "kl": {name: {"layers": kept, "kl": float(hybrids.kl(kept).sum()) / total} for name, kept in sets.items()},
@@ -217,7 +219,10 @@ def main() -> None:
     subject.run.write("hybrid.json", report)
     console = Console()
     show(report, keep, console)
-    command = f"python train.py --init-from {settings.run} --mixer {report['mixer']} --run-dir FOLDER"
+    run = subject.run.config  # of a run that starts from another, not all settings are that one's
+    flags = ["--init-from", settings.run, "--config", run.config, *(["--text", *run.text] if run.text else [])]
+    flags += ["--mixer", report["mixer"], "--stage", "3", "--run-dir", "FOLDER"]
+    command = f"python train.py {shlex.join(flags)}"
     console.print(
         f"to train it:  {command}\nwrote {subject.run.folder / 'hybrid.json'}", highlight=False, soft_wrap=True
     )

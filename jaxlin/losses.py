@@ -235,7 +235,10 @@ def _compare_logits(
     Logits are read three times, both models' at once: for their largest, for sums over the vocabulary, for the
     gradient. With s and t less their largest, over tau, and Z the sums of their exponentials,
 
-        KL = sum_v e^t (t - s) / Z_t - log Z_t + log Z_s
+        KL = sum_v e^t (t - s) / Z_t + log(Z_s / Z_t)
+
+    Where the two are close, the last is log(1 + sum_v (e^s - e^t) / Z_t): 0 for equal logits, though Z_s and Z_t were
+    added up in another order.
     """
     student, *teacher = reductions.maxima(*(logits for logits in (logits_s, logits_t) if logits is not None))
     # A comparison, not an index: the vocabulary may be split over devices.
@@ -253,6 +256,7 @@ def _compare_logits(
         terms |= {
             "soft_z_s": jnp.exp(soft_s),
             "soft_z_t": jnp.exp(soft_t),
+            "soft_more": jnp.exp(soft_s) - jnp.exp(soft_t),
             "cross": jnp.exp(soft_t) * (soft_t - soft_s),
         }
     found = {name: jnp.sum(term, axis=-1) for name, term in terms.items()}
@@ -261,9 +265,10 @@ def _compare_logits(
     slope: Any = 0
     sums = sums._replace(ce=sums.ce + total(log_z["z_s"] - found["label_s"], at.has_next))
     if logits_t is not None:
-        log_s, log_t = log_z["soft_z_s"], log_z["soft_z_t"]
+        log_s, log_t, more = log_z["soft_z_s"], log_z["soft_z_t"], found["soft_more"] / found["soft_z_t"]
+        log_ratio = jnp.where(jnp.abs(more) < 0.5, jnp.log1p(more), log_s - log_t)
         sums = sums._replace(
-            kl=sums.kl + temperature**2 * total(found["cross"] / found["soft_z_t"] - log_t + log_s, at.valid),
+            kl=sums.kl + temperature**2 * total(found["cross"] / found["soft_z_t"] + log_ratio, at.valid),
             teacher_ce=sums.teacher_ce + total(log_z["z_t"] - found["label_t"], at.has_next),
             agree=sums.agree + total(student.index == teacher[0].index, at.valid),
         )

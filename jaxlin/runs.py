@@ -215,7 +215,7 @@ def open_run(folder: str | Path, flag: str = "--run") -> Run:
     """The run in `folder`, which the setting `flag` names. Raises UserError where there is none."""
     folder = Path(folder)
     if (folder / "run_card.json").is_file():
-        raise UserError(f"{flag} {folder}: an exported student, not a run; give it as --teacher {folder}")
+        raise UserError(f"{flag} {folder}: an exported student, not a run; eval.py takes it as --teacher {folder}")
     try:
         config = from_dict(RunConfig, json.loads((folder / "config.json").read_text()))
         student = from_dict(ModelConfig, json.loads((folder / "model.json").read_text()))

@@ -69,6 +69,7 @@ class TrainingData:
         """End the threads and processes."""
         for iterator in self._iterators.values():
             iterator.close()
+        self._iterators.clear()  # Grain's complain when they go as late as Python itself
 
 
 _KEYS = {"text": "data", "conversations": "conversations"}

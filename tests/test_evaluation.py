@@ -233,6 +233,17 @@ def test_eval_of_a_run(run_folder, monkeypatch, capsys):
     assert as_line(json.loads((folder / "evaluation.json").read_text())) == line
 
 
+def test_another_text_is_not_kept_as_the_runs(run_folder, monkeypatch, capsys, tmp_path):
+    folder, _ = run_folder
+    call(monkeypatch, "--run", folder, "--tasks", "held_out")
+    before = (folder / "evaluation.json").read_bytes()
+    (tmp_path / "other.txt").write_text("another text " * 50)
+    call(monkeypatch, "--run", folder, "--tasks", "held_out", "--text", tmp_path / "other.txt", "--json")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["kl"]["initialisation"] is None and found["kl"]["now"] > 0
+    assert (folder / "evaluation.json").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_every_quick_task(run_folder, monkeypatch, capsys):
     folder, _ = run_folder

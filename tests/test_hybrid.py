@@ -121,7 +121,7 @@ def test_command_and_training_from_it(start, tmp_path, monkeypatch, capsys):
     assert found == json.loads((start / "hybrid.json").read_text())
     assert found["tokens"] == 1024 and len(found["layers"]) == 4 and found["kl"]["even"]["layers"] == [3]
     assert found["kl"]["chosen"]["layers"] == [found["layers"][0]["layer"]]
-    assert f"--init-from {start} --mixer {found['mixer']} --run-dir" in out
+    assert f"--init-from {start} --config" in out and f"--mixer {found['mixer']} --stage 3 --run-dir" in out
     of_start = open_subject(str(start))
     teacher, student = of_start.models["teacher"], of_start.models["student"]
     whole = compare(teacher.config, teacher.params, student.config, student.params, of_start.batches)

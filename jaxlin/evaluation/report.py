@@ -49,7 +49,8 @@ def choose_tasks(name: str, tasks: Sequence[str]) -> list[str]:
 
 
 def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None = None) -> dict[str, Any]:
-    """Measure `subject` with the quick suite; what is found of a run is kept in its evaluation.json as well.
+    """Measure `subject` with the quick suite; what is found of a run is kept in its evaluation.json as well, unless it
+    is of another text than the run's own.
 
     Returns what was measured (suite, teacher, and for a run preset and mixer), params_sha256, limit, for a run
     stage_losses ({stage: {start, end}}), kl ({initialisation, now}) and held_out_sums (of each batch, for intervals),
@@ -67,7 +68,8 @@ def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None =
     if run is not None:
         held_out = results.get("held_out") or quick.held_out(subject, samples)
         initial = run.read("fidelity.json") or {}
-        if initial.get("measured_on", "text") != subject.config.kind(max(subject.config.stages())):
+        kind = subject.config.kind(max(subject.config.stages()))
+        if subject.other_text or initial.get("measured_on", "text") != kind:
             initial = {}  # nothing to compare with
         if subject.step is None:
             found["stage_losses"] = run.stage_losses()
@@ -77,7 +79,7 @@ def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None =
         found["held_out_sums"] = subject.held_out_sums
     found["results"] = results
     found = _finite(found)
-    if run is not None:
+    if run is not None and not subject.other_text:
         write_text(subject.folder / "evaluation.json", json.dumps(found, indent=1))
     return found
 
@@ -87,7 +89,7 @@ def _kept(subject: Subject, what: dict[str, Any], tasks: Sequence[str]) -> dict[
 
     None where a task of it is missing, where it is of other parameters or another limit, and where it is damaged.
     """
-    if subject.step is None:
+    if subject.step is None or subject.other_text:
         return None
     path = subject.folder / "evaluation.json"
 

@@ -35,6 +35,8 @@ class Subject:
     """What the parameters are spread over; None where they are on one device."""
     step: int | None = None
     """Of the milestone that the student is from; None for the newest checkpoint."""
+    other_text: bool = False
+    """Whether the held-out text is not the run's own."""
 
     @property
     def measured(self) -> Teacher:
@@ -88,7 +90,7 @@ def open_subject(
     models = {"teacher": load_teacher(config, mesh)}
     if opened:
         models["student"] = Teacher(opened.student, params, models["teacher"].tokenizer)
-    return Subject(models, config, opened, mesh)
+    return Subject(models, config, opened, mesh, other_text=bool(text))
 
 
 def _place(run: Run, mesh: jax.sharding.Mesh | None, step: int | None = None) -> Any:
