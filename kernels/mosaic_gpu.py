@@ -303,11 +303,10 @@ def start_stream(
 
 def _fetch_chunk(sources: Sequence[Source], barrier: Ref, n: Array, slot: Array) -> None:
     for part, buffer, *when in sources:
-
-        def copy(part=part, buffer=buffer):
-            plgpu.copy_gmem_to_smem(part(n), buffer.at[slot], barrier.at[slot])
-
-        where(when[0] if when else True, copy)
+        where(
+            when[0] if when else True,
+            lambda part=part, buffer=buffer: plgpu.copy_gmem_to_smem(part(n), buffer.at[slot], barrier.at[slot]),
+        )
 
 
 def where(condition: Array | bool, do: Callable[[], None]) -> None:
