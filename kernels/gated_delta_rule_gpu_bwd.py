@@ -31,6 +31,7 @@ K = 128 S and v come late too, Y and dA lie where the next chunk's v will be: 21
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -51,7 +52,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     stored,
 )
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row
-from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, store_state
+from jaxlin.kernels.tile_gpu_keys import load_state, member_of, store_state
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 STAGES = 2
@@ -125,24 +126,18 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
 
 
 def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
-    b, h, program, me = index
-    team, programs = range(buffer["q"].shape[0]), made["q"].shape[2] // made["v"].shape[2]
-    w, row = program * len(team) + me, h * programs + program
-    values, keys, first, alone = gpu.block(w), key_rows(me), me == 0, len(team) == 1
+    b, h, _, me = index
+    own = member_of(index, made, buffer)
+    team, w, row, values, keys, first, alone = own.team, own.w, own.row, own.values, own.keys, own.first, own.alone
     share = 1.0 if alone else jnp.where(first, 1.0, 0.0)  # of what both warpgroups find
-
-    def meet():
-        if not alone:
-            gpu.meet(buffer["meeting"])
 
     def fetch_late(n, slot):
         """Start to copy what there is room for once the chunk before is done; of two warpgroups' also S and v."""
         part = gpu.chunk_rows(n)
         gpu.fetch([(given["do"].at[b, part, h, values], buffer["do"].at[me])], buffer["late"])
         gpu.where(first, lambda: gpu.fetch([(given["t"].at[b, h, n], buffer["t"].at[0])], buffer["late"]))
+        own.fetch_states(given["states"].at[b, h, n])
         if not alone:
-            source = given["states"].at[b, h, n]
-            gpu.fetch([(source.at[key_rows(c), values], buffer["states"].at[c, me, 0]) for c in team], buffer["late"])
             gpu.fetch([(given["v"].at[b, part, h, values], buffer["v"].at[me, slot])], buffer["late"])
 
     def chunk(n, slot, refill, ds):
@@ -154,11 +149,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         own_do, own_u, own_p = (buffer[name].at[me + here] for name in ("do", "u", "p"))
         t = buffer["t"].at[here]
 
-        def state(c, m):
-            return buffer["states"].at[c, m, slot if alone else here]
-
-        def d_state(c, m):
-            return buffer["d_state"].at[c, m + here]
+        state, d_state = functools.partial(own.state, slot=slot, here=here), functools.partial(own.d_state, here=here)
 
         def made_vector(row, at=0):
             return buffer["made"].at[me + here, pl.ds((row + at) * CHUNK, CHUNK)]
@@ -167,7 +158,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         beta = beta_of(form, buffer, slot)
         if form.segments:
             clean(d.valid, own_q, own_k)
-            meet()
+            own.meet()
         for c in team:
             d_state(c, me)[...] = ds[c].astype(jnp.bfloat16)
         gpu.commit()
@@ -200,7 +191,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         own_u[...], own_y[...], own_p[...] = (tile.astype(jnp.bfloat16) for tile in (new_u, y, by_row(-d.enter, dv)))
         v[...] = stored(d, dv)
         gpu.commit()
-        meet()
+        own.meet()
 
         # -dA is beta times what is here called dl; both are times the decays and scale
         i, j = gpu.indices()
@@ -229,12 +220,12 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
             made_vector(COLUMNS)[...] = gpu.column_sums(e, buffer["sums"].at[me])
             by_rows = jnp.sum(e, 1)
         da = by_row(beta * (-1 / form.scale), dl).astype(jnp.bfloat16)
-        meet()  # nobody needs Y, nor do as it came
+        own.meet()  # nobody needs Y, nor do as it came
         own_do[...] = by_row(d.enter_scaled, gpu.load(own_do)).astype(jnp.bfloat16)
         if not alone:
             gpu.where(first, put_da)
         gpu.commit()
-        meet()
+        own.meet()
 
         # of the own keys: rows written to the next state, rows reading this one
         written = Sum([Product(u[m], d_state(me, m), tb=True) for m in team])
@@ -260,7 +251,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
             *(Sum(through[c], d.keep * ds[c]) for c in team),
             last=True,
         )
-        meet()  # nobody reads this chunk any more
+        own.meet()  # nobody reads this chunk any more
         own_q[...], own_k[...] = stored(d, dq), stored(d, dk)
         pl.when(n > 0)(lambda: fetch_late(n - 1, 1 - slot))
         part = gpu.chunk_rows(n)

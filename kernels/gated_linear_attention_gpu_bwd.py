@@ -32,6 +32,7 @@ At K = 128 there are 128 KB of the first four, S in one stage, copied when the c
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -53,7 +54,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     stored,
 )
 from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, columns, dot, rows
-from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, over, store_state
+from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, member_of, over, store_state
 
 STAGES = 2
 ROWS, WRITES, COLUMNS, OWN, CHANNELS = range(5)
@@ -155,25 +156,12 @@ def backward(
 def _program(form: Form, index, given, made, buffer, chunks) -> None:
     b, h, program, me = index
     summed, gate = form.denominator is not None, "gates" in made
-    team, programs = range(buffer["q"].shape[0]), made["q"].shape[2] // made["v"].shape[2]
-    w, row = program * len(team) + me, h * programs + program
-    values, keys, first = gpu.block(w), key_rows(me), me == 0
+    own = member_of(index, made, buffer)
+    team, w, row, values, keys, first, alone = own.team, own.w, own.row, own.values, own.keys, own.first, own.alone
     (p_tiles,), (sums,) = buffer["p"]
-
-    alone = len(team) == 1
-
-    def meet():
-        if not alone:
-            gpu.meet(buffer["meeting"])
 
     def column_sums(x):
         return gpu.column_sums(x, sums.at[me, pl.ds(0, gpu.SUMS)])
-
-    def fetch_states(n):
-        """Start to copy the states of a chunk where two warpgroups leave room for one chunk's alone."""
-        if not alone:
-            source = given["states"].at[b, h, n]
-            gpu.fetch([(source.at[key_rows(c), values], buffer["states"].at[c, me, 0]) for c in team], buffer["late"])
 
     def chunk(n, slot, refill, ds):
         here = gpu.unknown_zero(anew=True)
@@ -181,11 +169,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         own_q, own_k, own_v, own_do = (buffer[name].at[me, slot] for name in ("q", "k", "v", "do"))
         p_tile, a_tile = p_tiles.at[me + here], buffer["a"].at[here]
 
-        def state(c, u):
-            return buffer["states"].at[c, u, slot if alone else here]
-
-        def d_state(c, u):
-            return buffer["d_state"].at[c, u + here]
+        state, d_state = functools.partial(own.state, slot=slot, here=here), functools.partial(own.d_state, here=here)
 
         def made_gates(row, at=0):
             return buffer["gates"].at[me + here, pl.ds((row + at) * CHUNK, CHUNK)]
@@ -193,7 +177,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         d = decays(form, buffer, slot)
         if form.segments:
             clean(d.valid, own_q, own_k, own_v, own_do)
-            meet()
+            own.meet()
         for c in team:
             gpu.put(d_state(c, me), ds[c])
 
@@ -221,15 +205,15 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             p_tile[...] = p.astype(jnp.bfloat16)
         gpu.where(first, lambda: gpu.put(a_tile, decayed))  # the same in both
         gpu.commit()
-        meet()
+        own.meet()
         gpu.wait_out(0)
         refill()
-        by_rows = writes = own = strict = None
+        by_rows = writes = diagonal = strict = None
         if gate:
             i, j = gpu.indices()
             e = a * p if alone else jnp.where(first, 1.0, 0.0) * (a * p)
             strict = jnp.where(i > j, e, 0.0)
-            by_rows, own = jnp.sum(strict, 1), jnp.sum(jnp.where(i == j, e, 0.0), 1)
+            by_rows, diagonal = jnp.sum(strict, 1), jnp.sum(jnp.where(i == j, e, 0.0), 1)
 
         # of the own values: dv, and dS at the chunk's start
         dv = over(team, lambda c, x: dot(k[c], d_state(c, me), x))
@@ -265,12 +249,12 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             through = column_sums(by_row(dl * d.enter_scaled, gpu.load(own_q)))
             buffer["dz"].at[keys][...] = d.keep * dz + through
 
-        meet()  # nobody reads this chunk any more
+        own.meet()  # nobody reads this chunk any more
         own_q[...], own_k[...], own_v[...] = dq, dk, dv
-        pl.when(n > 0)(lambda: fetch_states(n - 1))
+        pl.when(n > 0)(lambda: own.fetch_states(given["states"].at[b, h, n - 1]))
         if gate:
             made_gates(ROWS)[...] = by_rows
-            made_gates(OWN)[...] = own + writes
+            made_gates(OWN)[...] = diagonal + writes
             made_gates(WRITES)[...] = writes
         part = gpu.chunk_rows(n)
         copies = [(x, made[name].at[b, part, row, keys]) for x, name in ((own_q, "q"), (own_k, "k"))]
@@ -296,7 +280,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     if alone:
         shared.append((lambda n: given["states"].at[b, h, n, :, values], buffer["states"].at[0, 0]))
     parts += [(*source, first) for source in shared]
-    fetch_states(jnp.int32(chunks - 1))
+    own.fetch_states(given["states"].at[b, h, jnp.int32(chunks - 1)])
     ds = load_state(given, "ds", (b, h, w), made["q"].shape[3])
     ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES, reverse=True)
     store_state(made["s"], ds, (b, h, w))

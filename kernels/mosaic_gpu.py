@@ -413,19 +413,18 @@ def launch(
 
         lax.fori_loop(0, math.prod(grid), one, None)
 
-    mesh: dict[str, Any] = (
-        dict(grid=(1,), grid_names=("all",)) if interpreted() else dict(grid=tuple(grid), grid_names=names)
-    )
-    options: dict[str, Any] = {}
+    mesh: dict[str, Any]
+    options: dict[str, Any]
     if interpreted():
         mesh, options = dict(grid=(1,), grid_names=("all",)), dict(interpret=_interpreter())
     else:
-        options["compiler_params"] = plgpu.CompilerParams(
+        params = plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             approx_math=True,
             unsafe_no_auto_barriers=not barriers,
             reduction_scratch_bytes=0 if warpgroups else 4 * SUMS,
         )
+        mesh, options = dict(grid=tuple(grid), grid_names=names), dict(compiler_params=params)
     if warpgroups is not None and warpgroups > 1:
         mesh |= dict(num_threads=warpgroups, thread_name="warpgroup")
     function = programs if interpreted() else program

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax import Array
 from jax.experimental import pallas as pl
@@ -38,3 +38,55 @@ def store_state(target: gpu.Ref, state: tuple[Array, ...], index: tuple[Array, A
     b, h, w = index
     for c, tile in enumerate(state):
         target.at[b, h, key_rows(c), gpu.block(w)][...] = tile
+
+
+class Member(NamedTuple):
+    """A warpgroup of a backward program, which has K of the values: 64 of them and 64 of the keys are its own."""
+
+    team: range  # all of the program, 1 or 2
+    me: Any
+    w: Any  # the block of values
+    row: Any  # of dq and dk, among the programs of all heads
+    buffer: dict
+
+    @property
+    def alone(self) -> bool:
+        return len(self.team) == 1
+
+    @property
+    def first(self) -> Any:
+        return self.me == 0
+
+    @property
+    def values(self) -> Any:
+        return gpu.block(self.w)
+
+    @property
+    def keys(self) -> Any:
+        return key_rows(self.me)
+
+    def meet(self) -> None:
+        """Wait for the other, if there is one."""
+        if not self.alone:
+            gpu.meet(self.buffer["meeting"])
+
+    def state(self, c: Any, m: Any, slot: Array, here: Array) -> gpu.Ref:
+        """S of half c of the keys and the values of m; two warpgroups leave room for one chunk's alone."""
+        return self.buffer["states"].at[c, m, slot if self.alone else here]
+
+    def d_state(self, c: Any, m: Any, here: Array) -> gpu.Ref:
+        """dS likewise, as products read it."""
+        return self.buffer["d_state"].at[c, m + here]
+
+    def fetch_states(self, states: gpu.Ref) -> None:
+        """Start to copy S [K, V] of a chunk where there is room for one alone; a `stream` does it otherwise."""
+        if not self.alone:
+            parts = [(states.at[key_rows(c), self.values], self.buffer["states"].at[c, self.me, 0]) for c in self.team]
+            gpu.fetch(parts, self.buffer["late"])
+
+
+def member_of(index: tuple[Any, Any, Any, Any], made: dict, buffer: dict) -> Member:
+    """Of (batch, value head, program, warpgroup)."""
+    _, h, program, me = index
+    team, programs = range(buffer["q"].shape[0]), made["q"].shape[2] // made["v"].shape[2]
+    return Member(team, me, program * len(team) + me, h * programs + program, buffer)
