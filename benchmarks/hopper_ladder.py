@@ -186,8 +186,9 @@ def tiles() -> tuple[dict, dict]:
     import numpy as np
 
     from jaxlin.kernels import mosaic_gpu as gpu
+    from jaxlin.kernels import mosaic_gpu_registers as registers
 
-    chunks, stages, size = 5, 2, gpu.CHUNK
+    chunks, stages, size = 5, 2, registers.CHUNK
     shape = jax.ShapeDtypeStruct
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.normal(size=(2, chunks * size, 3, size)), jnp.bfloat16) for _ in range(2))
@@ -197,7 +198,7 @@ def tiles() -> tuple[dict, dict]:
 
     def tiles(index, inputs, outputs, buffers):
         b, h = index
-        xs, ys, staged, sums, barrier = buffers
+        xs, ys, staged, sums, scratch, barrier = buffers
 
         def chunk(n, slot, refill, total):
             a, b_ = xs.at[slot], ys.at[slot]
@@ -208,7 +209,7 @@ def tiles() -> tuple[dict, dict]:
             for i, product in enumerate(products):
                 gpu.put(staged.at[jnp.int32(i)], product)
             sums.at[0][...] = jnp.sum(gpu.load(a), 1)
-            sums.at[1][...] = jnp.sum(gpu.load(a), 0)
+            sums.at[1][...] = gpu.column_sums(gpu.load(a), scratch)
             copies = [(staged.at[jnp.int32(i)], outputs[i].at[b, h, n]) for i in range(4)]
             gpu.copy_out(*copies, (sums, outputs[4].at[b, h, n]))
             return gpu.dot(a, b_, total, ta=True)
@@ -217,12 +218,12 @@ def tiles() -> tuple[dict, dict]:
             (lambda n: inputs[0].at[b, gpu.chunk_rows(n), h], xs),
             (lambda n: inputs[1].at[b, gpu.chunk_rows(n), h], ys),
         ]
-        zero = gpu.zeros(size, size)
+        zero = registers.zeros(size, size)
         outputs[5].at[b, h][...] = gpu.stream(sources, barrier, chunk, zero, chunks=chunks, stages=stages)
         gpu.wait_out(0, read=False)
 
     scratch = [gpu.tile(stages, size, size), gpu.tile(stages, size, size), gpu.tile(4, size, size)]
-    scratch += [gpu.vector(2, size), gpu.barrier(2, stages)]
+    scratch += [gpu.vector(2, size), gpu.vector(gpu.SUMS * size), gpu.barrier(2, stages)]
     found = jax.jit(lambda *a: gpu.launch(tiles, a, out, (2, 3), scratch))(x, y)
     a, b = (
         np.asarray(t.astype(jnp.float32), np.float64).reshape(2, chunks, size, 3, size).transpose(0, 3, 1, 2, 4)

@@ -40,6 +40,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import mosaic_gpu_registers as registers
 from jaxlin.kernels.gated_delta_rule_gpu_intra import beta_of
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     Form,
@@ -51,7 +52,8 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     small_sources,
     stored,
 )
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row
+from jaxlin.kernels.mosaic_gpu import BLOCK
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
 from jaxlin.kernels.tile_gpu_keys import load_state, member_of, store_state
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
@@ -104,7 +106,7 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
         meeting=gpu.barrier(team, 1),
     )
     if gate:
-        scratch |= dict(sums=gpu.vector(team, gpu.SUMS))
+        scratch |= dict(sums=gpu.vector(team, gpu.SUMS * CHUNK))
     if form.segments:
         scratch |= dict(codes=gpu.vector(STAGES, CHUNK, dtype=jnp.int32))
 
@@ -119,7 +121,6 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
             list(out.values()),
             (batch, heads, programs),
             list(scratch.values()),
-            barriers=False,
             warpgroups=team,
         )
     )
@@ -141,7 +142,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
             gpu.fetch([(given["v"].at[b, part, h, values], buffer["v"].at[me, slot])], buffer["late"])
 
     def chunk(n, slot, refill, ds):
-        here = gpu.unknown_zero(anew=True)
+        here = registers.unknown_zero(anew=True)
         slot += here
         q, k = ([buffer[name].at[c, slot] for c in team] for name in ("q", "k"))
         own_q, own_k, v = (buffer[name].at[me, slot] for name in ("q", "k", "v"))
@@ -194,7 +195,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         own.meet()
 
         # -dA is beta times what is here called dl; both are times the decays and scale
-        i, j = gpu.indices()
+        i, j = registers.indices()
         to_dp = Sum([Product(do[m], u[m], tb=True) for m in team])
         to_dl = Sum([Product(y_tiles[m], u[m], tb=True) for m in team])
         more = [*([q_k] if gate else []), *([k_k] if alone or not gate else [])]  # as far as there are registers

@@ -32,11 +32,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import mosaic_gpu_registers as registers
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_delta_rule_gpu_intra import beta_of
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import RUN, Form, Inputs, clean, decays, present, stored
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot, rows
+from jaxlin.kernels.mosaic_gpu import BLOCK, dot
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row, rows
 from jaxlin.kernels.tile_gpu_keys import key_rows
+from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 VALUES = ("do", "r", "y")
 STATES = ("states", "d_states")
@@ -130,7 +133,7 @@ def put_pairs(form: Form, first: list, buffer, beta: Array, valid: Array | None,
         dl, dl_t = dot(y, u, dl, tb=True), dot(u, y, dl_t, tb=True)
         return dp, dp_t, dl, dl_t, d_beta + found
 
-    sums = (*[gpu.zeros(CHUNK, CHUNK)] * 4, gpu.zero_rows(CHUNK))
+    sums = (*[registers.zeros(CHUNK, CHUNK)] * 4, registers.zero_rows(CHUNK))
     barrier = buffer["first_barrier"]
     dp, dp_t, dl, dl_t, d_beta = gpu.stream(first, barrier, block, sums, chunks=blocks, stages=1, started=True)
     same = channel.same_run(buffer["codes"].at[0], RUN) if form.segments else None
@@ -152,10 +155,13 @@ def through_state(
         dq, dk, dk_read = dot(do, state, dq, tb=True), dot(u, d_state, dk, tb=True), dot(y, state, dk_read, tb=True)
         return dq, dk, dk_read, carried + jnp.sum(gpu.load(state) * gpu.load(d_state), 1)
 
-    sums = (*[gpu.zeros(CHUNK, CHUNK)] * 3, gpu.zero_rows(CHUNK))
+    sums = (*[registers.zeros(CHUNK, CHUNK)] * 3, registers.zero_rows(CHUNK))
     if blocks == 1:
-        return block(0, 0, None, sums)
-    return gpu.stream(second, buffer["second_barrier"], block, sums, chunks=blocks, stages=1)
+        sums = block(0, 0, None, sums)
+    else:
+        sums = gpu.stream(second, buffer["second_barrier"], block, sums, chunks=blocks, stages=1)
+    gpu.commit()  # no warp reads the tiles any more
+    return sums
 
 
 def put_u(buffer, slot, beta: Array, valid: Array | None) -> tuple[gpu.Ref, Array]:
@@ -178,15 +184,14 @@ def inside(tiles, beta: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         second, first = channel.roles(s)
         weight = jnp.where(channel.second_half(s), rows(beta), 1.0)
         e = channel.level(b, s)
-        decayed = gpu.load(k) * e
-        u_q[...] = jnp.where(channel.second_half(s), gpu.load(q) * e, decayed).astype(jnp.bfloat16)
-        gpu.put(u_k, weight * decayed)
+        u_q[...] = (e * jnp.where(channel.second_half(s), gpu.load(q), gpu.load(k))).astype(jnp.bfloat16)
+        gpu.put(u_k, weight * (e * gpu.load(k)))
         f = dot(channel.at_corners(w_p, s), u_q)
-        r = r + (second - first) * (gpu.load(u_q) * f)
+        found = gpu.load(u_q) * f
         f = e * f
         dq, dk = dq + second * f, dk + first * f
-        f = dot(channel.at_corners(w_l, s), u_k)
-        r = r + (second - first) * (gpu.load(u_k) * f)
+        (f,) = dots(Sum([Product(channel.at_corners(w_l, s), u_k)]), last=True)
+        r = r + (second - first) * (found + gpu.load(u_k) * f)
         return dq, dk + weight * (e * f), r
 
     return channel.over_levels(level, carry)

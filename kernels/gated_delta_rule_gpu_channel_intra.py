@@ -30,10 +30,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import mosaic_gpu_registers as registers
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_delta_rule_gpu_intra import Lower, beta_of, unit_lower_inverses
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
-from jaxlin.kernels.mosaic_gpu import CHUNK, by_row, columns, dot
+from jaxlin.kernels.mosaic_gpu import dot
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row, columns
 from jaxlin.kernels.tile_gpu_keys import key_rows, over
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
@@ -96,12 +98,12 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
             e = channel.level(gates[c].b, s)
             gpu.put(free[c], gpu.load(k[c]) * e)
             reading.append((gpu.load(q[c]) * e).astype(jnp.bfloat16))
-        p, a = dots(*(Sum([Product(x[c], free[c], tb=True) for c in halves]) for x in (reading, free)))
+        p, a = dots(*(Sum([Product(x[c], free[c], tb=True) for c in halves]) for x in (reading, free)), last=True)
         corners = channel.corners(s)
         return jnp.where(corners, p, carry[0]), jnp.where(corners, a, carry[1])
 
     p = over(halves, lambda c, x: dot(q[c], k[c], x, tb=True))
-    p, a = channel.over_levels(level, (p, gpu.zeros(CHUNK, CHUNK)))
+    p, a = channel.over_levels(level, (p, registers.zeros(CHUNK, CHUNK)))
     (p,), (a,) = d.pair(p), d.keys(a)
     gpu.put(p_tile, p)
 

@@ -15,7 +15,7 @@ from jaxlin.kernels.gated_delta_rule_gpu_split import ends, starts
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs
 from jaxlin.kernels.gated_linear_attention_gpu_op import by_chunk, fill, segment_codes, sum_group
 from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
-from jaxlin.kernels.mosaic_gpu import CHUNK
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
 
 def delta_rule(

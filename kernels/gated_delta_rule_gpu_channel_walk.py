@@ -31,7 +31,8 @@ from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_delta_rule_gpu_channel_intra import Chunks
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import VALID, clean, present
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row
+from jaxlin.kernels.mosaic_gpu import BLOCK
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
 from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, store_state
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
@@ -77,12 +78,12 @@ def gated_delta_rule_channel_walk(tiles: dict, beta: Array, keep: list, state: t
         gpu.put(tile, state[c])
         save(c, tile)
         of_q = [Sum([Product(tiles[name][c], tile) for name in ("q", "q_rest")], o)] if reads else []
-        minus_z, *found = dots(Sum([Product(k[c], tile)], minus_z), *of_q)
+        minus_z, *found = dots(Sum([Product(k[c], tile)], minus_z), *of_q, last=True)
         o = found[0] if reads else None
     u, rest = k[-1], tiles["q_rest"][0] if reads else t
     z = -minus_z
     gpu.put(u, z)
-    (r,) = dots(Sum([Product(t, u)], z))
+    (r,) = dots(Sum([Product(t, u)], z), last=True)
     if reads:
         t[...] = r.astype(t.dtype)
     channel.put_pieces(by_row(beta, r), u, rest)
@@ -92,7 +93,7 @@ def gated_delta_rule_channel_walk(tiles: dict, beta: Array, keep: list, state: t
         new.append(Sum([Product(x, y, ta=True) for x, y in pieces], by_row(keep[c], state[c])))
     if not reads:
         return tuple(dots(*new)), {}
-    o, *new = dots(Sum([Product(tiles["p"], piece) for piece in (u, rest)], o), *new)
+    o, *new = dots(Sum([Product(tiles["p"], piece) for piece in (u, rest)], o), *new, last=True)
     tiles["p"][...] = o.astype(v.dtype)
     return tuple(new), dict(o=tiles["p"], r=t)
 
@@ -106,12 +107,13 @@ def gated_delta_rule_channel_adjoint(tiles: dict, beta: Array, keep: list, state
         tile = tiles["state"] if c == 0 else w[0]
         gpu.put(tile, state[c])
         save(c, tile)
-        (total,) = dots(Sum([*du.products, Product(w[c], tile), Product(tiles["w_rest"][c], tile)], du.start))
+        products = [*du.products, Product(w[c], tile), Product(tiles["w_rest"][c], tile)]
+        (total,) = dots(Sum(products, du.start), last=True)
         du = Sum([], total)
     dv = w[-1]
     gpu.put(dv, total)
     through = (Sum([Product(q[c], do, ta=True)], by_row(keep[c], state[c])) for c in halves)
-    y, *through = dots(Sum([Product(t, dv, ta=True)], total), *through)
+    y, *through = dots(Sum([Product(t, dv, ta=True)], total), *through, last=True)
     t[...] = y.astype(t.dtype)
     gpu.put(dv, by_row(beta, y))
     minus = dots(*(Sum([Product(k[c], dv, ta=True)], -through[c]) for c in halves))

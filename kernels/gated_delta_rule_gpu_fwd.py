@@ -20,9 +20,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import mosaic_gpu_registers as registers
 from jaxlin.kernels.gated_delta_rule_gpu_intra import beta_of
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present, sources, stored
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row
+from jaxlin.kernels.mosaic_gpu import BLOCK
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 STAGES = 2
@@ -65,7 +67,6 @@ def forward(form: Form, x: Inputs, t: Array, s0: Array | None, save: bool) -> tu
         list(out.values()),
         grid,
         list(scratch.values()),
-        barriers=False,
     )
     results = dict(zip(out, results, strict=True))
     return results["o"], results["s"], results.get("states")
@@ -74,14 +75,14 @@ def forward(form: Form, x: Inputs, t: Array, s0: Array | None, save: bool) -> tu
 def _program(form: Form, index, given, made, buffer, chunks) -> None:
     b, h, w = index
     save, block = "states" in made, gpu.block(w)
-    s = gpu.load(given["s0"].at[b, h, :, block]) if "s0" in given else gpu.zeros(*buffer["state"].shape[1:])
+    s = gpu.load(given["s0"].at[b, h, :, block]) if "s0" in given else registers.zeros(*buffer["state"].shape[1:])
 
     def fetch_late(n):
         """Start to copy T, with which a chunk does not begin: one tile, free when the chunk before is done."""
         gpu.fetch([(given["t"].at[b, h, n], buffer["t"].at[0])], buffer["late"])
 
     def chunk(n, slot, refill, s):
-        here = gpu.unknown_zero(anew=True)
+        here = registers.unknown_zero(anew=True)
         q, k, v = (buffer[name].at[slot] for name in "qkv")
         state, t = buffer["state"].at[here], buffer["t"].at[here]
         if save:

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import mosaic_gpu_registers as registers
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
-from jaxlin.kernels.mosaic_gpu import CHUNK, by_row
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
 from jaxlin.kernels.tile_gpu_keys import key_rows
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
@@ -70,7 +71,7 @@ def intra(form: Form, x: Inputs) -> Array:
 
     out = [jax.ShapeDtypeStruct((batch, heads, chunks, CHUNK, CHUNK), x.k.dtype)]
     grid = (batch, heads, chunks)
-    return gpu.launch(gated_delta_rule_intra, list(flat.values()), out, grid, list(scratch.values()), barriers=False)[0]
+    return gpu.launch(gated_delta_rule_intra, list(flat.values()), out, grid, list(scratch.values()))[0]
 
 
 def beta_of(form: Form, buffer: dict, slot: Array) -> Array:
@@ -89,20 +90,13 @@ class Lower(NamedTuple):
 
 def unit_lower_inverses(*given: Lower) -> list[Array]:
     """(I + L)^-1 - I of each; their products are in flight together."""
-    i, j = gpu.indices()
-    apart = lax.bitwise_xor(i, j)  # in [s, 2s) where i and j lie in the two halves of a block of 2s rows
-    apart_by_8 = lax.bitwise_xor(lax.shift_right_logical(i, jnp.int32(3)), lax.shift_right_logical(j, jnp.int32(3)))
-
-    def halves(size: int) -> Array:
-        apart_by, size = (apart, size) if size < 8 else (apart_by_8, size // 8)  # the same in eight columns: cheaper
-        return lax.bitwise_xor(apart_by, jnp.int32(size)) < size
-
+    i, j = registers.indices()
     found = []
     for x in given:
-        found.append(jnp.where(i == j, 1.0, jnp.where(apart == 1, x.minus, 0.0)))
+        found.append(jnp.where(i == j, 1.0, jnp.where(registers.outside_corners(1) == 0, x.minus, 0.0)))
         rounded = x.minus.astype(jnp.bfloat16)
         x.rounded[...] = rounded
-        x.rest[...] = (x.minus - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
+        x.rest[...] = (x.minus - registers.widened(rounded)).astype(jnp.bfloat16)
     size = 2
     while size < CHUNK:
         rounded = [x.astype(jnp.bfloat16) for x in found]
@@ -113,7 +107,8 @@ def unit_lower_inverses(*given: Lower) -> list[Array]:
             [Product(tile, x.rounded), Product(tile, x.rest)][: 1 + (size >= EXACT)]
             for x, tile in zip(given, rounded, strict=True)
         ]
-        corners = [jnp.where(halves(size), x, 0.0).astype(jnp.bfloat16) for x in dots(*map(Sum, products))]
+        outside = registers.outside_corners(size)
+        corners = [registers.keep_pairs(x.astype(jnp.bfloat16), outside) for x in dots(*map(Sum, products))]
         joined = zip(corners, given, found, strict=True)
         found = dots(*(Sum([Product(corner, x.blocks)], start) for corner, x, start in joined), last=True)
         size *= 2

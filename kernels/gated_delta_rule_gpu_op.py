@@ -25,7 +25,8 @@ from jaxlin.kernels.gated_linear_attention_gpu_op import (
     sum_group,
 )
 from jaxlin.kernels.gated_linear_attention_gpu_split import parts_of
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK
+from jaxlin.kernels.mosaic_gpu import BLOCK
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
 
 def pallas(

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import mosaic_gpu_registers as registers
 from jaxlin.kernels.gated_delta_rule_gpu_bwd import Gradients
 from jaxlin.kernels.gated_delta_rule_gpu_intra import beta_of
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
 from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
+from jaxlin.kernels.mosaic_gpu import BLOCK, dot
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 STAGES = 2
@@ -68,11 +70,12 @@ def maps(form: Form, x: Inputs, t: Array) -> tuple[Array, Array]:
 
     def gated_delta_rule_maps(index, given, made, buffer):
         _, _, w = index
-        i, j = gpu.indices(key_dim, BLOCK)
+        i, j = registers.indices(key_dim, BLOCK)
         s = jnp.where(i == j + BLOCK * (w - blocks), 1.0, 0.0)  # no row for blocks of N, whose w is less
 
         def chunk(n, slot, refill, s):
             k, v, t = (buffer[name].at[slot] for name in ("k", "v", "t"))
+            gpu.commit()  # no warp reads the chunk before any more
             refill()
             gpu.put(buffer["state"], s)
             d = decays(form, buffer, slot)
@@ -81,7 +84,7 @@ def maps(form: Form, x: Inputs, t: Array) -> tuple[Array, Array]:
             values = jnp.where(w < blocks, gpu.load(v), 0.0)
             x = by_row(beta_of(form, buffer, slot), values - by_row(d.enter, dot(k, buffer["state"])))
             gpu.put(v, x)
-            u = dot(t, v, x)
+            (u,) = dots(Sum([Product(t, v)], x), last=True)
             gpu.put(v, by_row(d.leave, u))
             return dot(k, v, by_row(d.keep, s), ta=True)
 
@@ -106,6 +109,7 @@ def adjoints(form: Form, x: Inputs, t: Array, do: Array) -> Array:
     def gated_delta_rule_adjoints(index, given, made, buffer):
         def chunk(n, slot, refill, ds):
             q, k, do, t = (buffer[name].at[slot] for name in ("q", "k", "do", "t"))
+            gpu.commit()  # as above
             refill()
             d = decays(form, buffer, slot)
             if form.segments:
@@ -115,13 +119,13 @@ def adjoints(form: Form, x: Inputs, t: Array, do: Array) -> Array:
             gpu.put(buffer["p"], *d.pair(p))
             du = dot(buffer["p"], do, by_row(d.leave, du), ta=True)
             gpu.put(buffer["y"], du)
-            y = dot(t, buffer["y"], du, ta=True)
+            (y,) = dots(Sum([Product(t, buffer["y"], ta=True)], du), last=True)
             gpu.put(buffer["y"], by_row(-d.enter * beta_of(form, buffer, slot), y))
             gpu.put(buffer["p"], by_row(d.enter_scaled, gpu.load(do)))
             through = [Product(q, buffer["p"], ta=True), Product(k, buffer["y"], ta=True)]
             return dots(Sum(through, d.keep * ds))[0]
 
-        return gpu.zeros(key_dim, BLOCK), chunk
+        return registers.zeros(key_dim, BLOCK), chunk
 
     given = dict(q=x.q, k=x.k, do=do, t=t, vectors=x.vectors, codes=x.codes)
     size = (batch, time, heads, key_dim, value_dim)

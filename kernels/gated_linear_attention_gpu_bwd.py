@@ -41,6 +41,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import mosaic_gpu_registers as registers
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     Form,
     Inputs,
@@ -53,7 +54,8 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     small_sources,
     stored,
 )
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, columns, dot, rows
+from jaxlin.kernels.mosaic_gpu import BLOCK, dot
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row, columns, rows
 from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, member_of, over, store_state
 
 STAGES = 2
@@ -161,10 +163,10 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     (p_tiles,), (sums,) = buffer["p"]
 
     def column_sums(x):
-        return gpu.column_sums(x, sums.at[me, pl.ds(0, gpu.SUMS)])
+        return gpu.column_sums(x, sums.at[me, pl.ds(0, gpu.SUMS * CHUNK)])
 
     def chunk(n, slot, refill, ds):
-        here = gpu.unknown_zero(anew=True)
+        here = registers.unknown_zero(anew=True)
         q, k, v, do = ([buffer[name].at[u, slot] for u in team] for name in ("q", "k", "v", "do"))
         own_q, own_k, own_v, own_do = (buffer[name].at[me, slot] for name in ("q", "k", "v", "do"))
         p_tile, a_tile = p_tiles.at[me + here], buffer["a"].at[here]
@@ -210,7 +212,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         refill()
         by_rows = writes = diagonal = strict = None
         if gate:
-            i, j = gpu.indices()
+            i, j = registers.indices()
             e = a * p if alone else jnp.where(first, 1.0, 0.0) * (a * p)
             strict = jnp.where(i > j, e, 0.0)
             by_rows, diagonal = jnp.sum(strict, 1), jnp.sum(jnp.where(i == j, e, 0.0), 1)
@@ -218,8 +220,10 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         # of the own values: dv, and dS at the chunk's start
         dv = over(team, lambda c, x: dot(k[c], d_state(c, me), x))
         dv = stored(d, dot(p_tile, own_do, by_row(d.leave, dv), ta=True))
+        gpu.commit()  # no warp reads P any more
         if gate:
             made_gates(COLUMNS)[...] = column_sums(strict)  # where P was
+            gpu.commit()
         gpu.put(p_tile, by_row(reading, gpu.load(own_do)))
         if not alone:
             gpu.arrived(buffer["late"])
@@ -246,9 +250,11 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             made_gates(CHANNELS + len(team), me)[...] = d.keep * z * dz
         dq = stored(d, dot(a_tile, own_k, dq))
         if summed:
+            gpu.commit()
             through = column_sums(by_row(dl * d.enter_scaled, gpu.load(own_q)))
             buffer["dz"].at[keys][...] = d.keep * dz + through
 
+        gpu.commit()
         own.meet()  # nobody reads this chunk any more
         own_q[...], own_k[...], own_v[...] = dq, dk, dv
         pl.when(n > 0)(lambda: own.fetch_states(given["states"].at[b, h, n - 1]))
@@ -269,14 +275,14 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     if summed:
         shared.append((lambda n: given["l"].at[b, h, n], buffer["l_dl"].at[0]))
         shared.append((lambda n: given["zs"].at[b, h, n], buffer["zs"]))
-        start = gpu.zero_columns(CHUNK)
+        start = registers.zero_columns(CHUNK)
         if "dz" in given:
             start = jnp.where(program == 0, gpu.load_columns(given["dz"].at[b, h, keys]), start)
         buffer["dz"].at[keys][...] = start
     if "dl" in given:
         shared.append((lambda n: given["dl"].at[b, row, n], buffer["l_dl"].at[1]))
     if gate and summed and not alone:  # what the other has of z
-        buffer["gates"].at[me, key_rows(CHANNELS + len(team) + 1 - me)][...] = gpu.zero_columns(CHUNK)
+        buffer["gates"].at[me, key_rows(CHANNELS + len(team) + 1 - me)][...] = registers.zero_columns(CHUNK)
     if alone:
         shared.append((lambda n: given["states"].at[b, h, n, :, values], buffer["states"].at[0, 0]))
     parts += [(*source, first) for source in shared]

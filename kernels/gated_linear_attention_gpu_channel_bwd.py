@@ -25,9 +25,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import mosaic_gpu_registers as registers
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import RUN, Form, Inputs, clean, decays, present, stored
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
+from jaxlin.kernels.mosaic_gpu import BLOCK
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
 from jaxlin.kernels.tile_gpu_keys import key_rows
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
@@ -119,10 +121,12 @@ def through_state(
             clean(valid, v, do)
         refill()
         products = (do, v), (v, do), (do, state), (v, d_state)
-        found = dots(*(Sum([Product(a, b, tb=True)], x) for (a, b), x in zip(products, sums[:4], strict=True)))
+        found = dots(
+            *(Sum([Product(a, b, tb=True)], x) for (a, b), x in zip(products, sums[:4], strict=True)), last=True
+        )
         return *found, sums[4] + jnp.sum(gpu.load(state) * gpu.load(d_state), 1)
 
-    sums = (*[gpu.zeros(CHUNK, CHUNK)] * 4, gpu.zero_rows(CHUNK))
+    sums = (*[registers.zeros(CHUNK, CHUNK)] * 4, registers.zero_rows(CHUNK))
     return gpu.stream(values, buffer["values_barrier"], block, sums, chunks=blocks, stages=stages, started=True)
 
 
@@ -134,7 +138,7 @@ def inside(q, k, w, u, b, carry: tuple[Array, Array, Array]) -> tuple[Array, Arr
         second, first = channel.roles(s)
         e = channel.level(b, s)
         gpu.put(u, jnp.where(channel.second_half(s), gpu.load(q), gpu.load(k)) * e)
-        f = dot(channel.at_corners(w, s), u)
+        (f,) = dots(Sum([Product(channel.at_corners(w, s), u)]), last=True)
         r = r + (second - first) * (gpu.load(u) * f)
         f = e * f
         return dq + second * f, dk + first * f, r

@@ -24,8 +24,10 @@ from jax import Array
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
-from jaxlin.kernels.mosaic_gpu import CHUNK, by_row, dot
+from jaxlin.kernels.mosaic_gpu import dot
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
 from jaxlin.kernels.tile_gpu_keys import key_rows, over
+from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 
 class Chunks(NamedTuple):
@@ -85,7 +87,7 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
             e = channel.level(gates[c].b, s)
             u = jnp.where(channel.second_half(s), gpu.load(q[c]), gpu.load(k[c])) * e
             gpu.put(decayed, u)
-            product = dot(u.astype(jnp.bfloat16), decayed, product, tb=True)
+            (product,) = dots(Sum([Product(u.astype(jnp.bfloat16), decayed, tb=True)], product), last=True)
         return jnp.where(channel.corners(s), product, p)
 
     p = over(halves, lambda c, x: dot(q[c], k[c], x, tb=True))

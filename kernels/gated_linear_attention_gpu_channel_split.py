@@ -13,7 +13,8 @@ from jax import Array
 
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Inputs
 from jaxlin.kernels.gated_linear_attention_gpu_split import combine, cut, parts_of
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK
+from jaxlin.kernels.mosaic_gpu import BLOCK
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
 
 def parts(v: Array) -> int:

@@ -30,7 +30,8 @@ from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import VALID, clean, present
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row
+from jaxlin.kernels.mosaic_gpu import BLOCK
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
 from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, store_state
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
@@ -104,6 +105,7 @@ def _program(index, given, made, buffer, chunks, stages, reverse) -> None:
         keep = [gpu.load_rows(buffer["keep"].at[slot, key_rows(c)]) for c in halves]
         new = [Sum([Product(y[c], v, ta=True)], by_row(keep[c], state[c])) for c in halves]
         if not reads:
+            gpu.commit()  # no warp reads the chunk before any more
             refill()
             return tuple(dots(*new))
         x, o = [buffer[f"x{c}"].at[slot] for c in halves], None
@@ -114,10 +116,10 @@ def _program(index, given, made, buffer, chunks, stages, reverse) -> None:
             if saves:
                 gpu.copy_out((tile, made["states"].at[b, h, n, key_rows(c), block]))
             if c < halves[-1]:  # its x is the next one's tile
-                (o,) = dots(Sum([Product(x[c], tile)], o))
+                (o,) = dots(Sum([Product(x[c], tile)], o), last=True)
         gpu.wait_out(saves)  # all of the chunk before
         refill()
-        o, *new = dots(Sum([Product(x[-1], tile), Product(buffer["p"].at[slot], v, ta=reverse)], o), *new)
+        o, *new = dots(Sum([Product(x[-1], tile), Product(buffer["p"].at[slot], v, ta=reverse)], o), *new, last=True)
         v[...] = o.astype(v.dtype)
         gpu.copy_out((v, made["o"].at[b, gpu.chunk_rows(n), h, block]))
         return tuple(new)

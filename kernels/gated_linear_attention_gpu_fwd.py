@@ -24,8 +24,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import mosaic_gpu_registers as registers
 from jaxlin.kernels.gated_linear_attention import NORMALIZER_EPS
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, columns, dot, rows
+from jaxlin.kernels.mosaic_gpu import BLOCK, dot
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row, columns, rows
 
 STAGES = {64: 3, 128: 2}
 """Chunks in flight, by key dimension."""
@@ -100,7 +102,7 @@ def forward(
     if form.segments:
         scratch |= dict(codes=gpu.vector(stages, CHUNK, dtype=jnp.int32))
     if summed:
-        scratch |= dict(l=gpu.vector(CHUNK), z=gpu.vector(key_dim))
+        scratch |= dict(l=gpu.vector(CHUNK), z=gpu.vector(key_dim), sums=gpu.vector(gpu.SUMS * key_dim))
 
     def gated_linear_attention_fwd(index, inputs, outputs, buffers):
         given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
@@ -124,10 +126,10 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     b, h, w = index
     summed, save = form.denominator is not None, "states" in made
     block, first = gpu.block(w), w == 0
-    s = gpu.load(given["s0"].at[b, h, :, block]) if "s0" in given else gpu.zeros(*buffer["state"].shape)
+    s = gpu.load(given["s0"].at[b, h, :, block]) if "s0" in given else registers.zeros(*buffer["state"].shape)
     z = None
     if summed:
-        z = gpu.load_columns(given["z0"].at[b, h]) if "z0" in given else gpu.zero_columns(buffer["z"].shape[0])
+        z = gpu.load_columns(given["z0"].at[b, h]) if "z0" in given else registers.zero_columns(buffer["z"].shape[0])
 
     saves = (1 + summed) if save else 0  # groups of copies that a chunk starts with
     stores = saves + 1 + summed  # and has in all
@@ -156,13 +158,14 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         refill()
         o = dot(p.astype(jnp.bfloat16), v, o)
         if z is not None:
-            z = d.keep * z + jnp.sum(by_row(d.leave, gpu.load(k)), 0)
+            z = d.keep * z + gpu.column_sums(by_row(d.leave, gpu.load(k)), buffer["sums"])
         if "written" in buffer:
             gpu.put(buffer["written"], by_row(d.leave, gpu.load(v)))
         s = dot(k, buffer.get("written", v), s * d.keep, ta=True)
         if denominator is not None:
             buffer["l"][...] = denominator
             o = by_row(1 / denominator_of(form, denominator, d.floor), o)
+        gpu.commit()  # no warp reads v any more
         v[...] = stored(d, o)
         if summed:
             gpu.copy_out((buffer["l"], made["l"].at[b, h, n]), when=first)
@@ -205,7 +208,7 @@ class Decays(NamedTuple):
 
 def decays(form: Form, buffer: dict, slot: Array) -> Decays:
     """The decays of the chunk in `slot`, from its vectors and segment codes."""
-    i, j = gpu.indices()
+    i, j = registers.indices()
     valid = floor = b = columns_c = together = None
     enter = leave = keep = jnp.float32(1)
     if form.gated:

@@ -29,7 +29,8 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     Inputs,
     forward,
 )
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK
+from jaxlin.kernels.mosaic_gpu import BLOCK
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
 LOG2_E = 1 / math.log(2)
 LARGEST_KEY, LARGEST_VALUE = 128, 256

@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import mosaic_gpu_registers as registers
 from jaxlin.kernels.gated_linear_attention_gpu_bwd import Cotangents, Gradients
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     ENTER,
@@ -26,7 +27,8 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     denominator_of,
     present,
 )
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK, by_row, dot
+from jaxlin.kernels.mosaic_gpu import BLOCK, dot
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
 
 STAGES = 3
 PROGRAMS = 264
@@ -220,6 +222,7 @@ def accumulate(
         codes=None if codes is None else gpu.vector(STAGES, CHUNK, dtype=jnp.int32),
         barrier=gpu.barrier(len(flat), min(STAGES, chunks)),
         written=gpu.tile(CHUNK, BLOCK),
+        sums=gpu.vector(gpu.SUMS * key_dim) if summed else None,
     )
     shapes = present(**shapes)
 
@@ -230,6 +233,7 @@ def accumulate(
         def chunk(n, slot, refill, carry):
             s, z = carry
             x, y = buffer["x"].at[slot], buffer["y"].at[slot]
+            gpu.commit()  # no warp reads the chunk before any more
             refill()
             if codes is not None:
                 clean(lax.bitwise_and(gpu.load_rows(buffer["codes"].at[slot]), VALID) != 0, x, y)
@@ -241,7 +245,7 @@ def accumulate(
                 read = gpu.load(x)
                 if weights is not None:
                     read = by_row(gpu.load_rows(buffer["weights"].at[slot, last - 1]), read)
-                z = decay * z + jnp.sum(read, 0)
+                z = decay * z + gpu.column_sums(read, buffer["sums"])
             return dot(x, y if weights is None else buffer["written"], decay * s, ta=True), z
 
         key_head = h if group == 1 else lax.div(h, jnp.int32(group))
@@ -255,7 +259,7 @@ def accumulate(
             sources.append((part, buffer["weights"]))
         if "codes" in given:
             sources.append((lambda n: given["codes"].at[b, n], buffer["codes"]))
-        start = gpu.zeros(key_dim, BLOCK), gpu.zero_columns(key_dim) if summed else None
+        start = registers.zeros(key_dim, BLOCK), registers.zero_columns(key_dim) if summed else None
         s, z = gpu.stream(sources, buffer["barrier"], chunk, start, chunks=chunks, stages=STAGES, reverse=reverse)
         outputs[0].at[b, h, :, gpu.block(w)][...] = s
         if z is not None:

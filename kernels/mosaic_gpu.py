@@ -1,19 +1,18 @@
-"""What every GPU kernel here is made of: tiles, products, vectors, a stream of chunks, the launch. Hopper, Mosaic GPU.
+"""What every GPU kernel here is made of: shared memory, products, a stream of chunks, the launch. Hopper, Mosaic GPU.
 
 One program is one warpgroup of 128 threads (or two) with one (batch, value head). Tiles of bfloat16 live in shared
-memory, swizzled as wgmma wants them; float32 tiles live in registers, in the layout of wgmma's accumulator (64 x 64: 32
-registers a thread). A vector in registers belongs to the rows of a tile (`load_rows`) or to its columns
-(`load_columns`); `rows` and `columns` spread it over one. Lane semantics with explicit layouts: the default
-Warpgroup semantics did not finish inferring layouts for kernels like these.
+memory, swizzled as wgmma wants them; float32 tiles live in registers (`mosaic_gpu_registers`; 64 x 64: 32 registers a
+thread). Lane semantics with explicit layouts: the default Warpgroup semantics did not finish inferring layouts for
+kernels like these.
 
-Differences between JAX versions, and interpretation on the CPU (JAXLIN_INTERPRET=gpu), are in this file only. The
+Differences between JAX versions, and interpretation on the CPU (JAXLIN_INTERPRET=gpu), are in these two files only. The
 interpreter runs one block and has no wgmma on values: there, one block loops over the grid and products are `jnp.dot`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,12 +23,12 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import vector as vector_dialect
 
-CHUNK = 64
-"""Rows of a chunk, and of every tile: wgmma multiplies 64 rows at a time."""
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, WGMMA, interpreted, widened, zeros
 
 BLOCK = 64
 """Columns of the values that one warpgroup has."""
@@ -37,17 +36,11 @@ BLOCK = 64
 _JAX = tuple(jax.__version_info__[:2])
 _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _FLOAT_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-_WGMMA = plgpu.Layout.WGMMA
-SUMS = 256
-"""Float32 numbers through which the warps of a warpgroup add up rows; more would cost a program an SM."""
+SUMS = 4
+"""Float32 numbers that `column_sums` needs for each column: one a warp."""
 Ref = Any
 Source = tuple[Callable[[Any], Ref], Ref] | tuple[Callable[[Any], Ref], Ref, Any]
 """What a `stream` copies."""
-
-
-def interpreted() -> bool:
-    """Whether GPU kernels are to be interpreted on the CPU."""
-    return os.environ.get("JAXLIN_INTERPRET") == "gpu"
 
 
 # ---- memory ----
@@ -86,17 +79,18 @@ def put(ref: Ref, x: Array) -> None:
 
 def load(ref: Ref) -> Array:
     """A tile as float32 in registers."""
-    return load_in(ref, _WGMMA).astype(jnp.float32)
+    x = load_in(ref, WGMMA)
+    return widened(x) if x.dtype == jnp.bfloat16 else x
 
 
 def load_rows(ref: Ref) -> Array:
     """A vector [C], one entry for each row of a tile."""
-    return load_in(ref, _WGMMA.reduce(1))
+    return load_in(ref, WGMMA.reduce(1))
 
 
 def load_columns(ref: Ref) -> Array:
     """A vector [C], one entry for each column of a tile."""
-    return load_in(ref, _WGMMA.reduce(0))
+    return load_in(ref, WGMMA.reduce(0))
 
 
 def take_rows(ref: Ref, index: Array) -> Array:
@@ -105,8 +99,8 @@ def take_rows(ref: Ref, index: Array) -> Array:
         return jnp.take_along_axis(ref[:, : index.shape[1]], index, 0)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), _WGMMA),
-        return_type=plgpu.ShapeDtypeStruct(index.shape, jnp.float32, layout=_WGMMA),
+        arg_types=(plgpu.RefType(), WGMMA),
+        return_type=plgpu.ShapeDtypeStruct(index.shape, jnp.float32, layout=WGMMA),
     )
     def take(_, ref, index):
         pair, registers = ir.VectorType.get((2,), ir.F32Type.get()), np.empty_like(index.registers)
@@ -128,26 +122,6 @@ def load_in(ref: Ref, layout: Any) -> Array:
     return plgpu.load(ref, *position, layout=layout, optimized=False)
 
 
-def zeros(rows: int, columns: int) -> Array:
-    """A float32 tile of zeros in registers."""
-    return in_layout(jnp.zeros((rows, columns), jnp.float32), _WGMMA)
-
-
-def zero_rows(rows: int) -> Array:
-    """A float32 vector of zeros, as `load_rows` gives it."""
-    return in_layout(jnp.zeros((rows,), jnp.float32), _WGMMA.reduce(1))
-
-
-def zero_columns(columns: int) -> Array:
-    """A float32 vector of zeros, as `load_columns` gives it."""
-    return in_layout(jnp.zeros((columns,), jnp.float32), _WGMMA.reduce(0))
-
-
-def in_layout(x: Array, layout: Any) -> Array:
-    """x laid out so."""
-    return x if interpreted() else plgpu.layout_cast(x, layout)
-
-
 def store(ref: Ref, x: Array) -> None:
     """Write registers to global memory."""
     x = x.astype(ref.dtype)
@@ -157,64 +131,62 @@ def store(ref: Ref, x: Array) -> None:
         ref[...] = x
 
 
-# ---- tiles in registers ----
-
-
-def rows(x: Array, columns: int = CHUNK) -> Array:
-    """[R] -> [R, columns]: entry r all along row r."""
-    return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
-
-
-def by_row(x: Array, tile: Array) -> Array:
-    """A tile with each row times its entry of x [R], or all of it times a scalar."""
-    return (x if x.ndim == 0 else rows(x, tile.shape[1])) * tile
-
-
-def columns(x: Array, rows: int = CHUNK) -> Array:
-    """[N] -> [rows, N]: entry n all along column n."""
-    return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
-
-
 def column_sums(x: Array, scratch: Ref) -> Array:
-    """The sum of a tile's rows, as `load_columns` gives it, by way of scratch [SUMS]: each warpgroup needs its own."""
+    """The sum of a tile's rows, as `load_columns` gives it, by way of scratch [SUMS * columns] that no warp reads now.
+
+    Lanes that have the same columns exchange half of them, then a quarter and an eighth, and each adds up what it
+    keeps: a third of the exchanges that sums known to all lanes take.
+    """
     if interpreted():
         return jnp.sum(x, 0)
-    commit()  # JAX's sum begins to write before warps wait for each other
+    columns = x.shape[1]
 
     @plgpu.inline_mgpu(
-        arg_types=(_WGMMA, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=_WGMMA.reduce(0)),
+        arg_types=(WGMMA, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((columns,), jnp.float32, layout=WGMMA.reduce(0)),
     )
     def add(_, x, scratch):
-        return x.reduce("add", 0, scratch)
+        i32, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.F32Type.get())
+        thread = arith.andi(utils.thread_idx(), mgpu.c(utils.WARPGROUP_SIZE - 1, i32))
+
+        def number(value):
+            return mgpu.c(value, i32)
+
+        def place(warp, n):  # of what this lane has of eight columns, the n-th such
+            column = arith.addi(arith.muli(n, number(8)), own)
+            return [arith.index_cast(ir.IndexType.get(), arith.addi(arith.muli(warp, number(columns)), column))]
+
+        warp = arith.shrui(thread, number(5))
+        own = arith.muli(arith.andi(thread, number(3)), number(2))
+        sums, first = [arith.addf(*rows) for rows in x.registers.reshape(-1, 2)], number(0)
+        for distance in (16, 8, 4):
+            upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(thread, number(distance)), number(0))
+            half = len(sums) // 2
+            halves = list(zip(sums[:half], sums[half:], strict=True))
+            sent = [_exchanged(arith.select(upper, low, high), distance) for low, high in halves]
+            sums = [arith.addf(arith.select(upper, high, low), y) for (low, high), y in zip(halves, sent, strict=True)]
+            first = arith.addi(first, arith.select(upper, number(half), number(0)))
+        mine = [arith.addi(first, number(n)) for n in range(len(sums))]
+        for n, value in zip(mine, sums, strict=True):
+            vector_dialect.store(value, scratch, place(warp, n))
+        utils.warpgroup_barrier()
+        of_warps = [[vector_dialect.load(pair, scratch, place(number(w), n)) for w in range(SUMS)] for n in mine]
+        utils.warpgroup_barrier()
+        for n, parts in zip(mine, of_warps, strict=True):
+            vector_dialect.store(functools.reduce(arith.addf, parts), scratch, place(warp, n))
+        utils.warp_barrier()
+        found = [vector_dialect.load(pair, scratch, place(warp, number(n))) for n in range(columns // 8)]
+        layout = x.layout.reduce((0,))
+        registers = np.array(found, dtype=object).reshape(layout.registers_shape((columns,)))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return add(x, scratch)
 
 
-def indices(rows: int = CHUNK, columns: int = CHUNK) -> tuple[Array, Array]:
-    """Row and column numbers of a tile, int32."""
-    layout = None if interpreted() else _WGMMA
-    i, j = (plgpu.broadcasted_iota(jnp.int32, (rows, columns), d, layout=layout) for d in (0, 1))
-    return i, j
-
-
-def unknown_zero(anew: bool = False) -> Array:
-    """0, which no compiler knows to be 0: for what would else be constant in a register operand of several products.
-
-    ptxas 13.0 sets the constant registers of such an operand only before the second product: the first one of a
-    program multiplies whatever was in them. A zero found `anew` in every chunk, as an index into tiles [1, ...], keeps
-    their addresses from being computed before the loop, where each takes a register, which is then spilled.
-    """
-    if interpreted():
-        return jnp.int32(0)
-
-    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())))
-    def highest_bit_of_the_number_of_multiprocessors(_):
-        asm = "{ .reg .u32 n; mov.u32 n, %nsmid; shr.u32 $0, n, 31; }"
-        value = llvm.inline_asm(ir.IntegerType.get_signless(32), [], asm, "=r", has_side_effects=anew)
-        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
-
-    return highest_bit_of_the_number_of_multiprocessors()
+def _exchanged(pair: ir.Value, distance: int) -> ir.Value:
+    """The pair of float32 of the lane whose number differs in that bit."""
+    found = [utils.shfl_bfly(vector_dialect.extract(pair, [], [n]), distance) for n in range(2)]
+    return vector_dialect.from_elements(pair.type, found)
 
 
 def dot(a: Array | Ref, b: Ref, acc: Array | None = None, *, ta: bool = False, tb: bool = False) -> Array:
@@ -253,9 +225,9 @@ def stream(
     sources: (chunk -> its part of global memory, shared memory [stages, ...]), and for some a third, when to copy it:
     warpgroups of a program share the copying. `barrier` has `stages` barriers of as many arrivals as there are copies
     in all. The body may overwrite its slot and copy it out. It calls `refill` once, when all that the
-    previous chunk copied out has left shared memory: the previous slot is then loaded anew. With one stage a chunk is
-    loaded only once the one before is done and copied out: for programs that share an SM with another. What
-    `start_stream` was called for is `started`.
+    previous chunk copied out has left shared memory and no warp reads it: the previous slot is then loaded anew. With
+    one stage a chunk is loaded only once the one before is done and copied out: for programs that share an SM with
+    another. What `start_stream` was called for is `started`.
     """
     stages = min(stages, chunks)
 
@@ -355,7 +327,7 @@ def copy_out(*copies: tuple[Ref, Ref], when: Array | bool = True) -> None:
 
 
 def commit() -> None:
-    """Make what was written to shared memory visible to products and copies."""
+    """Wait for the warpgroup's other warps; what all wrote to shared memory is visible to products and copies."""
     plgpu.commit_smem()
 
 
@@ -384,15 +356,15 @@ def launch(
     grid: Sequence[int],
     scratch: Sequence[Any] = (),
     state: Array | None = None,
-    barriers: bool = True,
     warpgroups: int | None = None,
 ) -> list[Array]:
     """Run body(index, input refs, output refs, scratch refs) for every index of the grid; outputs of types `out`.
 
-    With `warpgroups` so many run a program, with one scratch; the index has one more entry, which of them it is, and
-    they add up rows by `column_sums` alone. A `state` is one more input, which the body overwrites in place, and one
-    more output. Without `barriers` around each write to shared memory the body must `commit` between warps' reading and
-    writing the same.
+    Nothing but `commit`, `wait_out` and barriers makes the warps of a warpgroup wait for each other: the body must have
+    one of them between what one warp reads (a product reads all of its second operand) and what another writes over it.
+
+    With `warpgroups` so many run a program, with one scratch; the index has one more entry, which of them it is. A
+    `state` is one more input, which the body overwrites in place, and one more output.
     """
     names, count = tuple(f"g{i}" for i in range(len(grid))), len(arrays) + (state is not None)
 
@@ -421,8 +393,8 @@ def launch(
         params = plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             approx_math=True,
-            unsafe_no_auto_barriers=not barriers,
-            reduction_scratch_bytes=0 if warpgroups else 4 * SUMS,
+            unsafe_no_auto_barriers=True,  # it would have two around each write and one before each copy
+            reduction_scratch_bytes=0,
         )
         mesh, options = dict(grid=tuple(grid), grid_names=names), dict(compiler_params=params)
     if warpgroups is not None and warpgroups > 1:

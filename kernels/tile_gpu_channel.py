@@ -28,8 +28,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
-from jaxlin.kernels.mosaic_gpu import CHUNK, columns, dot, rows
+from jaxlin.kernels import mosaic_gpu_registers as registers
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, WGMMA, columns, rows
 from jaxlin.kernels.tile_gpu_keys import key_rows
+from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 LEVELS = 6
 """log2(CHUNK): s = 1, 2, 4 ... 32."""
@@ -55,8 +57,10 @@ def cumulative(gates: Gates, valid: Array | None) -> Array:
     x = jnp.maximum(gpu.load(gates.g), MIN_GATE) * math.log2(math.e)
     if valid is not None:
         x = jnp.where(rows(valid), x, 0.0)
+    gpu.commit()  # the pieces lie where g does
     put_pieces(x, gates.high, gates.low)
-    gates.b.at[:, pl.ds(0, CHUNK)][...] = sums(gates.high, gates.low, (None, gpu.indices()[0] + 1))
+    gates.b.at[:, pl.ds(0, CHUNK)][...] = sums(gates.high, gates.low, (None, registers.indices()[0] + 1))
+    gpu.commit()
     return jnp.exp2(gpu.load_rows(_row(gates.b, CHUNK - 1)))
 
 
@@ -64,7 +68,7 @@ def put_pieces(x: Array, high: gpu.Ref, low: gpu.Ref) -> None:
     """x = high + low in bfloat16 tiles."""
     rounded = x.astype(jnp.bfloat16)
     high[...] = rounded
-    gpu.put(low, x - rounded.astype(jnp.float32))
+    gpu.put(low, x - registers.widened(rounded))
 
 
 # ---- sums over rows ----
@@ -72,29 +76,28 @@ def put_pieces(x: Array, high: gpu.Ref, low: gpu.Ref) -> None:
 
 def before() -> Range:
     """All rows before row i."""
-    return None, gpu.indices()[0]
+    return None, registers.indices()[0]
 
 
 def onward() -> Range:
     """Row i and all behind it."""
-    return gpu.indices()[0], None
+    return registers.indices()[0], None
 
 
 def sums(high: gpu.Ref, low: gpu.Ref | None, over: Range, acc: Array | None = None) -> Array:
-    """acc + the sums of the rows of high + low over a range of rows for each row."""
-    t, (first, last) = gpu.indices()[1] + gpu.unknown_zero(), over
+    """acc + the sums of the rows of high + low over a range of rows for each row; they may then be written over."""
+    t, (first, last) = registers.indices()[1] + registers.unknown_zero(), over
     chosen = t < last if first is None else t >= first if last is None else (t >= first) & (t < last)
     chosen = jnp.where(chosen, 1.0, 0.0).astype(jnp.bfloat16)
-    found = dot(chosen, high, acc)
-    return found if low is None else dot(chosen, low, found)
+    return dots(Sum([Product(chosen, x) for x in (high, low) if x is not None], acc), last=True)[0]
 
 
 def put_gradient(gates: Gates, r: Array, writes: gpu.Ref, carried: Array, vector: gpu.Ref, valid: Array | None) -> None:
     """Write dg_t = sum_{i >= t} r_i + sum_{j < t} writes_j + what the state carries over the chunk [K], over b."""
-    put_pieces(r, gates.high, gates.low)
+    gpu.commit()  # the pieces lie where b does
     vector[...] = carried
-    gpu.commit()
-    dg = sums(gates.high, gates.low, onward(), gpu.columns(gpu.load_columns(vector)))
+    put_pieces(r, gates.high, gates.low)
+    dg = sums(gates.high, gates.low, onward(), registers.columns(gpu.load_columns(vector)))
     dg = sums(writes, None, before(), dg)
     gates.g[...] = dg if valid is None else jnp.where(rows(valid), dg, 0.0)
 
@@ -114,8 +117,10 @@ def leave(b: gpu.Ref) -> Array:
 
 def level(b: gpu.Ref, s: Array) -> Array:
     """e_s: from the middle of a block of 2s rows to row i of its second half, from row j of its first to the middle."""
-    middle = (gpu.indices()[0] & -2 * s) + s - 1
-    return jnp.exp2(-jnp.abs(_own(b) - gpu.take_rows(b, middle)))
+    i, second = registers.indices()[0], second_half(s)
+    middle = (i & -2 * s) + s - 1
+    ends, starts = (gpu.take_rows(b, jnp.where(second, x, y)) for x, y in ((i, middle), (middle, i)))
+    return jnp.exp2(ends - starts)
 
 
 def _own(b: gpu.Ref) -> Array:
@@ -131,7 +136,7 @@ def _row(b: gpu.Ref, i: int) -> gpu.Ref:
 
 def second_half(s: Array) -> Array:
     """Where a row lies in the second half of its block of 2s rows, all along the row."""
-    return (gpu.indices()[0] & s) != 0
+    return (registers.indices()[0] & s) != 0
 
 
 def roles(s: Array) -> tuple[Array, Array]:
@@ -142,8 +147,7 @@ def roles(s: Array) -> tuple[Array, Array]:
 
 def corners(s: Array) -> Array:
     """Where row and column lie in the two halves of one block of 2s rows, on either side of the diagonal."""
-    i, j = gpu.indices()
-    return (i & -s) ^ s == j & -s  # a number by row, a number by column: one comparison an entry
+    return registers.outside_corners(s) == 0
 
 
 def over_levels(body, carry):
@@ -159,24 +163,27 @@ def over_levels(body, carry):
 
 def put_symmetric(target: gpu.Ref, lower: Array, upper: Array, mask: Array | None, scale: float) -> None:
     """Write W: the cotangents of pairs j < i from `lower`, of its transpose from `upper`, none on the diagonal."""
-    i, j = gpu.indices()
+    i, j = registers.indices()
     apart = i != j if mask is None else (i != j) & mask
     gpu.put(target, jnp.where(apart, scale * jnp.where(i > j, lower, upper), 0.0))
 
 
 def at_corners(w: gpu.Ref, s: Array) -> Array:
     """W masked to the corners of a level, as a product reads it."""
-    return jnp.where(corners(s), gpu.load(w), 0.0).astype(jnp.bfloat16)
+    first, second = jnp.int32((1 << 16) - 1), jnp.int32(-1 << 16)  # of a pair of columns
+    mask = jnp.where(registers.indices()[0] & 1 == 0, second, first)  # level 1 has one of them, others both
+    outside = registers.outside_corners(s, pairs=True)
+    return registers.keep_pairs(gpu.load_in(w, WGMMA), outside, jnp.where(s == 1, mask, -1))
 
 
 def same_run(codes: gpu.Ref, run: int) -> Array:
     """[C, C]: rows i and j belong to one document, from segment codes."""
-    return lax.bitwise_xor(rows(gpu.load_rows(codes)), gpu.columns(gpu.load_columns(codes))) < run
+    return lax.bitwise_xor(rows(gpu.load_rows(codes)), registers.columns(gpu.load_columns(codes))) < run
 
 
 def diagonal(product: Array) -> Array:
     """The diagonal of a tile, by rows."""
-    i, j = gpu.indices()
+    i, j = registers.indices()
     return jnp.sum(jnp.where(i == j, product, 0.0), 1)
 
 

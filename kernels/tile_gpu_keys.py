@@ -9,7 +9,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
-from jaxlin.kernels.mosaic_gpu import BLOCK, CHUNK
+from jaxlin.kernels import mosaic_gpu_registers as registers
+from jaxlin.kernels.mosaic_gpu import BLOCK
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
 
 def key_rows(c: int) -> Any:
@@ -29,7 +31,7 @@ def load_state(given: dict, name: str, index: tuple[Array, Array, Array], key_di
     """A program's share of a state [B, HV, K, V], 64 keys a tile, or zeros where none is given."""
     b, h, w = index
     if name not in given:
-        return tuple(gpu.zeros(CHUNK, BLOCK) for _ in range(key_dim // CHUNK))
+        return tuple(registers.zeros(CHUNK, BLOCK) for _ in range(key_dim // CHUNK))
     return tuple(gpu.load(given[name].at[b, h, key_rows(c), gpu.block(w)]) for c in range(key_dim // CHUNK))
 
 

@@ -14,6 +14,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import mosaic_gpu_registers as registers
 
 
 class Product(NamedTuple):
@@ -49,10 +50,10 @@ def dots(*sums: Sum, meanwhile: Callable[[], Array] | None = None, last: bool = 
                 total = gpu.dot(a, b, total, ta=ta, tb=tb)
             found.append(total)
         return found if meanwhile is None else [*found, meanwhile()]
-    starts = [gpu.zeros(*products[0].shape) if start is None else start for products, start in sums]
+    starts = [registers.zeros(*products[0].shape) if start is None else start for products, start in sums]
     state = [plgpu.ACC.init(x) for x in starts]
     if meanwhile is not None:
-        state.append(gpu.zeros(*sums[0].products[0].shape))  # of its type, and written over
+        state.append(registers.zeros(*sums[0].products[0].shape))  # of its type, and written over
 
     def issue(refs):
         for total, (products, _) in zip(refs, sums, strict=False):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import mosaic_gpu_registers as registers
 
 
 class Strip(NamedTuple):
@@ -46,8 +47,8 @@ class Strip(NamedTuple):
 
     def over_rows(self, x: Array) -> Array:
         """[rows] -> tile: entry r all along row r."""
-        return gpu.in_layout(lax.broadcast_in_dim(x, tuple(self), [0]), self.layout)
+        return registers.in_layout(lax.broadcast_in_dim(x, tuple(self), [0]), self.layout)
 
     def over_columns(self, x: Array) -> Array:
         """[columns] -> tile: entry n all along column n."""
-        return gpu.in_layout(lax.broadcast_in_dim(x, tuple(self), [1]), self.layout)
+        return registers.in_layout(lax.broadcast_in_dim(x, tuple(self), [1]), self.layout)
