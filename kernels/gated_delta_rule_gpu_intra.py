@@ -99,13 +99,11 @@ def unit_lower_inverses(*given: Lower) -> list[Array]:
         x.rest[...] = (x.minus - registers.widened(rounded)).astype(jnp.bfloat16)
     size = 2
     while size < CHUNK:
-        rounded = [x.astype(jnp.bfloat16) for x in found]
-        for x, tile in zip(given, rounded, strict=True):
-            x.blocks[...] = tile
+        for x, inverse in zip(given, found, strict=True):
+            x.blocks[...] = inverse.astype(jnp.bfloat16)
         gpu.commit()
         products = [
-            [Product(tile, x.rounded), Product(tile, x.rest)][: 1 + (size >= EXACT)]
-            for x, tile in zip(given, rounded, strict=True)
+            [Product(x.blocks, minus) for minus in (x.rounded, x.rest)[: 1 + (size >= EXACT)]] for x in given
         ]
         outside = registers.outside_corners(size)
         corners = [registers.keep_pairs(x.astype(jnp.bfloat16), outside) for x in dots(*map(Sum, products))]
