@@ -199,7 +199,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         to_dp = Sum([Product(do[m], u[m], tb=True) for m in team])
         to_dl = Sum([Product(y_tiles[m], u[m], tb=True) for m in team])
         more = [*([q_k] if gate else []), *([k_k] if alone or not gate else [])]  # as far as there are registers
-        dp, dl, *more, weight = dots(to_dp, to_dl, *more, meanwhile=weights, last=True)
+        dp, dl, *more, weight = dots(to_dp, to_dl, *more, meanwhile=weights, last=alone)
         dp, dl = weight * dp, jnp.where(i > j, weight * dl, 0.0)
         dp_tile, da_tile = t, state(0, 0) if alone else y_tiles[0]
 
@@ -243,14 +243,14 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         dk += dk_read
         if alone:
             put_da()
-        gpu.commit()
+            gpu.commit()
         d_keys = [Product(da_tile, own_k), Product(dp_tile, own_q, ta=True), Product(da_tile, own_k, ta=True)]
         through = [[Product(q[c], own_do, ta=True), Product(k[c], own_p, ta=True)] for c in team]
         dk, dq, *new = dots(
             Sum(d_keys, dk),
             Sum([Product(dp_tile, own_k)], dq),
             *(Sum(through[c], d.keep * ds[c]) for c in team),
-            last=True,
+            last=alone,
         )
         own.meet()  # nobody reads this chunk any more
         own_q[...], own_k[...] = stored(d, dq), stored(d, dk)

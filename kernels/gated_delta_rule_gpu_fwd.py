@@ -87,8 +87,10 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         state, t = buffer["state"].at[here], buffer["t"].at[here]
         if save:
             gpu.wait_out(1)  # the saved state of the chunk before
-        gpu.put(state, s)
-        if save:
+        state[...] = s.astype(jnp.bfloat16)
+        if not save:
+            gpu.commit()
+        else:
             gpu.copy_out((state, made["states"].at[b, h, n, :, block]))
         d = decays(form, buffer, slot)
         beta = beta_of(form, buffer, slot)

@@ -102,9 +102,7 @@ def unit_lower_inverses(*given: Lower) -> list[Array]:
         for x, inverse in zip(given, found, strict=True):
             x.blocks[...] = inverse.astype(jnp.bfloat16)
         gpu.commit()
-        products = [
-            [Product(x.blocks, minus) for minus in (x.rounded, x.rest)[: 1 + (size >= EXACT)]] for x in given
-        ]
+        products = [[Product(x.blocks, minus) for minus in (x.rounded, x.rest)[: 1 + (size >= EXACT)]] for x in given]
         outside = registers.outside_corners(size)
         corners = [registers.keep_pairs(x.astype(jnp.bfloat16), outside) for x in dots(*map(Sum, products))]
         joined = zip(corners, given, found, strict=True)

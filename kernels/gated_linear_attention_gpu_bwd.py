@@ -181,7 +181,8 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             clean(d.valid, own_q, own_k, own_v, own_do)
             own.meet()
         for c in team:
-            gpu.put(d_state(c, me), ds[c])
+            d_state(c, me)[...] = ds[c].astype(jnp.bfloat16)
+        gpu.commit()
 
         r = dl = None
         reading, qk = d.enter_scaled, over(team, lambda c, x: dot(q[c], k[c], x, tb=True))
@@ -205,7 +206,11 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         else:
             p, decayed = d.pair(qk, a)
             p_tile[...] = p.astype(jnp.bfloat16)
-        gpu.where(first, lambda: gpu.put(a_tile, decayed))  # the same in both
+
+        def put_a():  # the same in both
+            a_tile[...] = decayed.astype(jnp.bfloat16)
+
+        gpu.where(first, put_a)
         gpu.commit()
         own.meet()
         gpu.wait_out(0)

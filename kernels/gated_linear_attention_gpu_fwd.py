@@ -26,8 +26,9 @@ from jax.experimental import pallas as pl
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import mosaic_gpu_registers as registers
 from jaxlin.kernels.gated_linear_attention import NORMALIZER_EPS
-from jaxlin.kernels.mosaic_gpu import BLOCK, dot
+from jaxlin.kernels.mosaic_gpu import BLOCK
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row, columns, rows
+from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 STAGES = {64: 3, 128: 2}
 """Chunks in flight, by key dimension."""
@@ -139,8 +140,10 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         q, k, v = (buffer[name].at[slot] for name in "qkv")
         if save:
             gpu.wait_out(stores - saves)  # the saved state of the chunk before
-        gpu.put(buffer["state"], s)
-        if save:
+        buffer["state"][...] = s.astype(jnp.bfloat16)
+        if not save:
+            gpu.commit()
+        else:
             if z is not None:
                 buffer["z"][...] = z
                 gpu.copy_out((buffer["z"], made["zs"].at[b, h, n]), when=first)
@@ -148,24 +151,26 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         d = decays(form, buffer, slot)
         if form.segments:
             clean(d.valid, k, v)
-        (p,) = d.pair(dot(q, k, tb=True))
-        o = by_row(d.enter_scaled, dot(q, buffer["state"]))
+        p, read = dots(Sum([Product(q, k, tb=True)]), Sum([Product(q, buffer["state"])]))
+        (p,) = d.pair(p)
         denominator = None
         if z is not None:
             l = jnp.sum(p, 1) + d.enter_scaled * jnp.sum(gpu.load(q) * columns(z), 1)  # noqa: E741
             denominator = l if d.valid is None else jnp.where(d.valid, l, 1.0)  # q is as it came in padding
         gpu.wait_out(saves)  # all that the chunk before made
         refill()
-        o = dot(p.astype(jnp.bfloat16), v, o)
         if z is not None:
             z = d.keep * z + gpu.column_sums(by_row(d.leave, gpu.load(k)), buffer["sums"])
         if "written" in buffer:
             gpu.put(buffer["written"], by_row(d.leave, gpu.load(v)))
-        s = dot(k, buffer.get("written", v), s * d.keep, ta=True)
+        o, s = dots(
+            Sum([Product(p.astype(jnp.bfloat16), v)], by_row(d.enter_scaled, read)),
+            Sum([Product(k, buffer.get("written", v), ta=True)], s * d.keep),
+            last=True,
+        )
         if denominator is not None:
             buffer["l"][...] = denominator
             o = by_row(1 / denominator_of(form, denominator, d.floor), o)
-        gpu.commit()  # no warp reads v any more
         v[...] = stored(d, o)
         if summed:
             gpu.copy_out((buffer["l"], made["l"].at[b, h, n]), when=first)
