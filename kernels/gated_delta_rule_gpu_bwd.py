@@ -168,7 +168,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         q_k, k_k = (Sum([Product(x[c], k[c], tb=True) for c in team]) for x in (q, k))
 
         def weights():  # decays are read again each time: kept, they would be spilled
-            return decays(form, buffer, slot).pair(jnp.float32(1))[0]
+            return decays(form, buffer, slot).pair()
 
         # U, Y of the own values; a tile has one thing after the other
         p, du, weight = dots(q_k, k_d_state, meanwhile=weights)

@@ -104,7 +104,7 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
 
     p = over(halves, lambda c, x: dot(q[c], k[c], x, tb=True))
     p, a = channel.over_levels(level, (p, registers.zeros(CHUNK, CHUNK)))
-    (p,), (a,) = d.pair(p), d.keys(a)
+    p, a = d.pair() * p, d.keys() * a
     gpu.put(p_tile, p)
 
     def minus_values():

@@ -103,7 +103,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         x = by_row(beta, gpu.load(v) - by_row(d.enter, kept))
         gpu.put(v, x)
         gpu.arrived(buffer["late"])
-        u, p = dots(Sum([Product(t, v)], x), meanwhile=lambda: d.pair(p)[0], last=True)
+        u, p = dots(Sum([Product(t, v)], x), meanwhile=lambda: d.pair() * p, last=True)
         u_tile = written = t
         u_tile[...] = u.astype(jnp.bfloat16)
         if form.gated or form.segments:

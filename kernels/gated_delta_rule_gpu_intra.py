@@ -64,8 +64,8 @@ def intra(form: Form, x: Inputs) -> Array:
         d, beta = decays(form, buffer, jnp.int32(0)), beta_of(form, buffer, jnp.int32(0))
         if form.segments:
             clean(d.valid, *k)
-        (a,) = d.keys(*dots(Sum([Product(k[c], k[c], tb=True) for c in halves]), last=True))
-        gpu.put(lower, *unit_lower_inverses(Lower(by_row(-beta, a), lower, k[0], buffer["blocks"])))
+        a, weight = dots(Sum([Product(k[c], k[c], tb=True) for c in halves]), meanwhile=d.keys, last=True)
+        gpu.put(lower, *unit_lower_inverses(Lower(by_row(-beta, weight * a), lower, k[0], buffer["blocks"])))
         gpu.copy_out((lower, outputs[0].at[b, h, n]))
         gpu.wait_out(0, read=False)
 

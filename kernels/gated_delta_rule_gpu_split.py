@@ -116,7 +116,7 @@ def adjoints(form: Form, x: Inputs, t: Array, do: Array) -> Array:
                 clean(d.valid, q, k, do)
             gpu.put(buffer["state"], ds)
             p, du = dots(Sum([Product(q, k, tb=True)]), Sum([Product(k, buffer["state"])]))
-            gpu.put(buffer["p"], *d.pair(p))
+            gpu.put(buffer["p"], d.pair() * p)
             du = dot(buffer["p"], do, by_row(d.leave, du), ta=True)
             gpu.put(buffer["y"], du)
             (y,) = dots(Sum([Product(t, buffer["y"], ta=True)], du), last=True)

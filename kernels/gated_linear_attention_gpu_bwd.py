@@ -57,6 +57,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
 from jaxlin.kernels.mosaic_gpu import BLOCK, dot
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row, columns, rows
 from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, member_of, over, store_state
+from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 STAGES = 2
 ROWS, WRITES, COLUMNS, OWN, CHANNELS = range(5)
@@ -185,10 +186,14 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         gpu.commit()
 
         r = dl = None
-        reading, qk = d.enter_scaled, over(team, lambda c, x: dot(q[c], k[c], x, tb=True))
-        a = over(team, lambda u, x: dot(do[u], v[u], x, tb=True))
+        reading = d.enter_scaled
+        qk, a, weight = dots(
+            Sum([Product(q[c], k[c], tb=True) for c in team]),
+            Sum([Product(do[u], v[u], tb=True) for u in team]),
+            meanwhile=d.pair,
+        )
         if summed:
-            (p,) = d.pair(qk)
+            p = weight * qk
             l = gpu.load_rows(buffer["l_dl"].at[0, slot])  # noqa: E741
             r = 1 / denominator_of(form, l, d.floor)
             reading, a = reading * r, by_row(r, a)
@@ -202,9 +207,9 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
                     dl = jnp.where(jnp.abs(l) >= d.floor, jnp.where(l < 0, -dl, dl), 0.0)
             a = a + rows(dl)
             p_tile[...] = by_row(r, p).astype(jnp.bfloat16)
-            (decayed,) = d.pair(a)
+            decayed = weight * a
         else:
-            p, decayed = d.pair(qk, a)
+            p, decayed = weight * qk, weight * a
             p_tile[...] = p.astype(jnp.bfloat16)
 
         def put_a():  # the same in both

@@ -91,7 +91,7 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
         return jnp.where(channel.corners(s), product, p)
 
     p = over(halves, lambda c, x: dot(q[c], k[c], x, tb=True))
-    (p,) = d.pair(channel.over_levels(level, p))
+    p = d.pair() * channel.over_levels(level, p)
     decayed[...] = p.astype(decayed.dtype)
     copies = [(decayed, made.p.at[b, h, n]), (buffer["keep"], made.keep.at[b, h, n])]
     for c in halves:

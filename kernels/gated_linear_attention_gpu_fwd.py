@@ -151,8 +151,9 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         d = decays(form, buffer, slot)
         if form.segments:
             clean(d.valid, k, v)
-        p, read = dots(Sum([Product(q, k, tb=True)]), Sum([Product(q, buffer["state"])]))
-        (p,) = d.pair(p)
+        to_p, to_read = Sum([Product(q, k, tb=True)]), Sum([Product(q, buffer["state"])])
+        p, read, weight = dots(to_p, to_read, meanwhile=d.pair)
+        p = weight * p
         denominator = None
         if z is not None:
             l = jnp.sum(p, 1) + d.enter_scaled * jnp.sum(gpu.load(q) * columns(z), 1)  # noqa: E741
@@ -201,8 +202,8 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
 class Decays(NamedTuple):
     """The decays of a chunk in registers, masked; of row i from the chunk's start, of row j to its end."""
 
-    pair: Callable[..., list[Array]]  # products [C, C] -> scale * product * decay from row j to row i, 0 where i < j
-    keys: Callable[..., list[Array]]  # likewise without scale, and 0 where i <= j
+    pair: Callable[[], Array]  # [C, C]: scale * decay from row j to row i, 0 where i < j
+    keys: Callable[[], Array]  # likewise without scale, and 0 where i <= j
     enter: Array  # [C] of rows, or a scalar where it is the same for all
     enter_scaled: Array  # scale * enter
     leave: Array  # like enter
@@ -235,19 +236,18 @@ def decays(form: Form, buffer: dict, slot: Array) -> Decays:
         )
         keep = jnp.where(lax.bitwise_and(codes[0], KEEP) != 0, keep, 0.0)
 
-    def weighted(mask: Array, factor: float, products: tuple[Array, ...]) -> list[Array]:
+    def weights(mask: Array, factor: float) -> Array:
         mask = mask if together is None else mask & together
         if b is None:
-            return [jnp.where(mask, factor * x, 0.0) for x in products]
+            return jnp.where(mask, factor, 0.0)
         # masked before the exponential, which the upper half would overflow
-        weight = jnp.exp2(jnp.where(mask, rows(b + math.log2(factor)) - columns(columns_c), -1e30))
-        return [weight * x for x in products]
+        return jnp.exp2(jnp.where(mask, rows(b + math.log2(factor)) - columns(columns_c), -1e30))
 
-    def pair(*products: Array) -> list[Array]:
-        return weighted(i >= j, form.scale, products)
+    def pair() -> Array:
+        return weights(i >= j, form.scale)
 
-    def keys(*products: Array) -> list[Array]:
-        return weighted(i > j, 1.0, products)
+    def keys() -> Array:
+        return weights(i > j, 1.0)
 
     return Decays(pair, keys, enter, form.scale * enter, leave, keep, valid, floor)
 
