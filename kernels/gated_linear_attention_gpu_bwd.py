@@ -200,6 +200,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             if "dl" in given:
                 dl = gpu.load_rows(buffer["l_dl"].at[1, slot])
             else:
+                assert alone  # two warpgroups are given dl, and S has not arrived yet
                 dl = jnp.sum(a * p, 1)
                 read = dot(own_do, state(0, me), tb=True)
                 dl = -r * (dl + jnp.sum(gpu.load(own_q) * by_row(reading, read), 1))

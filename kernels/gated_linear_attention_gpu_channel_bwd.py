@@ -119,11 +119,11 @@ def through_state(
         v, do, state, d_state = (buffer[name].at[slot] for name in ("v", "do", "states", "d_states"))
         if valid is not None:
             clean(valid, v, do)
-        refill()
         products = (do, v), (v, do), (do, state), (v, d_state)
         found = dots(
             *(Sum([Product(a, b, tb=True)], x) for (a, b), x in zip(products, sums[:4], strict=True)), last=True
         )
+        refill()  # no warp is in the block before any more
         return *found, sums[4] + jnp.sum(gpu.load(state) * gpu.load(d_state), 1)
 
     sums = (*[registers.zeros(CHUNK, CHUNK)] * 4, registers.zero_rows(CHUNK))

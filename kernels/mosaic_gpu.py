@@ -167,6 +167,7 @@ def column_sums(x: Array, scratch: Ref) -> Array:
             sums = [arith.addf(arith.select(upper, high, low), y) for (low, high), y in zip(halves, sent, strict=True)]
             first = arith.addi(first, arith.select(upper, number(half), number(0)))
         mine = [arith.addi(first, number(n)) for n in range(len(sums))]
+        utils.warp_barrier()  # its lanes have read what they found here before
         for n, value in zip(mine, sums, strict=True):
             vector_dialect.store(value, scratch, place(warp, n))
         utils.warpgroup_barrier()
