@@ -25,6 +25,8 @@ from jaxlin.config import PRESETS, DataConfig, RunConfig, Stage1Config, Stage2Co
 from jaxlin.mistakes import find_mistake
 
 INHERITED = ("preset", "mixer", "model", "teacher", "teacher_config", "dtype", "param_dtype")  # see `init_from`
+RUN_CARD = "run_card.json"
+"""Beside the weights of an exported student: what its run was."""
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 T = TypeVar("T")
 
@@ -104,7 +106,7 @@ def parse_run(args: Sequence[str] | None = None) -> RunConfig:
 
 def _inherited(init_from: str, run_dir: str) -> dict[str, Any]:
     """The settings that a run takes over from the one that it starts from; from its own folder once it is under way."""
-    if (Path(init_from) / "run_card.json").is_file():
+    if is_exported(init_from):
         raise UserError(f"--init-from {init_from}: an exported student, not a run; give the run that it came from")
     path = Path(run_dir or init_from) / "config.json"
     if run_dir and not path.exists():
@@ -116,6 +118,11 @@ def _inherited(init_from: str, run_dir: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"--init-from {init_from}: {path} cannot be read ({error})") from None
     return {name: getattr(found, name) for name in INHERITED}
+
+
+def is_exported(folder: str | Path) -> bool:
+    """Whether a folder holds an exported student."""
+    return (Path(folder) / RUN_CARD).is_file()
 
 
 def parse(cls: type[T], args: Sequence[str] | None = None, *, default: T | None = None) -> T:

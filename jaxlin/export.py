@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlin import convert, hf_config, hf_files, hf_fla, hf_student, hf_writer, model_card
 from jaxlin.checkpoint import Checkpoints
-from jaxlin.command_line import parse, run_main, to_json
+from jaxlin.command_line import RUN_CARD, is_exported, parse, run_main, to_json
 from jaxlin.config import ModelConfig, UserError
 from jaxlin.evaluation.report import SUITES, without_times
 from jaxlin.evaluation.subject import params_sha256
@@ -20,7 +20,6 @@ from jaxlin.generate import stop_tokens
 from jaxlin.hf_table import table
 from jaxlin.runs import Run, open_run, without_local_paths
 
-RUN_CARD = "run_card.json"
 CARD_KEYS = ("card", "settings", "step", "stages", "losses", "evaluation")
 
 
@@ -58,7 +57,7 @@ def open_student(folder: str | Path) -> Student:
     Raises UserError where there is none, or it is damaged.
     """
     folder = Path(folder)
-    if (folder / RUN_CARD).is_file():
+    if is_exported(folder):
         card = hf_files.read_json(folder / RUN_CARD)
         if lost := [key for key in CARD_KEYS if key not in card]:
             raise UserError(f"{folder / RUN_CARD} has no {lost[0]}: it is damaged, or another version wrote it")

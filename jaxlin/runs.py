@@ -19,7 +19,7 @@ import jax
 
 from jaxlin import convert, processes
 from jaxlin.checkpoint import Checkpoints, load_params
-from jaxlin.command_line import from_dict, to_json
+from jaxlin.command_line import from_dict, is_exported, to_json
 from jaxlin.config import ModelConfig, RunConfig, StageConfig, UserError
 from jaxlin.drafts import draft
 from jaxlin.mixers import MIXERS, own_options
@@ -119,7 +119,8 @@ def _first_difference(key: str, old: Any, new: Any) -> str:
     old = old.get(key) if isinstance(old, dict) else old
     new = new[key]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and isinstance(new[0], dict):
-        old, new = (dict(enumerate(values)) for values in (old, new))
+        old, new = next(pair for pair in zip(old, new, strict=True) if pair[0] != pair[1])
+        return _first_difference(next(k for k in new if old.get(k) != new[k]), old, new)
     if isinstance(old, dict) and isinstance(new, dict):
         inner = next(k for k in new if old.get(k) != new[k])
         return f"{key}.{_first_difference(inner, old, new)}"
@@ -214,7 +215,7 @@ class Run:
 def open_run(folder: str | Path, flag: str = "--run") -> Run:
     """The run in `folder`, which the setting `flag` names. Raises UserError where there is none."""
     folder = Path(folder)
-    if (folder / "run_card.json").is_file():
+    if is_exported(folder):
         raise UserError(f"{flag} {folder}: an exported student, not a run; eval.py takes it as --teacher {folder}")
     try:
         config = from_dict(RunConfig, json.loads((folder / "config.json").read_text()))
@@ -235,6 +236,10 @@ def open_run(folder: str | Path, flag: str = "--run") -> Run:
 def new_run(run: RunConfig, teacher: ModelConfig) -> Run:
     """The folder of a run that starts or continues; writes config.json and model.json."""
     student = student_config(run, teacher)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run-dir {run.folder}: cannot be made ({error.strerror}); choose another folder") from error
     write_text(run.folder / "config.json", to_json(run))
     write_text(run.folder / "model.json", json.dumps(asdict(student), indent=1))
     return Run(run.folder, run, student)

@@ -214,7 +214,7 @@ def test_starts_that_cannot_be(material, tmp_path):
         ),
         (("--init-from", start, "--mixer", "retnet,gla"), "holds one student; give --mixer one name"),
         (("--init-from", start, "--mixer", "gla"), r"its student has another mixer \(\['retnet'\], now \['gla'\]\)"),
-        (("--init-from", start, "--model.conv-size", "3"), r"another options\.0\.conv_size \(.*, now 3\)"),
+        (("--init-from", start, "--model.conv-size", "3"), r"another conv_size \(.*, now 3\)"),
         (("--init-from", start, "--epochs", "0"), "--epochs 0.0: must be above 0"),
         (("--init-from", start, "--data.heldout-fraction", "0"), "keeps back no conversations"),
         (("--init-from", start, "--conversations", str(tmp_path / "x")), "--conversations .*x: no such file"),

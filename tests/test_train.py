@@ -245,3 +245,6 @@ def test_run_folder_of_another_run(finished, environment, tmp_path):
     done = subprocess.run(command(tmp_path), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "not empty and not a run folder" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    inside = tmp_path / "notes.txt/run"
+    done = subprocess.run(command(inside), cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and f"--run-dir {inside}: cannot be made" in done.stderr

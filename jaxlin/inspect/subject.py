@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlin.command_line import is_exported
 from jaxlin.config import DataConfig, ModelConfig, RunConfig, UserError
 from jaxlin.evaluation.subject import params_sha256
-from jaxlin.export import RUN_CARD, open_student
+from jaxlin.export import open_student
 from jaxlin.runs import open_run
 from jaxlin.session import serving_params
 from jaxlin.training_data import heldout_of_last_stage
@@ -55,7 +56,7 @@ def open_subject(folder: str, text: Sequence[str] = ()) -> Subject:
     Raises UserError where there is none, where all its layers are softmax attention, and where an exported folder comes
     without `text`.
     """
-    exported = (Path(folder) / RUN_CARD).is_file()
+    exported = is_exported(folder)
     if exported and not text:
         raise UserError(f"--run {folder}: an exported student, which has no text with it; give --text")
     student = open_student(folder)
