@@ -114,9 +114,11 @@ def keep_pairs(x: Array, apart: Array, mask: Array | None = None) -> Array:
     Of a pair that is kept, only the bits of `mask` at its even column: the low half is the even column's entry.
     """
     if interpreted():
-        kept, bits = (jnp.repeat(t[:, ::2], 2, 1) for t in (apart == 0, apart if mask is None else mask))
-        odd = indices(*x.shape)[1] & 1
-        return jnp.where(kept & ((mask is None) | (lax.shift_right_logical(bits, 16 * odd) & 1 != 0)), x, 0)
+        kept = jnp.repeat((apart == 0)[:, ::2], 2, 1)
+        if mask is not None:
+            half = lax.shift_right_logical(jnp.repeat(mask[:, ::2], 2, 1), 16 * (indices(*x.shape)[1] & 1))
+            kept &= half & 1 != 0
+        return jnp.where(kept, x, 0)
 
     def keep(pair, apart, *mask):
         bits, (apart, *mask) = _bits(pair), (vector_dialect.extract(t, [], [0]) for t in (apart, *mask))
@@ -145,13 +147,16 @@ def _by_register(function, dtype: Any, *tiles: Array) -> Array:
 
 
 def _bits(pair: ir.Value) -> ir.Value:
-    i32 = ir.IntegerType.get_signless(32)
+    i32 = _int32()
     return vector_dialect.extract(vector_dialect.bitcast(ir.VectorType.get((1,), i32), pair), [], [0])
 
 
 def _number(x: int) -> ir.Value:
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, x))
+    return mgpu.c(x, _int32())
+
+
+def _int32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
 
 
 # ---- what compilers must not know ----
@@ -170,7 +175,7 @@ def unknown_zero(anew: bool = False) -> Array:
     @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())))
     def highest_bit_of_the_number_of_multiprocessors(_):
         asm = "{ .reg .u32 n; mov.u32 n, %nsmid; shr.u32 $0, n, 31; }"
-        value = llvm.inline_asm(ir.IntegerType.get_signless(32), [], asm, "=r", has_side_effects=anew)
+        value = llvm.inline_asm(_int32(), [], asm, "=r", has_side_effects=anew)
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
     return highest_bit_of_the_number_of_multiprocessors()
