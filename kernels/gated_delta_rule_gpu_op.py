@@ -19,7 +19,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_op import (
     check,
     cumulative,
     fill,
-    gradients_of_gates,
+    gradient_of_gate,
     is_primal,
     segment_codes,
     sum_group,
@@ -93,12 +93,9 @@ def _delta_rule_bwd(form: Form, residuals, cotangents):
     vectors = d.vectors.sum(0)
     dg = None if g is None else jnp.zeros_like(g)
     if gate:
-        channels = vectors[..., 4 * CHUNK :].sum(-1, keepdims=True)
-        vectors = vectors[..., : 4 * CHUNK]
-    vectors = vectors.reshape(*vectors.shape[:-1], -1, CHUNK)
-    if gate:
-        dg = gradients_of_gates(vectors[..., ROWS, :] - vectors[..., COLUMNS, :], vectors[..., WRITES, :]) + channels
-    return dq, dk, d.v, vectors[..., BETA, :], dg, None if fresh else d.s, None
+        dg = gradient_of_gate(vectors, ROWS, COLUMNS, WRITES)
+    d_beta = vectors[..., BETA * CHUNK : (BETA + 1) * CHUNK]
+    return dq, dk, d.v, d_beta, dg, None if fresh else d.s, None
 
 
 def _parts(v: Array) -> int:

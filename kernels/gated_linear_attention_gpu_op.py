@@ -6,12 +6,12 @@ codes, zeros up to whole chunks and tiles of 64. Log gates arrive as [B, HV, N, 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -213,15 +213,21 @@ _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 def cumulative(g: Array) -> Array:
     """The cumulative log gates of chunks [..., C] in powers of two, each gate at least MIN_GATE."""
-    triangle = jnp.triu(jnp.ones((CHUNK, CHUNK), jnp.float32))
+    triangle = np.triu(np.ones((CHUNK, CHUNK), np.float32))
     return jnp.matmul(LOG2_E * jnp.maximum(g, MIN_GATE), triangle, precision=lax.Precision.HIGHEST)
 
 
-def gradients_of_gates(later: Array, earlier: Array) -> Array:
-    """At each token of a chunk [..., C] the sum of `later` from it on and of `earlier` before it."""
-    from_here = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))
-    sums = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    return sums(later, from_here) + sums(earlier, 1 - from_here)
+def gradient_of_gate(sums: Array, rows: int, columns: int, writes: int) -> Array:
+    """dg [..., C] from what a kernel sums in a chunk, four vectors and then channels [..., 4 C + channels].
+
+    At each token: vector `rows` less vector `columns` from it on, vector `writes` before it, and all channels. One
+    product with a constant: each sum by itself would be a kernel, and there are more of those than work for them.
+    """
+    onward = np.tril(np.ones((CHUNK, CHUNK), np.float32))
+    weights = np.zeros((4, CHUNK, CHUNK), np.float32)
+    weights[rows], weights[columns], weights[writes] = onward, -onward, 1 - onward
+    channels = np.ones((sums.shape[-1] - 4 * CHUNK, CHUNK), np.float32)
+    return jnp.matmul(sums, np.concatenate([*weights, channels]), precision=lax.Precision.HIGHEST)
 
 
 def _vectors(gates: Gates | None) -> Array | None:
@@ -239,13 +245,14 @@ def _gate_gradients(gates: Gates, d: Array | None, key_dims: int) -> Gates:
     none = jax.tree.map(jnp.zeros_like, gates)
     if d is None:
         return none
-    d = d.sum(0)
-    channels = d[..., 4 * CHUNK : 4 * CHUNK + key_dims].sum(-1, keepdims=True)
-    d = d[..., : 4 * CHUNK].reshape(*d.shape[:-1], 4, CHUNK)
-    dg = gradients_of_gates(d[..., ROWS, :] - d[..., COLUMNS, :], d[..., WRITES, :]) + channels
+    d = d.sum(0)[..., : 4 * CHUNK + key_dims]
+    dg = gradient_of_gate(d, ROWS, COLUMNS, WRITES)
     broadcast = tuple(axis for axis in (0, 2) if gates.g.shape[axis] < dg.shape[axis])
     dg = dg.sum(broadcast, keepdims=True) if broadcast else dg
-    return none._replace(g=dg, w=None if gates.w is None else d[..., COLUMNS, :] + d[..., OWN, :])
+    if gates.w is None:
+        return none._replace(g=dg)
+    columns, own = (d[..., at * CHUNK : (at + 1) * CHUNK] for at in (COLUMNS, OWN))
+    return none._replace(g=dg, w=columns + own)
 
 
 def sum_group(x: Array, heads: int) -> Array:
