@@ -34,7 +34,7 @@ def delta_rule(
     s0 = None if s0 is None else fill(s0.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % 64))
     codes = None if segment_ids is None else segment_codes(segment_ids)
     form = Form(scale, gated=False, segments=codes is not None, beta=True)
-    o, s = _delta_rule(form, q, k, v, by_chunk(beta, segment_ids)[..., None, :], g, s0, codes)
+    o, s = _delta_rule(form, q, k, v, by_chunk(segment_ids, beta)[0][..., None, :], g, s0, codes)
     return o[:, :time, :, :value_dim], s[:, :, :key_dim, :value_dim]
 
 

@@ -58,7 +58,8 @@ def pallas(
     s0 = None
     if initial_state is not None:
         s0 = fill(initial_state.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % tile))
-    beta, g = (None if x is None else by_chunk(x, segment_ids) for x in (beta, g))
+    beta, *gates = by_chunk(segment_ids, beta, *([] if g is None else [g]))
+    g = gates[0] if gates else None
     codes = None if segment_ids is None else segment_codes(segment_ids)
     form = Form(scale, g is not None, codes is not None, beta=True)
     o, s = _delta_rule(form, q, k, v, beta, g, s0, codes)

@@ -72,7 +72,7 @@ def pallas(
         )
     elif g is not None:
         g = jnp.broadcast_to(g, v.shape[:3]) if g.ndim == 1 else g
-        gates = Gates(by_chunk(g, segment_ids), None, None)
+        gates = Gates(*by_chunk(segment_ids, g), None, None)
     s0, z0 = (initial_state or (None, None)) if normalize else (initial_state, None)
     o, s, z = attend(scale, "sum" if normalize else None, q, k, v, gates, s0, z0, segment_ids)
     return o, (s, z) if normalize else s
@@ -99,11 +99,11 @@ class Gates(NamedTuple):
     floor: Array | None
 
 
-def by_chunk(x: Array, segment_ids: Array | None) -> Array:
-    """[B, T, HV] -> [B, HV, N, C] float32, zero in padding and behind the end."""
-    (x,) = chunk.mask_padding(segment_ids, x.astype(jnp.float32))
+def by_chunk(segment_ids: Array | None, *arrays: Array) -> list[Array]:
+    """[B, T, HV] -> [B, HV, N, C] float32 of each, zero in padding and behind the end; all by one kernel of XLA."""
+    x = jnp.concatenate(chunk.mask_padding(segment_ids, *(x.astype(jnp.float32) for x in arrays)))
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), (0, 0)))
-    return x.reshape(x.shape[0], -1, CHUNK, x.shape[2]).transpose(0, 3, 1, 2)
+    return jnp.split(x.reshape(x.shape[0], -1, CHUNK, x.shape[2]).transpose(0, 3, 1, 2), len(arrays))
 
 
 def segment_codes(segment_ids: Array) -> Array:

@@ -35,7 +35,7 @@ def pallas(
     start = jnp.zeros(v.shape[:1] + v.shape[2:3], jnp.float32) if m0 is None else m0
     i, log_f = i.astype(start.dtype), jax.nn.log_sigmoid(f.astype(start.dtype))
     before, m = stabilizer(*lax.stop_gradient((i, log_f, start)), segment_ids)
-    g, w, m_chunks = (by_chunk(x, segment_ids) for x in (log_f + before - m, i - m, m))
+    g, w, m_chunks = by_chunk(segment_ids, log_f + before - m, i - m, m)
     gates = Gates(g, w, jnp.exp(-m_chunks))
     final_m = m[:, -1]
     if m0 is not None:
