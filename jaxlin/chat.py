@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxlin.command_line import parse, run_main
+from jaxlin.command_line import parse, run_main, whole_text
 from jaxlin.config import UserError
 from jaxlin.detokenizer import Detokenizer
 from jaxlin.generate import GenerationSettings
@@ -62,7 +62,7 @@ class Chat:
 
         Returns, as the generator's value, whether it was cut: by `stop` or by max_new_tokens.
         """
-        asked = self.conversation.ask(text)
+        asked = self.conversation.ask(whole_text(text, "this line"))
         self.session.read(asked)
         pieces, detokenizer, count = [], Detokenizer(self._model.tokenizer, asked), 0
         if not stop.is_set():

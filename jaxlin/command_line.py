@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import runpy
 import sys
 import types
@@ -120,6 +121,23 @@ def _inherited(init_from: str, run_dir: str) -> dict[str, Any]:
     return {name: getattr(found, name) for name in INHERITED}
 
 
+def one_of(run: str, teacher: str) -> None:
+    """Refuse --run and --teacher together, and neither. Raises UserError."""
+    if run and teacher:
+        raise UserError(f"--run {run} and --teacher {teacher}: give one of them")
+    if not run and not teacher:
+        raise UserError("give either --run DIR or --teacher T")
+
+
+def whole_text(text: str, where: str) -> str:
+    """`text`, unless it holds half a character, which no tokenizer takes. Raises UserError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: holds half a character (at {error.start}), not UTF-8 text; convert it") from None
+    return text
+
+
 def is_exported(folder: str | Path) -> bool:
     """Whether a folder holds an exported student."""
     return (Path(folder) / RUN_CARD).is_file()
@@ -161,6 +179,9 @@ def run_main(main: Callable[[], Any], *, called: Mapping[str, str] | None = None
     """
     try:
         main()
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)

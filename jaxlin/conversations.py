@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlin.command_line import whole_text
 from jaxlin.config import UserError
 from jaxlin.sources import Field, read_records, record_files
 
@@ -67,10 +68,7 @@ def _message(value: Any, where: str) -> dict[str, Any]:
             raise UserError(f"{where}: it has no {name!r}")
         if not isinstance(value[name], str):
             raise UserError(f"{where}: {name!r} is {type(value[name]).__name__}, not text")
-        try:
-            value[name].encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: {name!r} holds half a character (at {error.start}), not UTF-8 text") from None
+        whole_text(value[name], f"{where}: {name!r}")
     # A Parquet file has every field in every row.
     return {name: part for name, part in value.items() if part is not None}
 

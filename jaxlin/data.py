@@ -192,6 +192,8 @@ def prepare(settings: Prepare, tokenizer: Any) -> tuple[int, int]:
                 tokens = tokenize(group)
                 append(tokens["tokens"])
                 counts += (int(tokens["starts"].sum()), len(tokens["tokens"]))
+            if not counts[1]:
+                raise UserError(f"--text {' '.join(settings.text)}: holds no text; nothing was written")
     except OSError as error:
         raise UserError(f"--out {settings.out}: cannot be written ({error.strerror})") from error
     return int(counts[0]), int(counts[1])

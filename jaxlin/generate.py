@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlin import convert, runs
-from jaxlin.command_line import parse, run_main
+from jaxlin.command_line import one_of, parse, run_main, whole_text
 from jaxlin.config import ModelConfig, RunConfig, Switch, UserError
 from jaxlin.decoding import BLOCK
 from jaxlin.detokenizer import TextUntil, check_stops
@@ -169,6 +169,8 @@ class Settings(GenerationSettings):
         alone = dict(prompt=self.prompt, save_state=self.save_state, load_state=self.load_state)
         if self.prompts and (given := [name for name, value in alone.items() if value]):
             raise UserError(f"--{given[0].replace('_', '-')}: only for a single text, not with --prompts")
+        if Path(self.save_state).is_dir() and self.save_state:
+            raise UserError(f"--save-state {self.save_state}: is a folder; give a file")
         if self.out and not self.prompts:
             raise UserError(f"--out {self.out}: only with --prompts FILE; a single text goes to standard output")
 
@@ -178,8 +180,7 @@ def load_model(run: str, teacher: str, *, teacher_model: bool = False) -> runs.T
 
     Raises UserError where neither or both of `run` and `teacher` are given, and what opening them raises.
     """
-    if bool(run) == bool(teacher):
-        raise UserError("give either --run DIR or --teacher T")
+    one_of(run, teacher)
     if teacher and teacher_model:
         raise UserError("--teacher-model: only with --run, it chooses the run's teacher")
     if not run:
@@ -219,7 +220,7 @@ def _prompt_of(line: str, where: str) -> str:
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise UserError(f'{where}: has no text "prompt"')
-    return prompt
+    return whole_text(prompt, where)
 
 
 def continue_file(model: runs.Teacher, settings: Settings, prompts: Sequence[str], out: TextIO) -> None:
@@ -319,6 +320,7 @@ def main() -> None:
         prompt = "" if settings.load_state else sys.stdin.read()
     if not prompt and not settings.load_state:
         raise UserError("the prompt is empty: give --prompt or text on standard input")
+    whole_text(prompt, "standard input" if settings.prompt is None else "--prompt")
     continue_text(settings.load(), settings, prompt, sys.stdout)
 
 

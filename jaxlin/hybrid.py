@@ -192,6 +192,8 @@ def main() -> None:
     subject = replace(subject, config=replace(subject.config, data=data))
     config = subject.models["student"].config
     layers = linear_layers(config)
+    if not layers:
+        raise UserError(f"--run {settings.run}: all its layers are softmax attention; there is nothing to rank")
     keep = settings.keep or max(1, len(layers) // 4)
     if not 0 < keep < len(layers):
         raise UserError(

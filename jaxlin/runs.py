@@ -133,6 +133,8 @@ def check_init(run: RunConfig, teacher: ModelConfig) -> None:
 
     And none at all for fine-tuning, cross-entropy on conversations alone, which makes no student of untrained mixers.
     """
+    if run.stage3.loss_on != "all" and not run.conversations:
+        raise UserError(f"--stage3.loss-on {run.stage3.loss_on}: tells turns of --conversations apart: give some")
     if not run.init_from:
         fine_tuning = set(run.stages()) == {3} and run.conversations and not run.stage3.kl_weight
         if fine_tuning and set(run.period) != {"softmax"}:
@@ -194,7 +196,7 @@ class Run:
     def read(self, name: str) -> Any:
         """The JSON file `name` of the folder, or None."""
         path = self.folder / name
-        return json.loads(path.read_text()) if path.exists() else None
+        return _parsed(path, path.read_text()) if path.exists() else None
 
     def stages(self) -> dict[int, StageConfig]:
         """The stages with the budgets that they were trained for."""
@@ -204,7 +206,10 @@ class Run:
     def stage_losses(self) -> dict[str, dict[str, float]]:
         """Each stage's loss on held-out text, where the stage starts and where it ends."""
         path = self.folder / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        lines = [
+            _parsed(path, line) for line in text[: text.rfind("\n") + 1].splitlines()
+        ]  # a crash leaves half a line
         losses: dict[str, list[float]] = {}
         for line in lines:
             if "heldout_loss" in line:
@@ -212,18 +217,27 @@ class Run:
         return {name: {"start": values[0], "end": values[-1]} for name, values in losses.items()}
 
 
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); restore it, or delete it and what it says is lost") from None
+
+
 def open_run(folder: str | Path, flag: str = "--run") -> Run:
     """The run in `folder`, which the setting `flag` names. Raises UserError where there is none."""
     folder = Path(folder)
     if is_exported(folder):
-        raise UserError(f"{flag} {folder}: an exported student, not a run; eval.py takes it as --teacher {folder}")
+        raise UserError(
+            f"{flag} {folder}: an exported student, not a run; generate, chat and eval.py take it as --teacher"
+        )
     try:
         config = from_dict(RunConfig, json.loads((folder / "config.json").read_text()))
         student = from_dict(ModelConfig, json.loads((folder / "model.json").read_text()))
     except (FileNotFoundError, NotADirectoryError) as error:
         lost = Path(error.filename).name
         raise UserError(f"{flag} {folder}: no run there ({lost} is missing); train.py makes one") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, TypeError) as error:
         raise UserError(f"{flag} {folder}: config.json or model.json is damaged ({error})") from None
     if unknown := [name for name in student.mixer if name not in MIXERS]:
         raise UserError(

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxlin.command_line import whole_text
 from jaxlin.config import UserError
 
 Document = str | np.ndarray
@@ -36,7 +37,6 @@ class Documents(Protocol):
     """A corpus with random access."""
 
     def __len__(self) -> int: ...
-
     def __getitem__(self, index: int) -> Document: ...
 
 
@@ -168,7 +168,7 @@ def _value_of(record: Any, field: Field, where: str) -> Any:
         return _decode(value, where)
     if not isinstance(value, str):
         raise UserError(f"{where}: field {name!r} is {type(value).__name__}, not text{field.remedy}")
-    return value
+    return whole_text(value, where)
 
 
 def _decode(data: bytes, where: str) -> str:

@@ -207,7 +207,10 @@ class Output:
             if self._kept.exists():
                 raise UserError(f"--out {out}: exists, and {self._report.name} does not; choose another file")
             return
-        old = json.loads(self._report.read_text())["settings"]
+        try:
+            old = json.loads(self._report.read_text())["settings"]
+        except (ValueError, KeyError):
+            raise UserError(f"--out {out}: {self._report.name} is damaged; choose another file") from None
         if different := [name for name in new if name not in FREE and old.get(name, new[name]) != new[name]]:
             name = different[0]
             raise UserError(
@@ -247,12 +250,16 @@ def _repaired(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("a+b") as file:
         file.seek(0)
         end = 0
-        for line in file:
+        for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 os.truncate(path, end)
                 return
             end += len(line)
-            yield json.loads(line)
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: is damaged ({error}); delete the line") from None
+            yield record
 
 
 def judge(tokens: list[int], text: str, settings: Settings, *, unfinished: bool) -> str | None:

@@ -133,7 +133,7 @@ MISTAKES = {
     "list": ('{"messages": ["hello"]}', "line 2, message 1: expected {role, content}, found str"),
     "json": ('{"messages": ', "line 2: not a line of JSON"),
     "utf-8": (b'{"messages": [{"role": "user", "content": "\xff"}]}', "line 2: not a line of JSON"),
-    "surrogate": (r'{"messages": [{"role": "user", "content": "\ud800"}]}', "line 2, message 1: 'content' holds half"),
+    "surrogate": (r'{"messages": [{"role": "user", "content": "\ud800"}]}', "line 2, message 1: 'content': holds half"),
 }
 
 

@@ -389,6 +389,11 @@ def test_an_error_under_way_reaches_the_caller(tmp_path, tokenizer):
 
 def test_preparing_leaves_nothing_behind_when_it_fails(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "w1"}\nnot JSON\n')
+    for content, message in ((b'{"text": "\\ud800"}\n', "line 1: holds half a character"), (b"", "holds no text")):
+        (tmp_path / "odd.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            prepare(Prepare(out=tmp_path / "out.npy", text=(str(tmp_path / "odd.jsonl"),)), tokenizer)
+    (tmp_path / "odd.jsonl").unlink()
     settings = Prepare(out=tmp_path / "out.npy", text=(str(tmp_path / "a.jsonl"),))
     with pytest.raises(UserError, match="line 2"):
         prepare(settings, tokenizer)

@@ -308,7 +308,7 @@ def test_generate_from_a_run(run_folder, monkeypatch, capsys):
     "args, words",
     [
         ((), "give either --run DIR or --teacher T"),
-        (("--run", "a", "--teacher", "demo"), "give either --run DIR or --teacher T"),
+        (("--run", "a", "--teacher", "demo"), "--run a and --teacher demo: give one of them"),
         (("--run", "missing"), "--run missing: no run there"),
         (("--run", "x", "--suite", "slow"), "--suite slow: choose one of quick"),
         (("--run", "x", "--tasks", "arc"), "--tasks arc: the tasks of --suite quick are held_out"),

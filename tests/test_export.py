@@ -356,7 +356,9 @@ def test_damaged_folders(damage, said, tmp_path):
 
 def test_a_student_is_neither_run_nor_teacher(tmp_path):
     folder = folder_of(student_of("gla"), tmp_path / "out")
-    with pytest.raises(UserError, match=r"out: an exported student, not a run; eval.py takes it as --teacher"):
+    with pytest.raises(
+        UserError, match=r"out: an exported student, not a run; generate, chat and eval.py take it as --teacher"
+    ):
         runs.open_run(folder)
     with pytest.raises(UserError, match=r"a student \(gla\), teachers have softmax attention"):
         student_config(RunConfig(teacher=str(folder)), load_config(str(folder)))

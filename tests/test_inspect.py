@@ -313,7 +313,7 @@ def test_text_that_is_too_short(tmp_path):
         (("--run", "x", "--positions", "32", "1024"), "--positions 1024: beyond the sequences' 512 tokens"),
         (("--run", "x", "--positions", "64", "32"), "--positions 64 32: must be in ascending order"),
         (("--run", "x", "--distances", "-1"), "--distances -1: must be in ascending order, from 0"),
-        (("--run", "x", "--examples", "20"), "--examples 20: must be at least 50"),
+        (("--run", "x", "--examples", "20"), "--examples 20: must be at least 50, or 0 for none"),
         (("--run", "x", "--sequences", "0"), "--sequences 0: must be at least 1"),
         (("--run", "x", "--seed", "-1"), "--seed -1: must be at least 0"),
         (("--run", "x", "--out", __file__), "--out .*: is a file; give a folder"),

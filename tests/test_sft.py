@@ -216,6 +216,10 @@ def test_starts_that_cannot_be(material, tmp_path):
         (("--init-from", start, "--mixer", "gla"), r"its student has another mixer \(\['retnet'\], now \['gla'\]\)"),
         (("--init-from", start, "--model.conv-size", "3"), r"another conv_size \(.*, now 3\)"),
         (("--init-from", start, "--epochs", "0"), "--epochs 0.0: must be above 0"),
+        (
+            ("--init-from", start, "--conversations", "--stage3.tokens", "64", "--stage3.loss-on", "assistant"),
+            "--stage3.loss-on assistant: tells turns of --conversations apart",
+        ),
         (("--init-from", start, "--data.heldout-fraction", "0"), "keeps back no conversations"),
         (("--init-from", start, "--conversations", str(tmp_path / "x")), "--conversations .*x: no such file"),
     ):

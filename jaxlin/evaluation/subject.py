@@ -15,7 +15,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxlin import generate, processes
-from jaxlin.config import RunConfig, UserError
+from jaxlin.command_line import one_of
+from jaxlin.config import RunConfig
 from jaxlin.distill import Batch
 from jaxlin.evaluation.language_modeling import batch_sums, on_mesh
 from jaxlin.runs import Run, Teacher, load_teacher, milestone_folder, open_run
@@ -79,8 +80,7 @@ def open_subject(
 
     Raises UserError where neither or both are given, or they cannot be loaded.
     """
-    if bool(run) == bool(teacher):
-        raise UserError("give either --run DIR or --teacher T")
+    one_of(run, teacher)
     opened = open_run(run) if run else None
     config = opened.config if opened else RunConfig(teacher=teacher)
     if text:

@@ -93,7 +93,8 @@ def check(settings: Settings) -> None:
         ("--seed", settings.seed, 0),
     ):
         if value < least:
-            raise UserError(f"{flag} {value}: must be at least {least}")
+            none = ", or 0 for none" if flag == "--examples" else ""
+            raise UserError(f"{flag} {value}: must be at least {least}{none}")
     for flag, values, least in (("--positions", settings.positions, 1), ("--distances", settings.distances, 0)):
         if list(values) != sorted(set(values)) or min(values, default=least) < least:
             raise UserError(f"{flag} {' '.join(map(str, values))}: must be in ascending order, from {least} on")

@@ -33,6 +33,8 @@ class Subject:
     """Those that it was trained with."""
     params_sha256: str
     """As evaluations tell it, of the parameters as they are kept."""
+    other_text: tuple[str, ...] = ()
+    """What was given in place of the run's held-out text."""
 
     def stream(self, count: int, least: int) -> tuple[np.ndarray, str]:
         """Held-out tokens in their order, `count` of them or as many as there are; and which text that is.
@@ -42,7 +44,7 @@ class Subject:
         data = replace(self.run.data, eval_tokens=count + self.run.data.seq_len)
         held_out = self._tokens(data)
         if len(held_out) >= least or data.heldout or self.run.conversations:
-            return held_out[:count], "held out"
+            return held_out[:count], ", ".join(self.other_text) or "held out"
         return self._tokens(replace(data, heldout_fraction=0.5))[:count], "trained on"
 
     def _tokens(self, data: DataConfig) -> np.ndarray:
@@ -67,4 +69,4 @@ def open_subject(folder: str, text: Sequence[str] = ()) -> Subject:
         run = replace(run, conversations=(), epochs=None, data=replace(run.data, heldout=tuple(text)))
     params = jax.tree.map(jnp.asarray, serving_params(student.params, student.config))
     settings, sha256 = student.card["settings"], params_sha256(student.params)
-    return Subject(student.config, params, student.tokenizer, run, Path(folder), settings, sha256)
+    return Subject(student.config, params, student.tokenizer, run, Path(folder), settings, sha256, tuple(text))

@@ -62,7 +62,10 @@ def main() -> None:
     runner = Runner(study, out, say=lambda line: print(line, flush=True), at_once=settings.evaluations)
     if not settings.report:
         runner.check(trials)
-        groups = runner.groups(trials, settings.together)[number::count]
+        every = runner.groups(trials, settings.together)
+        groups = every[number::count]
+        if not groups:
+            print(f"--shard {settings.shard}: nothing to do, there are {len(every)} groups of runs")
         if settings.dry_run:
             for group in groups:
                 print(*runner.commands(group), sep="\n")
@@ -80,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, called={"--run-dir": "--out"})

@@ -22,12 +22,13 @@ from jaxlin.command_line import CONFIG_DIR, parse_run
 from jaxlin.config import RunConfig, UserError
 from jaxlin.evaluation.report import choose_tasks
 from jaxlin.runs import check_folder, milestone_folder, open_run
-from jaxlin.study.checks import check_settings, check_suites
+from jaxlin.study.checks import check_settings, check_sources, check_suites
 from jaxlin.study.design import Study, Suite, Trial
 from jaxlin.study.locks import Lock, take
 from jaxlin.study.results import held_out_lines, kept_results
 
 ROOT = CONFIG_DIR.parent  # where train.py and eval.py are
+REFUSED = 2  # the exit code for settings that cannot be: each student alone would be refused as well
 POLL = 0.1  # seconds between looks at the commands that run
 PATIENCE = 120.0  # seconds that a command may take to end when it is told to
 MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # of a GPU, by its names in JAX, the newer first
@@ -81,6 +82,7 @@ class Runner:
     def check(self, trials: Iterable[Trial]) -> None:
         """Refuse what train.py or eval.py would in any run of the study, contrasts of what is not measured, and folders
         of `trials` that hold runs with other settings. Writes nothing."""
+        check_sources(self.study)
         check_suites(self.study)
         for trial in self.study.trials():
             check_settings(trial.name, self._flags([trial], str(self.out / trial.name)))
@@ -130,8 +132,9 @@ class Runner:
         ((call, code, last),) = self._call([Call(self._train(trials), trials, "train")], locks)
         if code == 0 and not any(map(self._untrained, trials)):
             return
-        if len(trials) == 1:
-            self._fail(f"{trials[0].name}: train.py ended with exit code {code}: {last} (log: {call.log(self.out)})")
+        if len(trials) == 1 or code == REFUSED:
+            names = ", ".join(trial.name for trial in trials)
+            self._fail(f"{names}: train.py ended with exit code {code}: {last} (log: {call.log(self.out)})")
             return
         self.say(f"{', '.join(trial.name for trial in trials)}: exit code {code}: {last}; now one by one")
         for trial in trials:
