@@ -187,6 +187,7 @@ def tiles() -> tuple[dict, dict]:
 
     from jaxlin.kernels import mosaic_gpu as gpu
     from jaxlin.kernels import mosaic_gpu_registers as registers
+    from jaxlin.kernels.tile_gpu_sums import SUMS, column_sums
 
     chunks, stages, size = 5, 2, registers.CHUNK
     shape = jax.ShapeDtypeStruct
@@ -209,7 +210,7 @@ def tiles() -> tuple[dict, dict]:
             for i, product in enumerate(products):
                 gpu.put(staged.at[jnp.int32(i)], product)
             sums.at[0][...] = jnp.sum(gpu.load(a), 1)
-            sums.at[1][...] = gpu.column_sums(gpu.load(a), scratch)
+            sums.at[1][...] = column_sums(gpu.load(a), scratch)
             copies = [(staged.at[jnp.int32(i)], outputs[i].at[b, h, n]) for i in range(4)]
             gpu.copy_out(*copies, (sums, outputs[4].at[b, h, n]))
             return gpu.dot(a, b_, total, ta=True)
@@ -223,7 +224,7 @@ def tiles() -> tuple[dict, dict]:
         gpu.wait_out(0, read=False)
 
     scratch = [gpu.tile(stages, size, size), gpu.tile(stages, size, size), gpu.tile(4, size, size)]
-    scratch += [gpu.vector(2, size), gpu.vector(gpu.SUMS * size), gpu.barrier(2, stages)]
+    scratch += [gpu.vector(2, size), gpu.vector(SUMS * size), gpu.barrier(2, stages)]
     found = jax.jit(lambda *a: gpu.launch(tiles, a, out, (2, 3), scratch))(x, y)
     a, b = (
         np.asarray(t.astype(jnp.float32), np.float64).reshape(2, chunks, size, 3, size).transpose(0, 3, 1, 2, 4)

@@ -56,6 +56,7 @@ from jaxlin.kernels.mosaic_gpu import BLOCK
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
 from jaxlin.kernels.tile_gpu_keys import load_state, member_of, store_state
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
+from jaxlin.kernels.tile_gpu_sums import SUMS, column_sums
 
 STAGES = 2
 """Chunks in flight."""
@@ -106,7 +107,7 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
         meeting=gpu.barrier(team, 1),
     )
     if gate:
-        scratch |= dict(sums=gpu.vector(team, gpu.SUMS * CHUNK))
+        scratch |= dict(sums=gpu.vector(team, SUMS * CHUNK))
     if form.segments:
         scratch |= dict(codes=gpu.vector(STAGES, CHUNK, dtype=jnp.int32))
 
@@ -218,7 +219,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         if gate:
             e -= by_row(beta * (1 / form.scale), dl_a)
             e = e if alone else share * e
-            made_vector(COLUMNS)[...] = gpu.column_sums(e, buffer["sums"].at[me])
+            made_vector(COLUMNS)[...] = column_sums(e, buffer["sums"].at[me])
             by_rows = jnp.sum(e, 1)
         da = by_row(beta * (-1 / form.scale), dl).astype(jnp.bfloat16)
         own.meet()  # nobody needs Y, nor do as it came

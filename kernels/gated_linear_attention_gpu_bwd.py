@@ -58,6 +58,7 @@ from jaxlin.kernels.mosaic_gpu import BLOCK, dot
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row, columns, rows
 from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, member_of, over, store_state
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
+from jaxlin.kernels.tile_gpu_sums import SUMS, column_sums
 
 STAGES = 2
 ROWS, WRITES, COLUMNS, OWN, CHANNELS = range(5)
@@ -163,8 +164,8 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     team, w, row, values, keys, first, alone = own.team, own.w, own.row, own.values, own.keys, own.first, own.alone
     (p_tiles,), (sums,) = buffer["p"]
 
-    def column_sums(x):
-        return gpu.column_sums(x, sums.at[me, pl.ds(0, gpu.SUMS * CHUNK)])
+    def over_rows(x):
+        return column_sums(x, sums.at[me, pl.ds(0, SUMS * CHUNK)])
 
     def chunk(n, slot, refill, ds):
         here = registers.unknown_zero(anew=True)
@@ -233,7 +234,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         dv = stored(d, dot(p_tile, own_do, by_row(d.leave, dv), ta=True))
         gpu.commit()  # no warp reads P any more
         if gate:
-            made_gates(COLUMNS)[...] = column_sums(strict)  # where P was
+            made_gates(COLUMNS)[...] = over_rows(strict)  # where P was
             gpu.commit()
         gpu.put(p_tile, by_row(reading, gpu.load(own_do)))
         if not alone:
@@ -262,7 +263,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         dq = stored(d, dot(a_tile, own_k, dq))
         if summed:
             gpu.commit()
-            through = column_sums(by_row(dl * d.enter_scaled, gpu.load(own_q)))
+            through = over_rows(by_row(dl * d.enter_scaled, gpu.load(own_q)))
             buffer["dz"].at[keys][...] = d.keep * dz + through
 
         gpu.commit()

@@ -29,6 +29,7 @@ from jaxlin.kernels.gated_linear_attention import NORMALIZER_EPS
 from jaxlin.kernels.mosaic_gpu import BLOCK
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row, columns, rows
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
+from jaxlin.kernels.tile_gpu_sums import SUMS, column_sums
 
 STAGES = {64: 3, 128: 2}
 """Chunks in flight, by key dimension."""
@@ -103,7 +104,7 @@ def forward(
     if form.segments:
         scratch |= dict(codes=gpu.vector(stages, CHUNK, dtype=jnp.int32))
     if summed:
-        scratch |= dict(l=gpu.vector(CHUNK), z=gpu.vector(key_dim), sums=gpu.vector(gpu.SUMS * key_dim))
+        scratch |= dict(l=gpu.vector(CHUNK), z=gpu.vector(key_dim), sums=gpu.vector(SUMS * key_dim))
 
     def gated_linear_attention_fwd(index, inputs, outputs, buffers):
         given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
@@ -161,7 +162,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         gpu.wait_out(saves)  # all that the chunk before made
         refill()
         if z is not None:
-            z = d.keep * z + gpu.column_sums(by_row(d.leave, gpu.load(k)), buffer["sums"])
+            z = d.keep * z + column_sums(by_row(d.leave, gpu.load(k)), buffer["sums"])
         if "written" in buffer:
             gpu.put(buffer["written"], by_row(d.leave, gpu.load(v)))
         o, s = dots(

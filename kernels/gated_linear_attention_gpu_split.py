@@ -29,6 +29,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
 )
 from jaxlin.kernels.mosaic_gpu import BLOCK, dot
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
+from jaxlin.kernels.tile_gpu_sums import SUMS, column_sums
 
 STAGES = 3
 PROGRAMS = 264
@@ -222,7 +223,7 @@ def accumulate(
         codes=None if codes is None else gpu.vector(STAGES, CHUNK, dtype=jnp.int32),
         barrier=gpu.barrier(len(flat), min(STAGES, chunks)),
         written=gpu.tile(CHUNK, BLOCK),
-        sums=gpu.vector(gpu.SUMS * key_dim) if summed else None,
+        sums=gpu.vector(SUMS * key_dim) if summed else None,
     )
     shapes = present(**shapes)
 
@@ -245,7 +246,7 @@ def accumulate(
                 read = gpu.load(x)
                 if weights is not None:
                     read = by_row(gpu.load_rows(buffer["weights"].at[slot, last - 1]), read)
-                z = decay * z + gpu.column_sums(read, buffer["sums"])
+                z = decay * z + column_sums(read, buffer["sums"])
             return dot(x, y if weights is None else buffer["written"], decay * s, ta=True), z
 
         key_head = h if group == 1 else lax.div(h, jnp.int32(group))

@@ -73,8 +73,9 @@ def _cosine(a, b):
 def fidelity_table(report: dict[str, Any]) -> Table:
     """The report as a table; its title holds what is measured end to end."""
     table = Table(
-        title=f"Fidelity to the teacher: KL {report['kl']:.4f}, perplexity {report['perplexity']:.2f} "
-        f"(teacher {report['teacher_perplexity']:.2f}), agreement {report['agreement']:.1%}"
+        title=f"Fidelity to the teacher over {report['tokens']:,} held-out tokens: KL {report['kl']:.4f}, "
+        f"perplexity {report['perplexity']:.2f} (teacher {report['teacher_perplexity']:.2f}), "
+        f"agreement {report['agreement']:.1%}"
     )
     table.add_column("layer", justify="right")
     table.add_column("mixer")
