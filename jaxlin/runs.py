@@ -207,9 +207,8 @@ class Run:
         """Each stage's loss on held-out text, where the stage starts and where it ends."""
         path = self.folder / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""
-        lines = [
-            _parsed(path, line) for line in text[: text.rfind("\n") + 1].splitlines()
-        ]  # a crash leaves half a line
+        whole = text[: text.rfind("\n") + 1]  # a crash leaves half a line
+        lines = [_parsed(path, line) for line in whole.splitlines()]
         losses: dict[str, list[float]] = {}
         for line in lines:
             if "heldout_loss" in line:

@@ -28,7 +28,6 @@ from jaxlin.study.locks import Lock, take
 from jaxlin.study.results import held_out_lines, kept_results
 
 ROOT = CONFIG_DIR.parent  # where train.py and eval.py are
-REFUSED = 2  # the exit code for settings that cannot be: each student alone would be refused as well
 POLL = 0.1  # seconds between looks at the commands that run
 PATIENCE = 120.0  # seconds that a command may take to end when it is told to
 MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # of a GPU, by its names in JAX, the newer first
@@ -132,9 +131,8 @@ class Runner:
         ((call, code, last),) = self._call([Call(self._train(trials), trials, "train")], locks)
         if code == 0 and not any(map(self._untrained, trials)):
             return
-        if len(trials) == 1 or code == REFUSED:
-            names = ", ".join(trial.name for trial in trials)
-            self._fail(f"{names}: train.py ended with exit code {code}: {last} (log: {call.log(self.out)})")
+        if len(trials) == 1:
+            self._fail(f"{trials[0].name}: train.py ended with exit code {code}: {last} (log: {call.log(self.out)})")
             return
         self.say(f"{', '.join(trial.name for trial in trials)}: exit code {code}: {last}; now one by one")
         for trial in trials:
