@@ -32,7 +32,7 @@ VARIANTS: dict[str, tuple] = {
     "A forward 4 stages": ("gated_linear_attention_gpu_fwd", "STAGES", {64: 4, 128: 3}),
     "A backward 3 stages": ("gated_linear_attention_gpu_bwd", "STAGES", 3),
     "B forward 3 stages": ("gated_delta_rule_gpu_fwd", "STAGES", 3),
-    "B backward 1 stage": ("gated_delta_rule_gpu_bwd", "STAGES", {64: 1, 128: 1}),
+    "B backward 1 stage": ("gated_delta_rule_gpu_bwd", "STAGES", 1),
     "GLA walk 1 stage": ("gated_linear_attention_gpu_channel_walk", "STAGES", 1),
     "GLA walk 3 stages": ("gated_linear_attention_gpu_channel_walk", "STAGES", 3),
     "GLA backward 2 stages": ("gated_linear_attention_gpu_channel_bwd", "STAGES", 2),
@@ -40,7 +40,7 @@ VARIANTS: dict[str, tuple] = {
     "KDA unrolled": ("tile_gpu_channel", "UNROLL", True),
     "KDA walk 2 stages": ("gated_delta_rule_gpu_channel_walk", "STAGES", 2),
     "KDA adjoint 2 stages": ("gated_delta_rule_gpu_channel_walk", "ADJOINT_STAGES", 2),
-    "no automatic barriers": ("options", "unsafe_no_auto_barriers", True),
+    "automatic barriers": ("options", "unsafe_no_auto_barriers", False),
 }
 PROGRAMS = {
     "linear attention": "A",
@@ -69,7 +69,7 @@ def main() -> None:
     todo = [
         (program, shape, variant)
         for shape, program, variant in itertools.product(args.shapes, args.programs, args.variants)
-        if variant.split()[0] in {PROGRAMS[program], "as", "no"}
+        if variant.split()[0] in {PROGRAMS[program], "as", "automatic"}
     ]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: line(job, args.timeout), todo))

@@ -119,11 +119,10 @@ def _first_difference(key: str, old: Any, new: Any) -> str:
     old = old.get(key) if isinstance(old, dict) else old
     new = new[key]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and isinstance(new[0], dict):
-        old, new = next(pair for pair in zip(old, new, strict=True) if pair[0] != pair[1])
-        return _first_difference(next(k for k in new if old.get(k) != new[k]), old, new)
+        key, (old, new) = "", next(pair for pair in zip(old, new, strict=True) if pair[0] != pair[1])
     if isinstance(old, dict) and isinstance(new, dict):
         inner = next(k for k in new if old.get(k) != new[k])
-        return f"{key}.{_first_difference(inner, old, new)}"
+        return (f"{key}." if key else "") + _first_difference(inner, old, new)
     return f"{key} ({old}, now {new})"
 
 
@@ -250,7 +249,8 @@ def new_run(run: RunConfig, teacher: ModelConfig) -> Run:
     """The folder of a run that starts or continues; writes config.json and model.json."""
     student = student_config(run, teacher)
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
+        if processes.is_first():
+            run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--run-dir {run.folder}: cannot be made ({error.strerror}); choose another folder") from error
     write_text(run.folder / "config.json", to_json(run))

@@ -23,6 +23,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_op import (
     is_primal,
     segment_codes,
     sum_group,
+    vector_of,
 )
 from jaxlin.kernels.gated_linear_attention_gpu_split import parts_of
 from jaxlin.kernels.mosaic_gpu import BLOCK
@@ -95,8 +96,7 @@ def _delta_rule_bwd(form: Form, residuals, cotangents):
     dg = None if g is None else jnp.zeros_like(g)
     if gate:
         dg = gradient_of_gate(vectors, ROWS, COLUMNS, WRITES)
-    d_beta = vectors[..., BETA * CHUNK : (BETA + 1) * CHUNK]
-    return dq, dk, d.v, d_beta, dg, None if fresh else d.s, None
+    return dq, dk, d.v, vector_of(vectors, BETA), dg, None if fresh else d.s, None
 
 
 def _parts(v: Array) -> int:

@@ -217,6 +217,11 @@ def cumulative(g: Array) -> Array:
     return jnp.matmul(LOG2_E * jnp.maximum(g, MIN_GATE), triangle, precision=lax.Precision.HIGHEST)
 
 
+def vector_of(sums: Array, at: int) -> Array:
+    """Vector `at` [..., C] of what a kernel sums in a chunk."""
+    return sums[..., at * CHUNK : (at + 1) * CHUNK]
+
+
 def gradient_of_gate(sums: Array, rows: int, columns: int, writes: int) -> Array:
     """dg [..., C] from what a kernel sums in a chunk, four vectors and then channels [..., 4 C + channels].
 
@@ -251,8 +256,7 @@ def _gate_gradients(gates: Gates, d: Array | None, key_dims: int) -> Gates:
     dg = dg.sum(broadcast, keepdims=True) if broadcast else dg
     if gates.w is None:
         return none._replace(g=dg)
-    columns, own = (d[..., at * CHUNK : (at + 1) * CHUNK] for at in (COLUMNS, OWN))
-    return none._replace(g=dg, w=columns + own)
+    return none._replace(g=dg, w=vector_of(d, COLUMNS) + vector_of(d, OWN))
 
 
 def sum_group(x: Array, heads: int) -> Array:

@@ -38,7 +38,7 @@ LEVELS = 6
 MIN_GATE = -40.0
 """Gates below are taken as this: e^-40 is nothing beside 1 in float32; sums of stronger ones would lose the weaker."""
 UNROLL = False
-"""Levels one after the other in the code: a third fewer instructions, but more registers than there are."""
+"""Levels one after the other in the code: a tenth fewer instructions, but more registers than there are."""
 Range = tuple[Array | None, Array | None]
 """first and last: rows [first_i, last_i) for every row i of a tile; None is the start or the end of the chunk."""
 
