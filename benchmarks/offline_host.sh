@@ -83,7 +83,7 @@ gpu_tests() {
 
 kernel_tests() {
   gpu_tests -m gpu "$@" tests/test_gated_linear_attention_gpu.py tests/test_gated_delta_rule_gpu.py \
-    tests/test_recurrent_step_gpu.py tests/test_attention_gpu.py
+    tests/test_recurrent_step_gpu.py tests/test_attention_gpu.py tests/test_tile_gpu_blocks.py
 }
 
 parity_tests() {  # both sides in float32: JAX would take TF32

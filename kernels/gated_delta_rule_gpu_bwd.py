@@ -273,4 +273,4 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
     ds = load_state(given, "ds", (b, h, w), made["q"].shape[3])
     ds = gpu.stream(parts, buffer["barrier"], chunk, ds, chunks=chunks, stages=STAGES, reverse=True)
     store_state(made["s"], ds, (b, h, w))
-    gpu.wait_out(0, read=False)
+    gpu.wait_out(0)

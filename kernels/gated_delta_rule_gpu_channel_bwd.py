@@ -39,7 +39,6 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import RUN, Form, Inputs, cle
 from jaxlin.kernels.mosaic_gpu import BLOCK, dot
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row, rows
 from jaxlin.kernels.tile_gpu_keys import key_rows
-from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 VALUES = ("do", "r", "y")
 STATES = ("states", "d_states")
@@ -110,7 +109,7 @@ def _program(form: Form, index, given, made, buffer, blocks) -> None:
     part, channels = gpu.chunk_rows(n), key_rows(c)
     gpu.copy_out(*((x, made[name].at[b, part, h, channels]) for name, x in (("q", q), ("k", k), ("g", gates.g))))
     gpu.copy_out((buffer["beta"], made["beta"].at[b, h, n]), when=c == 0)
-    gpu.wait_out(0, read=False)
+    gpu.wait_out(0)
 
 
 def sources(given, buffer, index) -> tuple[list, list]:
@@ -179,19 +178,18 @@ def inside(tiles, beta: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
     """dq, dk and Rows with what the pairs of the chunk add, level by level; u_q and u_k are tiles to use."""
     q, k, w_p, w_l, u_q, u_k, b = tiles
 
-    def level(s, carry):
+    def level(s, product, carry):
         dq, dk, r = carry
         second, first = channel.roles(s)
         weight = jnp.where(channel.second_half(s), rows(beta), 1.0)
         e = channel.level(b, s)
-        u_q[...] = (e * jnp.where(channel.second_half(s), gpu.load(q), gpu.load(k))).astype(jnp.bfloat16)
-        gpu.put(u_k, weight * (e * gpu.load(k)))
-        f = dot(channel.at_corners(w_p, s), u_q)
-        found = gpu.load(u_q) * f
+        chosen = jnp.where(channel.second_half(s), gpu.load(q), gpu.load(k))
+        rounded, f = product(0, (e * chosen).astype(jnp.bfloat16))
+        found = rounded * f
         f = e * f
         dq, dk = dq + second * f, dk + first * f
-        (f,) = dots(Sum([Product(channel.at_corners(w_l, s), u_k)]), last=True)
-        r = r + (second - first) * (found + gpu.load(u_k) * f)
+        rounded, f = product(1, (weight * (e * gpu.load(k))).astype(jnp.bfloat16))
+        r = r + (second - first) * (found + rounded * f)
         return dq, dk + weight * (e * f), r
 
-    return channel.over_levels(level, carry)
+    return channel.over_products(((w_p, u_q), (w_l, u_k)), level, carry)

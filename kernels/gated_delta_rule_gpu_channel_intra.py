@@ -31,11 +31,11 @@ from jax import Array
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import mosaic_gpu_registers as registers
+from jaxlin.kernels import tile_gpu_blocks as blocks
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_delta_rule_gpu_intra import Lower, beta_of, unit_lower_inverses
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
-from jaxlin.kernels.mosaic_gpu import dot
-from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row, columns
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, WGMMA, by_row, columns
 from jaxlin.kernels.tile_gpu_keys import key_rows, over
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
@@ -92,18 +92,33 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
     if form.segments:
         clean(d.valid, *q, *k)
 
+    def rows_of(c, s):
+        e = channel.level(gates[c].b, s)
+        return [(gpu.load(x[c]) * e).astype(jnp.bfloat16) for x in (q, k)]
+
+    def merged(s, found, carry):
+        corners = channel.corners(s, found[0].shape[1])
+        return tuple(jnp.where(corners, x, before) for x, before in zip(found, carry, strict=True))
+
+    def own_level(s, carry):
+        p = a = None
+        for c in halves:
+            reading, keys = rows_of(c, s)
+            p, a = blocks.of_rows(reading, keys, p), blocks.of_rows(keys, keys, a)
+        return merged(s, (p, a), carry)
+
     def level(s, carry):
         reading = []
         for c in halves:
-            e = channel.level(gates[c].b, s)
-            gpu.put(free[c], gpu.load(k[c]) * e)
-            reading.append((gpu.load(q[c]) * e).astype(jnp.bfloat16))
-        p, a = dots(*(Sum([Product(x[c], free[c], tb=True) for c in halves]) for x in (reading, free)), last=True)
-        corners = channel.corners(s)
-        return jnp.where(corners, p, carry[0]), jnp.where(corners, a, carry[1])
+            rows, keys = rows_of(c, s)
+            gpu.put(free[c], keys)
+            reading.append(rows)
+        found = dots(*(Sum([Product(x[c], free[c], tb=True) for c in halves]) for x in (reading, free)), last=True)
+        return merged(s, found, carry)
 
-    p = over(halves, lambda c, x: dot(q[c], k[c], x, tb=True))
-    p, a = channel.over_levels(level, (p, registers.zeros(CHUNK, CHUNK)))
+    p = over(halves, lambda c, x: blocks.of_rows(gpu.load_in(q[c], WGMMA), gpu.load_in(k[c], WGMMA), x))
+    own = channel.over_levels(channel.OWN_LEVELS, own_level, (p, registers.zeros(CHUNK, blocks.SIZE)))
+    p, a = channel.over_levels(channel.LEVELS, level, tuple(blocks.as_tile(x) for x in own))
     p, a = d.pair() * p, d.keys() * a
     gpu.put(p_tile, p)
 
@@ -138,4 +153,4 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
         tiles = (q[c], free[c], k[c], gates[c].high, gates[c].low)
         copies += [(x, y.at[b, part, h, key_rows(c)]) for x, y in zip(tiles, to, strict=True)]
     gpu.copy_out(*copies, (buffer["keep"], made.keep.at[b, h, n]))
-    gpu.wait_out(0, read=False)
+    gpu.wait_out(0)

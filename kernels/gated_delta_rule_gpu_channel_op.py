@@ -6,14 +6,20 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlin.kernels import chunk
+from jaxlin.kernels import chunk, gates_gpu
 from jaxlin.kernels import gated_linear_attention_gpu_channel_split as split
 from jaxlin.kernels.gated_delta_rule_gpu_channel_bwd import backward
 from jaxlin.kernels.gated_delta_rule_gpu_channel_intra import intra
 from jaxlin.kernels.gated_delta_rule_gpu_channel_walk import adjoint, forward
 from jaxlin.kernels.gated_delta_rule_gpu_split import ends, starts
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs
-from jaxlin.kernels.gated_linear_attention_gpu_op import by_chunk, fill, segment_codes, sum_group
+from jaxlin.kernels.gated_linear_attention_gpu_op import (
+    fill,
+    present_cotangents,
+    segment_codes,
+    sum_group,
+    values_of,
+)
 from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
@@ -34,7 +40,7 @@ def delta_rule(
     s0 = None if s0 is None else fill(s0.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % 64))
     codes = None if segment_ids is None else segment_codes(segment_ids)
     form = Form(scale, gated=False, segments=codes is not None, beta=True)
-    o, s = _delta_rule(form, q, k, v, by_chunk(segment_ids, beta)[0][..., None, :], g, s0, codes)
+    o, s = _delta_rule(form, q, k, v, gates_gpu.by_chunk(segment_ids, beta), g, s0, codes)
     return o[:, :time, :, :value_dim], s[:, :, :key_dim, :value_dim]
 
 
@@ -44,14 +50,15 @@ def _delta_rule(form: Form, q, k, v, beta, g, s0, codes):
     return _forward(form, Inputs(q, k, v, beta, codes), g, s0, save=False)[:2]
 
 
-def _delta_rule_fwd(form: Form, q, k, v, beta, g, s0, codes):
+def _delta_rule_fwd(form: Form, *primals):
+    q, k, v, beta, g, s0, codes = values_of(primals)
     o, s, saved = _forward(form, Inputs(q, k, v, beta, codes), g, s0, save=True)
     return (o, s), (q, k, v, beta, g, codes, checkpoint_name(saved, "chunk_states"), s0 is None)
 
 
 def _delta_rule_bwd(form: Form, residuals, cotangents):
     q, k, v, beta, g, codes, (chunks, states, r, m), fresh = residuals
-    do, ds = cotangents
+    do, ds = present_cotangents(cotangents, v)
     x, gates, parts = Inputs(q, k, v, beta, codes), g, split.parts(v)
     if parts > 1:
         x, gates = split.cut_inputs(x, g, parts)
@@ -84,4 +91,4 @@ def _forward(form: Form, x: Inputs, g: Array, s0: Array | None, save: bool):
     return join(o, parts, 1), s[parts - 1 :: parts], (chunks, *saved, m) if save else None
 
 
-_delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd)
+_delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd, symbolic_zeros=True)

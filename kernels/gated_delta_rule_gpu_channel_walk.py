@@ -189,4 +189,4 @@ def _program(body, index, given, made, buffer, chunks, stages, reverse) -> None:
     state = load_state(given, "start", index, key_dim)
     state = gpu.stream(sources, buffer["barrier"], chunk, state, chunks=chunks, stages=stages, reverse=reverse)
     store_state(made["s"], state, index)
-    gpu.wait_out(0, read=False)
+    gpu.wait_out(0)

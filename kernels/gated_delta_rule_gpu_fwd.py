@@ -127,4 +127,4 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     fetch_late(jnp.int32(0))
     s = gpu.stream(sources(given, buffer, index), buffer["barrier"], chunk, s, chunks=chunks, stages=STAGES)
     made["s"].at[b, h, :, block][...] = s
-    gpu.wait_out(0, read=False)
+    gpu.wait_out(0)

@@ -3,11 +3,12 @@
     A_ij = k_i.k_j D_ij, i > j ;  T = (I + diag(beta) A)^-1
 
 D are family A's decays. T comes from its diagonal blocks by doubling: with X the inverses of the blocks of s rows,
-those of 2s rows are X - X L' X, L' the part of L between the halves of a block. X is block diagonal, so X L' =
-(X L) masked, and L goes to shared memory once. No power of L appears, nothing grows with correlated keys; products have
-bfloat16 operands, whose rounding (measured: 0.5e-3 of o) is below that of the others. What is handed on as T is T - I:
-the identity stays out of products, where U = x + (T - I) x keeps x in float32, which takes the error of o from 4.0e-3
-to 3.7e-3 (keys uncorrelated, T = 320).
+those of 2s rows are X - X L' X, L' the part of L between the halves of a block. Up to 16 rows each warp has a block to
+itself (`tile_gpu_blocks`). From there on X is block diagonal, so X L' = (X L) masked, and L goes to shared memory once,
+with 16 bits: with keys correlated by 0.9, its 8 were the largest error of T. No power of L appears, nothing grows with
+correlated keys; products have bfloat16 operands, whose rounding (measured: 0.5e-3 of o) is below that of the others.
+What is handed on as T is T - I: the identity stays out of products, where U = x + (T - I) x keeps x in float32, which
+takes the error of o from 4.0e-3 to 3.7e-3 (keys uncorrelated, T = 320).
 
 The products of T wait for each other, so they are not part of the walk over the chunks, in which nothing could fill the
 waits: here other chunks do. Every block of values, the walks over parts and the backward pass read the same T.
@@ -28,13 +29,11 @@ from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import mosaic_gpu_registers as registers
+from jaxlin.kernels import tile_gpu_blocks as blocks
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
 from jaxlin.kernels.tile_gpu_keys import key_rows
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
-
-EXACT = 16
-"""From blocks of so many rows on L has 16 bits: with keys correlated by 0.9, its 8 were the largest error of T."""
 
 
 def intra(form: Form, x: Inputs) -> Array:
@@ -67,7 +66,7 @@ def intra(form: Form, x: Inputs) -> Array:
         a, weight = dots(Sum([Product(k[c], k[c], tb=True) for c in halves]), meanwhile=d.keys, last=True)
         gpu.put(lower, *unit_lower_inverses(Lower(by_row(-beta, weight * a), lower, k[0], buffer["blocks"])))
         gpu.copy_out((lower, outputs[0].at[b, h, n]))
-        gpu.wait_out(0, read=False)
+        gpu.wait_out(0)
 
     out = [jax.ShapeDtypeStruct((batch, heads, chunks, CHUNK, CHUNK), x.k.dtype)]
     grid = (batch, heads, chunks)
@@ -90,22 +89,21 @@ class Lower(NamedTuple):
 
 def unit_lower_inverses(*given: Lower) -> list[Array]:
     """(I + L)^-1 - I of each; their products are in flight together."""
-    i, j = registers.indices()
-    found = []
     for x in given:
-        found.append(jnp.where(i == j, 1.0, jnp.where(registers.outside_corners(1) == 0, x.minus, 0.0)))
         rounded = x.minus.astype(jnp.bfloat16)
         x.rounded[...] = rounded
         x.rest[...] = (x.minus - registers.widened(rounded)).astype(jnp.bfloat16)
-    size = 2
+    found = [blocks.as_tile(blocks.unit_lower_inverses(blocks.of_tile(x.minus))) for x in given]
+    size = blocks.SIZE
     while size < CHUNK:
         for x, inverse in zip(given, found, strict=True):
             x.blocks[...] = inverse.astype(jnp.bfloat16)
         gpu.commit()
-        products = [[Product(x.blocks, minus) for minus in (x.rounded, x.rest)[: 1 + (size >= EXACT)]] for x in given]
         outside = registers.outside_corners(size)
-        corners = [registers.keep_pairs(x.astype(jnp.bfloat16), outside) for x in dots(*map(Sum, products))]
+        products = dots(*(Sum([Product(x.blocks, x.rounded), Product(x.blocks, x.rest)]) for x in given))
+        corners = [registers.keep_pairs(x.astype(jnp.bfloat16), outside) for x in products]
         joined = zip(corners, given, found, strict=True)
         found = dots(*(Sum([Product(corner, x.blocks)], start) for corner, x, start in joined), last=True)
         size *= 2
+    i, j = registers.indices()
     return [jnp.where(i == j, 0.0, x) for x in found]

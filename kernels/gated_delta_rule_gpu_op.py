@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlin.kernels import chunk, recurrent_gpu_step, recurrent_step
+from jaxlin.kernels import chunk, gates_gpu, recurrent_gpu_step, recurrent_step
 from jaxlin.kernels import gated_delta_rule_gpu_split as split
-from jaxlin.kernels.gated_delta_rule_gpu_bwd import BETA, COLUMNS, ROWS, WRITES, backward
+from jaxlin.kernels.gated_delta_rule_gpu_bwd import BETA, CHANNELS, COLUMNS, ROWS, WRITES, backward
 from jaxlin.kernels.gated_delta_rule_gpu_channel_op import delta_rule as delta_rule_by_channel
 from jaxlin.kernels.gated_delta_rule_gpu_fwd import forward
 from jaxlin.kernels.gated_delta_rule_gpu_intra import intra
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs
 from jaxlin.kernels.gated_linear_attention_gpu_op import (
-    by_chunk,
     check,
-    cumulative,
     fill,
-    gradient_of_gate,
-    is_primal,
+    present_cotangents,
     segment_codes,
     sum_group,
-    vector_of,
+    values_of,
 )
 from jaxlin.kernels.gated_linear_attention_gpu_split import parts_of
 from jaxlin.kernels.mosaic_gpu import BLOCK
@@ -59,32 +55,31 @@ def pallas(
     s0 = None
     if initial_state is not None:
         s0 = fill(initial_state.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % tile))
-    beta, *gates = by_chunk(segment_ids, beta, *([] if g is None else [g]))
-    g = gates[0] if gates else None
+    gates = gates_gpu.by_chunk(segment_ids, *([] if g is None else [g]), beta)
     codes = None if segment_ids is None else segment_codes(segment_ids)
     form = Form(scale, g is not None, codes is not None, beta=True)
-    o, s = _delta_rule(form, q, k, v, beta, g, s0, codes)
+    o, s = _delta_rule(form, q, k, v, gates, s0, codes)
     return o[:, :time, :, :value_dim], s[:, :, :key_dim, :value_dim]
 
 
 @chunk.custom_vjp
-def _delta_rule(form: Form, q, k, v, beta, g, s0, codes):
-    return _forward(form, Inputs(q, k, v, _vectors(beta, g), codes), s0, save=False)[:2]
+def _delta_rule(form: Form, q, k, v, gates, s0, codes):
+    """gates [B, HV, N, R, C]: g, where there is one, and beta."""
+    return _forward(form, Inputs(q, k, v, gates_gpu.vectors(form, gates), codes), s0, save=False)[:2]
 
 
 def _delta_rule_fwd(form: Form, *primals):
-    gate = primals[4] is not None and primals[4].perturbed
-    q, k, v, beta, g, s0, codes = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
-    o, s, states, t, m = _forward(form, Inputs(q, k, v, _vectors(beta, g), codes), s0, save=True)
+    gate = form.gated and primals[3].perturbed
+    q, k, v, gates, s0, codes = values_of(primals)
+    o, s, states, t, m = _forward(form, Inputs(q, k, v, gates_gpu.vectors(form, gates), codes), s0, save=True)
     states, t, m = checkpoint_name((states, t, m), "chunk_states")
-    return (o, s), (q, k, v, beta, g, codes, states, t, m, s0 is None, gate)
+    return (o, s), (q, k, v, gates, codes, states, t, m, s0 is None, gate)
 
 
 def _delta_rule_bwd(form: Form, residuals, cotangents):
-    q, k, v, beta, g, codes, states, t, m, fresh, gate = residuals
-    do, ds = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
-    do = jnp.zeros(v.shape, v.dtype) if do is None else do
-    x, parts = Inputs(q, k, v, _vectors(beta, g), codes), _parts(v)
+    q, k, v, gates, codes, states, t, m, fresh, gate = residuals
+    do, ds = present_cotangents(cotangents, v)
+    x, parts = Inputs(q, k, v, gates_gpu.vectors(form, gates), codes), _parts(v)
     if parts > 1:
         x, do = split.cut_inputs(x, parts), split.cut(do, parts, 1)
         ds = split.ends(m, split.adjoints(form, x, t, do), ds, parts)
@@ -93,10 +88,12 @@ def _delta_rule_bwd(form: Form, residuals, cotangents):
         d = split.join_gradients(d, parts)
     dq, dk = (sum_group(x, q.shape[2]) for x in (d.q, d.k))
     vectors = d.vectors.sum(0)
-    dg = None if g is None else jnp.zeros_like(g)
+    found = [gates_gpu.vector_of(vectors, BETA)]
     if gate:
-        dg = gradient_of_gate(vectors, ROWS, COLUMNS, WRITES)
-    return dq, dk, d.v, vector_of(vectors, BETA), dg, None if fresh else d.s, None
+        found.insert(0, gates_gpu.gradient_of_decays(vectors, ROWS, COLUMNS, WRITES, CHANNELS))
+    elif form.gated:
+        found.insert(0, jnp.zeros_like(found[0]))
+    return dq, dk, d.v, jnp.stack(found, axis=-2), None if fresh else d.s, None
 
 
 def _parts(v: Array) -> int:
@@ -118,8 +115,3 @@ def _forward(form: Form, x: Inputs, s0: Array | None, save: bool):
 
 
 _delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd, symbolic_zeros=True)
-
-
-def _vectors(beta: Array, g: Array | None) -> Array:
-    """b (with gates) and beta of every chunk, [B, HV, N, R, C]."""
-    return jnp.stack([beta] if g is None else [cumulative(g), beta], axis=3)

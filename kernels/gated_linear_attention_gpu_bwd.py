@@ -162,6 +162,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     summed, gate = form.denominator is not None, "gates" in made
     own = member_of(index, made, buffer)
     team, w, row, values, keys, first, alone = own.team, own.w, own.row, own.values, own.keys, own.first, own.alone
+    share = 1.0 if alone else jnp.where(first, 1.0, 0.0)  # of what both warpgroups find
     (p_tiles,), (sums,) = buffer["p"]
 
     def over_rows(x):
@@ -186,33 +187,33 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             d_state(c, me)[...] = ds[c].astype(jnp.bfloat16)
         gpu.commit()
 
-        r = dl = None
+        dl = per_row = denominator = None
         reading = d.enter_scaled
+        if summed:
+            l = gpu.load_rows(buffer["l_dl"].at[0, slot])  # noqa: E741
+            denominator = denominator_of(form, l, d.floor)
+            per_row = 1 / denominator
+            reading = reading * per_row
         qk, a, weight = dots(
             Sum([Product(q[c], k[c], tb=True) for c in team]),
             Sum([Product(do[u], v[u], tb=True) for u in team]),
-            meanwhile=d.pair,
+            meanwhile=lambda: d.pair(per_row),
         )
-        if summed:
-            p = weight * qk
-            l = gpu.load_rows(buffer["l_dl"].at[0, slot])  # noqa: E741
-            r = 1 / denominator_of(form, l, d.floor)
-            reading, a = reading * r, by_row(r, a)
-            if "dl" in given:
-                dl = gpu.load_rows(buffer["l_dl"].at[1, slot])
-            else:
-                assert alone  # two warpgroups are given dl, and S has not arrived yet
-                dl = jnp.sum(a * p, 1)
-                read = dot(own_do, state(0, me), tb=True)
-                dl = -r * (dl + jnp.sum(gpu.load(own_q) * by_row(reading, read), 1))
-                if form.denominator == "max":
-                    dl = jnp.where(jnp.abs(l) >= d.floor, jnp.where(l < 0, -dl, dl), 0.0)
-            a = a + rows(dl)
-            p_tile[...] = by_row(r, p).astype(jnp.bfloat16)
-            decayed = weight * a
-        else:
-            p, decayed = weight * qk, weight * a
-            p_tile[...] = p.astype(jnp.bfloat16)
+        p = weight * qk  # r P: r is in the weights, so that A comes out of dO V^T + dl / r
+        if "dl" in given:
+            dl = gpu.load_rows(buffer["l_dl"].at[1, slot])
+            a += rows(jnp.where(dl == 0, 0.0, dl * denominator))  # a floor may be infinite
+        elif summed:
+            assert alone  # two warpgroups are given dl, and S has not arrived yet
+            through_p = jnp.sum(a * p, 1)
+            read = dot(own_do, state(0, me), tb=True)
+            dl = -(through_p + reading * jnp.sum(gpu.load(own_q) * read, 1))
+            if form.denominator == "max":
+                dl = jnp.where(jnp.abs(l) >= d.floor, jnp.where(l < 0, -dl, dl), 0.0)
+            a += rows(dl)
+            dl *= per_row
+        p_tile[...] = p.astype(jnp.bfloat16)
+        decayed = weight * a
 
         def put_a():  # the same in both
             a_tile[...] = decayed.astype(jnp.bfloat16)
@@ -225,16 +226,17 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         by_rows = writes = diagonal = strict = None
         if gate:
             i, j = registers.indices()
-            e = a * p if alone else jnp.where(first, 1.0, 0.0) * (a * p)
+            e = a * p
             strict = jnp.where(i > j, e, 0.0)
-            by_rows, diagonal = jnp.sum(strict, 1), jnp.sum(jnp.where(i == j, e, 0.0), 1)
+            by_rows = share * jnp.sum(strict, 1)
+            diagonal = share * jnp.sum(e, 1) - by_rows
 
         # of the own values: dv, and dS at the chunk's start
         dv = over(team, lambda c, x: dot(k[c], d_state(c, me), x))
         dv = stored(d, dot(p_tile, own_do, by_row(d.leave, dv), ta=True))
         gpu.commit()  # no warp reads P any more
         if gate:
-            made_gates(COLUMNS)[...] = over_rows(strict)  # where P was
+            made_gates(COLUMNS)[...] = share * over_rows(strict)  # where P was
             gpu.commit()
         gpu.put(p_tile, by_row(reading, gpu.load(own_do)))
         if not alone:
@@ -245,11 +247,11 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         new = tuple(dot(q[c], p_tile, d.keep * ds[c], ta=True) for c in team)
 
         # of the own keys: dq, dk, dz
-        dk = over(team, lambda u, x: dot(v[u], d_state(me, u), x, tb=True))
+        start = None
         if summed:
             z, dz = gpu.load_columns(buffer["zs"].at[slot, keys]), gpu.load_columns(buffer["dz"].at[keys])
-            dk = dk + columns(dz)
-        dk = by_row(d.leave, dk)
+            start = columns(dz)
+        dk = by_row(d.leave, over(team, lambda u, x: dot(v[u], d_state(me, u), x, tb=True), start))
         if gate:
             writes = jnp.sum(gpu.load(own_k) * dk, 1)
         dk = stored(d, dot(a_tile, own_q, dk, ta=True))
@@ -304,4 +306,4 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     store_state(made["s"], ds, (b, h, w))
     if summed:
         made["z"].at[b, row, keys][...] = gpu.load_columns(buffer["dz"].at[keys])
-    gpu.wait_out(0, read=False)
+    gpu.wait_out(0)

@@ -98,7 +98,7 @@ def _program(form: Form, index, given, made, buffer, blocks, stages) -> None:
     channel.put_gradient(gates, r, writes, keep * carried, buffer["carried"], d.valid)
     rows, channels = gpu.chunk_rows(n), key_rows(c)
     gpu.copy_out(*((x, made[name].at[b, rows, h, channels]) for name, x in (("q", q), ("k", k), ("g", gates.g))))
-    gpu.wait_out(0, read=False)
+    gpu.wait_out(0)
 
 
 def sources(given, buffer, index) -> list:
@@ -133,14 +133,14 @@ def through_state(
 def inside(q, k, w, u, b, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     """dq, dk and R with what the pairs of the chunk add, level by level; u is a tile to use."""
 
-    def level(s, carry):
+    def level(s, product, carry):
         dq, dk, r = carry
         second, first = channel.roles(s)
         e = channel.level(b, s)
-        gpu.put(u, jnp.where(channel.second_half(s), gpu.load(q), gpu.load(k)) * e)
-        (f,) = dots(Sum([Product(channel.at_corners(w, s), u)]), last=True)
-        r = r + (second - first) * (gpu.load(u) * f)
+        chosen = jnp.where(channel.second_half(s), gpu.load(q), gpu.load(k))
+        rounded, f = product(0, (chosen * e).astype(jnp.bfloat16))
+        r = r + (second - first) * (rounded * f)
         f = e * f
         return dq + second * f, dk + first * f, r
 
-    return channel.over_levels(level, carry)
+    return channel.over_products(((w, u),), level, carry)

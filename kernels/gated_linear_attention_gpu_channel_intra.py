@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import tile_gpu_blocks as blocks
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, decays, present
-from jaxlin.kernels.mosaic_gpu import dot
-from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, WGMMA, by_row
 from jaxlin.kernels.tile_gpu_keys import key_rows, over
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
@@ -81,17 +81,25 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
     if form.segments:
         clean(d.valid, *q, *k)
 
+    def rows_of(c, s):
+        chosen = jnp.where(channel.second_half(s), gpu.load(q[c]), gpu.load(k[c]))
+        return (chosen * channel.level(gates[c].b, s)).astype(jnp.bfloat16)
+
+    def own_level(s, p):
+        u = [rows_of(c, s) for c in halves]
+        return jnp.where(channel.corners(s, blocks.SIZE), over(halves, lambda c, x: blocks.of_rows(u[c], u[c], x)), p)
+
     def level(s, p):
         product = None
         for c in halves:
-            e = channel.level(gates[c].b, s)
-            u = jnp.where(channel.second_half(s), gpu.load(q[c]), gpu.load(k[c])) * e
+            u = rows_of(c, s)
             gpu.put(decayed, u)
-            (product,) = dots(Sum([Product(u.astype(jnp.bfloat16), decayed, tb=True)], product), last=True)
+            (product,) = dots(Sum([Product(u, decayed, tb=True)], product), last=True)
         return jnp.where(channel.corners(s), product, p)
 
-    p = over(halves, lambda c, x: dot(q[c], k[c], x, tb=True))
-    p = d.pair() * channel.over_levels(level, p)
+    p = over(halves, lambda c, x: blocks.of_rows(gpu.load_in(q[c], WGMMA), gpu.load_in(k[c], WGMMA), x))
+    p = blocks.as_tile(channel.over_levels(channel.OWN_LEVELS, own_level, p))
+    p = d.pair() * channel.over_levels(channel.LEVELS, level, p)
     decayed[...] = p.astype(decayed.dtype)
     copies = [(decayed, made.p.at[b, h, n]), (buffer["keep"], made.keep.at[b, h, n])]
     for c in halves:
@@ -101,4 +109,4 @@ def _program(form: Form, index, given, made: Chunks, buffer, count: int) -> None
         buffer["keep"].at[channels][...] = d.keep * keep[c]
         copies += [(x[c], y.at[b, gpu.chunk_rows(n), h, channels]) for x, y in ((q, made.q), (k, made.k))]
     gpu.copy_out(*copies)
-    gpu.wait_out(0, read=False)
+    gpu.wait_out(0)

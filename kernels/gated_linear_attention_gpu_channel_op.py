@@ -12,7 +12,13 @@ from jaxlin.kernels.gated_linear_attention_gpu_channel_bwd import backward
 from jaxlin.kernels.gated_linear_attention_gpu_channel_intra import intra
 from jaxlin.kernels.gated_linear_attention_gpu_channel_walk import walk
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs
-from jaxlin.kernels.gated_linear_attention_gpu_op import fill, segment_codes, sum_group
+from jaxlin.kernels.gated_linear_attention_gpu_op import (
+    fill,
+    present_cotangents,
+    segment_codes,
+    sum_group,
+    values_of,
+)
 from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
@@ -35,14 +41,15 @@ def _attend(form: Form, q, k, v, g, s0, codes):
     return _forward(form, Inputs(q, k, v, None, codes), g, s0, save=False)[:2]
 
 
-def _attend_fwd(form: Form, q, k, v, g, s0, codes):
+def _attend_fwd(form: Form, *primals):
+    q, k, v, g, s0, codes = values_of(primals)
     o, s, saved = _forward(form, Inputs(q, k, v, None, codes), g, s0, save=True)
     return (o, s), (q, k, v, g, codes, checkpoint_name(saved, "chunk_states"), s0 is None)
 
 
 def _attend_bwd(form: Form, residuals, cotangents):
     q, k, v, g, codes, (chunks, states), fresh = residuals
-    do, ds = cotangents
+    do, ds = present_cotangents(cotangents, v)
     x, gates, parts = Inputs(q, k, v, None, codes), g, split.parts(v)
     if parts > 1:
         x, gates = split.cut_inputs(x, g, parts)
@@ -72,4 +79,4 @@ def _forward(form: Form, x: Inputs, g: Array, s0: Array | None, save: bool):
     return join(o, parts, 1), s[parts - 1 :: parts], (chunks, states)
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)

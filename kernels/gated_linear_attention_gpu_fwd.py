@@ -52,7 +52,7 @@ class Form(NamedTuple):
 
     @property
     def vectors(self) -> int:
-        """Rows of the per-token vectors, of b, c, floor, beta those that come along, in this order."""
+        """Rows of the per-token vectors, of b, c, log2 of the floor, beta those that come along, in this order."""
         return self.gated + self.write + (self.denominator == "max") + self.beta
 
 
@@ -194,7 +194,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         def _():
             made["z"].at[b, h][...] = z
 
-    gpu.wait_out(0, read=False)
+    gpu.wait_out(0)
 
 
 # ---- shared with the backward pass ----
@@ -203,7 +203,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
 class Decays(NamedTuple):
     """The decays of a chunk in registers, masked; of row i from the chunk's start, of row j to its end."""
 
-    pair: Callable[[], Array]  # [C, C]: scale * decay from row j to row i, 0 where i < j
+    pair: Callable[..., Array]  # [C, C]: scale * decay from row j to row i, 0 where i < j; times a factor [C] of rows i
     keys: Callable[[], Array]  # likewise without scale, and 0 where i <= j
     enter: Array  # [C] of rows, or a scalar where it is the same for all
     enter_scaled: Array  # scale * enter
@@ -226,7 +226,7 @@ def decays(form: Form, buffer: dict, slot: Array) -> Decays:
         last = vectors[0, CHUNK - 1]
         enter, leave, keep = jnp.exp2(b), jnp.exp2(last - c), jnp.exp2(last)
     if form.denominator == "max":
-        floor = gpu.load_rows(buffer["vectors"].at[slot, form.gated + form.write])
+        floor = jnp.exp2(gpu.load_rows(buffer["vectors"].at[slot, form.gated + form.write]))
     if form.segments:
         codes = buffer["codes"].at[slot]
         code = gpu.load_rows(codes)
@@ -237,15 +237,19 @@ def decays(form: Form, buffer: dict, slot: Array) -> Decays:
         )
         keep = jnp.where(lax.bitwise_and(codes[0], KEEP) != 0, keep, 0.0)
 
-    def weights(mask: Array, factor: float) -> Array:
+    def weights(mask: Array, factor: float, per_row: Array | None = None) -> Array:
         mask = mask if together is None else mask & together
         if b is None:
-            return jnp.where(mask, factor, 0.0)
+            return jnp.where(mask, factor if per_row is None else rows(factor * per_row), 0.0)
+        exponent = b + math.log2(factor)
+        if per_row is not None and form.denominator == "max":  # positive
+            exponent, per_row = exponent + jnp.log2(per_row), None
         # masked before the exponential, which the upper half would overflow
-        return jnp.exp2(jnp.where(mask, rows(b + math.log2(factor)) - columns(columns_c), -1e30))
+        found = jnp.exp2(jnp.where(mask, rows(exponent) - columns(columns_c), -1e30))
+        return found if per_row is None else by_row(per_row, found)
 
-    def pair() -> Array:
-        return weights(i >= j, form.scale)
+    def pair(per_row: Array | None = None) -> Array:
+        return weights(i >= j, form.scale, per_row)
 
     def keys() -> Array:
         return weights(i > j, 1.0)

@@ -1,28 +1,25 @@
 """Family A on Hopper: what surrounds the kernels, and their derivative (linear attention, RetNet, scalar gates, mLSTM).
 
-The kernels read q, k, v as they are. Here the small things are made ready for them: cumulative gates by chunk, segment
-codes, zeros up to whole chunks and tiles of 64. Log gates arrive as [B, HV, N, C]; a constant one as [1, HV, 1, C].
+The kernels read q, k, v as they are. Here the small things are made ready for them: cumulative gates by chunk
+(`gates_gpu`), segment codes, zeros up to whole chunks and tiles of 64.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlin.kernels import chunk, recurrent_gpu_step, recurrent_step
+from jaxlin.kernels import chunk, gates_gpu, recurrent_gpu_step, recurrent_step
 from jaxlin.kernels import gated_linear_attention_gpu_split as split
-from jaxlin.kernels.gated_linear_attention_gpu_bwd import COLUMNS, OWN, ROWS, WRITES, Cotangents, backward
+from jaxlin.kernels.gated_linear_attention_gpu_bwd import CHANNELS, COLUMNS, OWN, ROWS, WRITES, Cotangents, backward
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     ENTER,
     KEEP,
     LEAVE,
-    MIN_GATE,
     RUN,
     VALID,
     Form,
@@ -32,7 +29,6 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
 from jaxlin.kernels.mosaic_gpu import BLOCK
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
-LOG2_E = 1 / math.log(2)
 LARGEST_KEY, LARGEST_VALUE = 128, 256
 """Head sizes of the kernels: keys of 64 or 128, values of multiples of 64; others are padded."""
 
@@ -67,14 +63,12 @@ def pallas(
     time = q.shape[1]
     gates = None
     if g is not None and g.ndim == 1 and segment_ids is None and time % CHUNK == 0:
-        gates = Gates(
-            jnp.broadcast_to(g.astype(jnp.float32)[None, :, None, None], (1, g.shape[0], 1, CHUNK)), None, None
-        )
+        gates = jnp.broadcast_to(g.astype(jnp.float32)[None, :, None, None, None], (1, g.shape[0], 1, 1, CHUNK))
     elif g is not None:
         g = jnp.broadcast_to(g, v.shape[:3]) if g.ndim == 1 else g
-        gates = Gates(*by_chunk(segment_ids, g), None, None)
+        gates = gates_gpu.by_chunk(segment_ids, g)
     s0, z0 = (initial_state or (None, None)) if normalize else (initial_state, None)
-    o, s, z = attend(scale, "sum" if normalize else None, q, k, v, gates, s0, z0, segment_ids)
+    o, s, z = attend(scale, "sum" if normalize else None, False, q, k, v, gates, s0, z0, segment_ids)
     return o, (s, z) if normalize else s
 
 
@@ -89,21 +83,6 @@ def check(scale: float, q: Array, k: Array, v: Array) -> None:
             f"head sizes of keys and values are {q.shape[-1]} and {v.shape[-1]}; the GPU kernels take up to"
             f" {LARGEST_KEY} and {LARGEST_VALUE}"
         )
-
-
-class Gates(NamedTuple):
-    """Per token: log decay, log input gate, least denominator; [1|B, HV, 1|N, C] float32 each."""
-
-    g: Array
-    w: Array | None
-    floor: Array | None
-
-
-def by_chunk(segment_ids: Array | None, *arrays: Array) -> list[Array]:
-    """[B, T, HV] -> [B, HV, N, C] float32 of each, zero in padding and behind the end; all by one kernel of XLA."""
-    x = jnp.concatenate(chunk.mask_padding(segment_ids, *(x.astype(jnp.float32) for x in arrays)))
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % CHUNK), (0, 0)))
-    return jnp.split(x.reshape(x.shape[0], -1, CHUNK, x.shape[2]).transpose(0, 3, 1, 2), len(arrays))
 
 
 def segment_codes(segment_ids: Array) -> Array:
@@ -121,22 +100,25 @@ def segment_codes(segment_ids: Array) -> Array:
 def attend(
     scale: float,
     denominator: str | None,
+    write: bool,
     q: Array,
     k: Array,
     v: Array,
-    gates: Gates | None,
+    gates: Array | None,
     s0: Array | None,
     z0: Array | None,
     segment_ids: Array | None,
 ) -> tuple[Array, Array, Array | None]:
-    """(o [B, T, HV, V], final S [B, HV, K, V], final z [B, HV, K] or None) for any T, K <= 128 and V <= 256."""
+    """(o [B, T, HV, V], final S [B, HV, K, V], final z [B, HV, K] or None) for any T, K <= 128 and V <= 256.
+
+    gates [1|B, HV, 1|N, R, C] per token: log decay, with `write` log input gate, with denominator "max" m.
+    """
     time, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
     tile = 64 if key_dim <= 64 else 128  # of values: the backward pass wants whole programs of them
     q, k, v = (fill(x, (0, -time % CHUNK, 0, -x.shape[3] % size)) for x, size in ((q, 64), (k, 64), (v, tile)))
     s0 = None if s0 is None else fill(s0.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % tile))
     z0 = None if z0 is None else fill(z0.astype(jnp.float32), (0, 0, -key_dim % 64))
     codes = None if segment_ids is None else segment_codes(segment_ids)
-    write = gates is not None and gates.w is not None
     form = Form(scale, gates is not None, codes is not None, denominator, write)
     o, s, z = _attend(form, q, k, v, gates, s0, z0, codes)
     return o[:, :time, :, :value_dim], s[:, :, :key_dim, :value_dim], None if z is None else z[:, :, :key_dim]
@@ -149,36 +131,36 @@ def fill(x: Array, amounts: tuple[int, ...]) -> Array:
 
 @chunk.custom_vjp
 def _attend(form: Form, q, k, v, gates, s0, z0, codes):
-    o, _, final, _ = _forward(form, Inputs(q, k, v, _vectors(gates), codes), s0, z0, save=False)
+    o, _, final, _ = _forward(form, Inputs(q, k, v, gates_gpu.vectors(form, gates), codes), s0, z0, save=False)
     return o, *final
 
 
 def _attend_fwd(form: Form, *primals):
-    wanted = jax.tree.map(lambda x: x.perturbed, primals[3], is_leaf=is_primal)
-    q, k, v, gates, s0, z0, codes = jax.tree.map(lambda x: x.value, primals, is_leaf=is_primal)
-    o, l, final, states = _forward(form, Inputs(q, k, v, _vectors(gates), codes), s0, z0, save=True)  # noqa: E741
+    gate = primals[3] is not None and primals[3].perturbed
+    q, k, v, gates, s0, z0, codes = values_of(primals)
+    o, l, final, states = _forward(form, Inputs(q, k, v, gates_gpu.vectors(form, gates), codes), s0, z0, save=True)  # noqa: E741
     states = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), states)
-    gate = gates is not None and any(jax.tree.leaves(wanted))
     kept = o if _needs_dl(form, v) else None
     return (o, *final), (q, k, v, gates, codes, kept, l, states, s0, z0, gate)
 
 
 def _attend_bwd(form: Form, residuals, cotangents):
     q, k, v, gates, codes, o, l, states, s0, z0, gate = residuals  # noqa: E741
-    do, ds, dz = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
-    do = jnp.zeros(v.shape, v.dtype) if do is None else do
-    x, d, parts = Inputs(q, k, v, _vectors(gates), codes), Cotangents(do, ds, dz), _parts(v)
+    do, ds, dz = present_cotangents(cotangents, v)
+    x, d, parts = Inputs(q, k, v, gates_gpu.vectors(form, gates), codes), Cotangents(do, ds, dz), _parts(v)
     dl = None
     if o is not None:
         dl = split.cotangent_of_l(form, x, o, l if parts == 1 else split.join(l, parts, 2), do)
     if parts > 1:
         d = split.ends(form, x, l, dl, d, parts)
         x, dl = split.cut_inputs(x, parts), split.cut(dl, parts, 2)
-    d = backward(form, x, l, states, d, bool(gate), dl if v.shape[3] > BLOCK else None)
+    d = backward(form, x, l, states, d, gate, dl if v.shape[3] > BLOCK else None)
     if parts > 1:
         d = split.join_gradients(d, parts)
     dq, dk = (sum_group(x, q.shape[2]) for x in (d.q, d.k))
-    d_gates = None if gates is None else _gate_gradients(gates, d.gates, q.shape[3] * (2 if form.denominator else 1))
+    d_gates = None
+    if gates is not None:
+        d_gates = _gate_gradients(form, d.gates, q.shape[3], gates.shape) if gate else jnp.zeros_like(gates)
     return dq, dk, d.v, d_gates, None if s0 is None else d.s, None if z0 is None else d.z, None
 
 
@@ -203,60 +185,32 @@ def _forward(form: Form, x: Inputs, s0: Array | None, z0: Array | None, save: bo
     return split.join(o, parts, 1), l, (s[last], None if z is None else z[last]), states
 
 
-def is_primal(x: Any) -> bool:
-    """Whether x is an argument as `custom_vjp` with symbolic zeros hands it on."""
-    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+def values_of(primals: tuple) -> tuple:
+    """The arguments, which `custom_vjp` with symbolic zeros hands on with whether they are differentiated."""
+    return jax.tree.map(
+        lambda x: x.value, primals, is_leaf=lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+    )
+
+
+def present_cotangents(cotangents: tuple, v: Array) -> list[Any]:
+    """Those of o, as zeros like v if there are none, and of the final states, None if there are none."""
+    do, *states = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
+    return [jnp.zeros(v.shape, v.dtype) if do is None else do, *states]
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
-def cumulative(g: Array) -> Array:
-    """The cumulative log gates of chunks [..., C] in powers of two, each gate at least MIN_GATE."""
-    triangle = np.triu(np.ones((CHUNK, CHUNK), np.float32))
-    return jnp.matmul(LOG2_E * jnp.maximum(g, MIN_GATE), triangle, precision=lax.Precision.HIGHEST)
-
-
-def vector_of(sums: Array, at: int) -> Array:
-    """Vector `at` [..., C] of what a kernel sums in a chunk."""
-    return sums[..., at * CHUNK : (at + 1) * CHUNK]
-
-
-def gradient_of_gate(sums: Array, rows: int, columns: int, writes: int) -> Array:
-    """dg [..., C] from what a kernel sums in a chunk, four vectors and then channels [..., 4 C + channels].
-
-    At each token: vector `rows` less vector `columns` from it on, vector `writes` before it, and all channels. One
-    product with a constant: each sum by itself would be a kernel, and there are more of those than work for them.
-    """
-    onward = np.tril(np.ones((CHUNK, CHUNK), np.float32))
-    weights = np.zeros((4, CHUNK, CHUNK), np.float32)
-    weights[rows], weights[columns], weights[writes] = onward, -onward, 1 - onward
-    channels = np.ones((sums.shape[-1] - 4 * CHUNK, CHUNK), np.float32)
-    return jnp.matmul(sums, np.concatenate([*weights, channels]), precision=lax.Precision.HIGHEST)
-
-
-def _vectors(gates: Gates | None) -> Array | None:
-    """b, c and the floor of every chunk, [1|B, HV, 1|N, R, C]."""
-    if gates is None:
-        return None
-    b = cumulative(gates.g)
-    c = None if gates.w is None else b - LOG2_E * jnp.maximum(gates.w, MIN_GATE)
-    return jnp.stack([x for x in (b, c, gates.floor) if x is not None], axis=3)
-
-
-def _gate_gradients(gates: Gates, d: Array | None, key_dims: int) -> Gates:
-    """From the kernel's sums [V/64, B, HV, N, ...]; see `gated_linear_attention_gpu_bwd`. `key_dims` of them at the
-    end are of channels."""
-    none = jax.tree.map(jnp.zeros_like, gates)
-    if d is None:
-        return none
-    d = d.sum(0)[..., : 4 * CHUNK + key_dims]
-    dg = gradient_of_gate(d, ROWS, COLUMNS, WRITES)
-    broadcast = tuple(axis for axis in (0, 2) if gates.g.shape[axis] < dg.shape[axis])
-    dg = dg.sum(broadcast, keepdims=True) if broadcast else dg
-    if gates.w is None:
-        return none._replace(g=dg)
-    return none._replace(g=dg, w=vector_of(d, COLUMNS) + vector_of(d, OWN))
+def _gate_gradients(form: Form, sums: Array, key_dim: int, shape: tuple[int, ...]) -> Array:
+    """From the kernel's sums [V/64, B, HV, N, ...]; see `gated_linear_attention_gpu_bwd`."""
+    d = sums.sum(0)[..., : CHANNELS * CHUNK + key_dim * (2 if form.denominator else 1)]
+    columns, own = (gates_gpu.vector_of(d, at) for at in (COLUMNS, OWN))
+    found = [gates_gpu.gradient_of_decays(d, ROWS, COLUMNS, WRITES, CHANNELS)]
+    found += [columns + own] if form.write else []
+    found += [jnp.zeros_like(own)] if form.denominator == "max" else []  # of m, which is held constant
+    d = jnp.stack(found, axis=-2)
+    broadcast = tuple(axis for axis in (0, 2) if shape[axis] < d.shape[axis])
+    return d.sum(broadcast, keepdims=True) if broadcast else d
 
 
 def sum_group(x: Array, heads: int) -> Array:

@@ -119,7 +119,7 @@ def cotangent_of_l(form: Form, x: Inputs, o: Array, l: Array, do: Array) -> Arra
     l = jnp.repeat(l, value_dim // BLOCK, 1)  # noqa: E741
     if form.denominator == "sum":
         return -along / denominator_of(form, l, None)
-    floor = jnp.repeat(x.vectors[..., form.gated + form.write, :], value_dim // BLOCK, 1)
+    floor = jnp.repeat(jnp.exp2(x.vectors[..., form.gated + form.write, :]), value_dim // BLOCK, 1)
     return jnp.where(jnp.abs(l) >= floor, -jnp.sign(l) * along / denominator_of(form, l, floor), 0.0)
 
 
@@ -139,7 +139,7 @@ def ends(
     keep = ones[..., 0] if keep is None else keep
     summed = form.denominator is not None
     if summed:
-        floor = x.vectors[..., form.gated + form.write, :] if form.denominator == "max" else None
+        floor = jnp.exp2(x.vectors[..., form.gated + form.write, :]) if form.denominator == "max" else None
         r = 1 / denominator_of(form, join(l, parts, 2), floor)
         dl = dl.reshape(batch, heads, -1, *dl.shape[2:]).sum(2)
     weights = _stack(keep, read * r, read * dl) if summed else _stack(keep, read)

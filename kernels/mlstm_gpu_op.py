@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxlin.kernels import chunk, recurrent_gpu_step, recurrent_step
-from jaxlin.kernels.gated_linear_attention_gpu_op import Gates, attend, by_chunk, check
+from jaxlin.kernels import chunk, gates_gpu, recurrent_gpu_step, recurrent_step
+from jaxlin.kernels.gated_linear_attention_gpu_op import attend, check
 from jaxlin.kernels.mlstm import stabilizer
 
 
@@ -35,8 +35,7 @@ def pallas(
     start = jnp.zeros(v.shape[:1] + v.shape[2:3], jnp.float32) if m0 is None else m0
     i, log_f = i.astype(start.dtype), jax.nn.log_sigmoid(f.astype(start.dtype))
     before, m = stabilizer(*lax.stop_gradient((i, log_f, start)), segment_ids)
-    g, w, m_chunks = by_chunk(segment_ids, log_f + before - m, i - m, m)
-    gates = Gates(g, w, jnp.exp(-m_chunks))
+    gates = gates_gpu.by_chunk(segment_ids, log_f + before - m, i - m, m)
     final_m = m[:, -1]
     if m0 is not None:
         rescale = jnp.exp(m0 - lax.stop_gradient(m0))  # 1: the initial m is no constant, it scales C and n
@@ -44,5 +43,5 @@ def pallas(
             empty = ~jnp.any(segment_ids != 0, axis=1, keepdims=True)
             final_m, rescale = jnp.where(empty, m0, final_m), jnp.where(empty, 1.0, rescale)
         c, n = c * rescale[..., None, None], n * rescale[..., None]
-    o, c, n = attend(scale, "max", q, k, v, gates, c, n, segment_ids)
+    o, c, n = attend(scale, "max", True, q, k, v, gates, c, n, segment_ids)
     return o, (c, n, final_m)

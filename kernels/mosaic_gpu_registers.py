@@ -85,10 +85,13 @@ def indices(rows: int = CHUNK, columns: int = CHUNK) -> tuple[Array, Array]:
     return lax.broadcast_in_dim(i, (rows, columns), [0]), lax.broadcast_in_dim(j, (rows, columns), [1])
 
 
-def outside_corners(size: Array | int, pairs: bool = False) -> Array:
-    """0 where row and column (or its pair of columns) lie in the two halves of one aligned block of 2 `size` rows."""
-    i, j = indices()
-    return ((i ^ size) ^ j) & (-size & -2 if pairs else -size)  # one instruction an entry
+def outside_corners(size: Array | int, pairs: bool = False, columns: int = CHUNK) -> Array:
+    """0 where row and column (or its pair of columns) lie in the two halves of one aligned block of 2 `size` rows.
+
+    With fewer columns they are those of the row's own block of so many rows.
+    """
+    i, j = indices(CHUNK, columns)
+    return ((i ^ size) ^ j) & ((-size & -2 if pairs else -size) & (columns - 1))  # one instruction an entry
 
 
 # ---- bfloat16 in pairs ----

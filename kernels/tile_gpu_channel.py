@@ -20,7 +20,9 @@ rounding, so that the pairs on one side of t cancel in dg_t = sum_{i >= t} R_i b
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -29,12 +31,13 @@ from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import mosaic_gpu_registers as registers
+from jaxlin.kernels import tile_gpu_blocks as blocks
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK, WGMMA, columns, rows
 from jaxlin.kernels.tile_gpu_keys import key_rows
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
-LEVELS = 6
-"""log2(CHUNK): s = 1, 2, 4 ... 32."""
+OWN_LEVELS, LEVELS = range(4), range(4, 6)
+"""s = 1, 2, 4, 8, whose pairs of rows a warp has itself (`tile_gpu_blocks`), and 16, 32, which take whole tiles."""
 MIN_GATE = -40.0
 """Gates below are taken as this: e^-40 is nothing beside 1 in float32; sums of stronger ones would lose the weaker."""
 UNROLL = False
@@ -145,20 +148,40 @@ def roles(s: Array) -> tuple[Array, Array]:
     return second, 1.0 - second
 
 
-def corners(s: Array) -> Array:
+def corners(s: Array, columns: int = CHUNK) -> Array:
     """Where row and column lie in the two halves of one block of 2s rows, on either side of the diagonal."""
-    return registers.outside_corners(s) == 0
+    return registers.outside_corners(s, columns=columns) == 0
 
 
-def over_levels(body, carry):
-    """carry = body(s, carry) for s = 1, 2, 4 ... 32."""
+def over_levels(levels: range, body, carry):
+    """carry = body(s, carry) for s = 1, 2, 4 ..., as far as they are among `levels`."""
     if UNROLL:
-        for n in range(LEVELS):
+        for n in levels:
             carry = body(jnp.int32(1 << n), carry)
         return carry
-    return lax.fori_loop(
-        jnp.int32(0), jnp.int32(LEVELS), lambda n, carry: body(lax.shift_left(jnp.int32(1), n), carry), carry
-    )
+    first, last = jnp.int32(levels.start), jnp.int32(levels.stop)
+    return lax.fori_loop(first, last, lambda n, carry: body(lax.shift_left(jnp.int32(1), n), carry), carry)
+
+
+def over_products(pairs: Sequence[tuple[gpu.Ref, gpu.Ref]], body, carry):
+    """carry = body(s, product, carry) over all levels; product(n, x) is a bfloat16 x as float32, and F = W_n x.
+
+    W_n, masked to the level, is what `put_symmetric` wrote to the first of pair n; the other is a tile to use.
+    """
+    own = [blocks.of_tile(gpu.load_in(w, WGMMA)) for w, _ in pairs]
+
+    def of_own_rows(s, n, x):
+        return registers.widened(x), blocks.times_rows(at_corners(own[n], s), x)
+
+    def of_all_rows(s, n, x):
+        w, u = pairs[n]
+        gpu.put(u, x)
+        (f,) = dots(Sum([Product(at_corners(gpu.load_in(w, WGMMA), s), u)]), last=True)
+        return gpu.load(u), f
+
+    for levels, product in ((OWN_LEVELS, of_own_rows), (LEVELS, of_all_rows)):
+        carry = over_levels(levels, lambda s, x, of=product: body(s, functools.partial(of, s), x), carry)
+    return carry
 
 
 def put_symmetric(target: gpu.Ref, lower: Array, upper: Array, mask: Array | None, scale: float) -> None:
@@ -168,12 +191,14 @@ def put_symmetric(target: gpu.Ref, lower: Array, upper: Array, mask: Array | Non
     gpu.put(target, jnp.where(apart, scale * jnp.where(i > j, lower, upper), 0.0))
 
 
-def at_corners(w: gpu.Ref, s: Array) -> Array:
-    """W masked to the corners of a level, as a product reads it."""
+def at_corners(w: Array, s: Array) -> Array:
+    """W [C, C], or its diagonal blocks [C, 16], in bfloat16, masked to the corners of a level."""
     first, second = jnp.int32((1 << 16) - 1), jnp.int32(-1 << 16)  # of a pair of columns
-    mask = jnp.where(registers.indices()[0] & 1 == 0, second, first)  # level 1 has one of them, others both
-    outside = registers.outside_corners(s, pairs=True)
-    return registers.keep_pairs(gpu.load_in(w, WGMMA), outside, jnp.where(s == 1, mask, -1))
+    outside = registers.outside_corners(s, pairs=True, columns=w.shape[1])
+    if w.shape[1] == CHUNK:
+        return registers.keep_pairs(w, outside)
+    mask = jnp.where(registers.indices(*w.shape)[0] & 1 == 0, second, first)  # level 1 has one of them, others both
+    return registers.keep_pairs(w, outside, jnp.where(s == 1, mask, -1))
 
 
 def same_run(codes: gpu.Ref, run: int) -> Array:

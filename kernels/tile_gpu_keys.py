@@ -19,9 +19,8 @@ def key_rows(c: int) -> Any:
     return pl.ds(c * CHUNK, CHUNK)
 
 
-def over(halves: range, product: Callable[[int, Array | None], Array]) -> Array:
-    """The sum over halves of the keys of products, each given those before to add to."""
-    total = None
+def over(halves: range, product: Callable[[int, Array | None], Array], total: Array | None = None) -> Array:
+    """The sum over halves of the keys of products, each given those before, or `total`, to add to."""
     for c in halves:
         total = product(c, total)
     return total
