@@ -84,7 +84,7 @@ def _forward(form: Form, x: Inputs, g: Array, s0: Array | None, save: bool):
         key_dim, value_dim = x.q.shape[3], x.v.shape[3]
         zero_and_one = jnp.eye(key_dim, value_dim + key_dim, value_dim)
         both = jnp.broadcast_to(zero_and_one, (x.v.shape[0], x.v.shape[2], *zero_and_one.shape))
-        _, both, _ = forward(chunks, fill(x.v, (0, 0, 0, key_dim)), x.vectors, x.codes, both, read=False)
+        _, both, _ = forward(chunks, x.v, x.vectors, x.codes, both, read=False)
         n, m = both[..., :value_dim], both[..., value_dim:]
         s0 = starts(m, n, s0, parts)
     o, s, saved = forward(chunks, x.v, x.vectors, x.codes, s0, save=save)

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels import mosaic_gpu_registers as registers
 from jaxlin.kernels import tile_gpu_channel as channel
 from jaxlin.kernels.gated_delta_rule_gpu_channel_intra import Chunks
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import VALID, clean, present
@@ -46,7 +47,8 @@ def forward(
 ) -> tuple[Array | None, Array, tuple[Array, Array] | None]:
     """(o [B, T, HV, V] if `read`, final S [B, HV, K, V], if `save` (S at chunk starts [B, HV, N, K, V], R like o)).
 
-    v [B, T, HV, V], whose padding by `codes` [B, N, C] may hold anything; beta [B, HV, N, 1, C]; s0 None is zero.
+    v [B, T, HV, V], whose padding by `codes` [B, N, C] may hold anything; beta [B, HV, N, 1, C]; s0 None is zero. Where
+    s0 has more columns than v, those have v = 0.
     """
     given = dict(k=x.k, w=x.w, w_rest=x.w_rest, v=v, t_values=x.t_values, keep=x.keep, beta=beta, codes=codes, start=s0)
     given |= dict(q=x.q, q_rest=x.q_rest, p=x.p) if read else {}
@@ -124,7 +126,8 @@ def _walk(body, given: dict, like: Array, made: tuple[str, ...], stages: int, re
     """The final S [B, HV, K, V], and by name what else is made, after `body` of all chunks; `like` [B, T, HV, V]."""
     given = present(**given)
     batch, heads, chunks, key_dim = given["keep"].shape
-    value_dim, halves, stages = like.shape[3], range(key_dim // CHUNK), min(stages, chunks)
+    value_dim = given["start"].shape[3] if "start" in given else like.shape[3]
+    halves, stages = range(key_dim // CHUNK), min(stages, chunks)
     shape = jax.ShapeDtypeStruct
     out = dict(s=shape((batch, heads, key_dim, value_dim), jnp.float32))
     out |= {name: shape(like.shape, like.dtype) for name in made}
@@ -152,6 +155,7 @@ def _walk(body, given: dict, like: Array, made: tuple[str, ...], stages: int, re
 def _program(body, index, given, made, buffer, chunks, stages, reverse) -> None:
     b, h, w = index
     block, key_dim = gpu.block(w), given["keep"].shape[3]
+    blocks, of_state = (x.shape[3] // BLOCK for x in (given["do" if reverse else "v"], made["s"]))
     halves = range(key_dim // CHUNK)
 
     def chunk(n, slot, refill, state):
@@ -163,6 +167,12 @@ def _program(body, index, given, made, buffer, chunks, stages, reverse) -> None:
         if "codes" in buffer:
             valid = lax.bitwise_and(gpu.load_rows(buffer["codes"].at[slot]), VALID) != 0
             clean(valid, tiles["do" if reverse else "v"])
+        if of_state > blocks:
+
+            def no_values():
+                tiles["v"][...] = registers.zeros(CHUNK, BLOCK).astype(tiles["v"].dtype)
+
+            gpu.where(w >= blocks, no_values)
         keep = [gpu.load_rows(buffer["keep"].at[slot, key_rows(c)]) for c in halves]
 
         def save(c, tile):
@@ -178,7 +188,8 @@ def _program(body, index, given, made, buffer, chunks, stages, reverse) -> None:
     def part(name):
         x = given[name]
         if name in VALUES:
-            return lambda n: x.at[b, gpu.chunk_rows(n), h, block]
+            own = block if of_state == blocks else gpu.block(jnp.minimum(w, blocks - 1))
+            return lambda n: x.at[b, gpu.chunk_rows(n), h, own]
         return lambda n: x.at[b, n] if name == "codes" else x.at[b, h, n]
 
     def key_part(name, c):
