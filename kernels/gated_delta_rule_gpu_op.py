@@ -21,7 +21,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_op import (
     sum_group,
     values_of,
 )
-from jaxlin.kernels.gated_linear_attention_gpu_split import parts_of
+from jaxlin.kernels.gated_linear_attention_gpu_split import join, parts_of
 from jaxlin.kernels.mosaic_gpu import BLOCK
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
@@ -93,7 +93,8 @@ def _delta_rule_bwd(form: Form, residuals, cotangents):
         found.insert(0, gates_gpu.gradient_of_decays(vectors, ROWS, COLUMNS, WRITES, CHANNELS))
     elif form.gated:
         found.insert(0, jnp.zeros_like(found[0]))
-    return dq, dk, d.v, jnp.stack(found, axis=-2), None if fresh else d.s, None
+    d_gates = jnp.stack([join(x, parts, 2) for x in found], axis=-2)
+    return dq, dk, d.v, d_gates, None if fresh else d.s, None
 
 
 def _parts(v: Array) -> int:
@@ -111,7 +112,7 @@ def _forward(form: Form, x: Inputs, s0: Array | None, save: bool):
     t = intra(form, x)
     m, n = split.maps(form, x, t)
     o, s, states = forward(form, x, t, split.starts(m, n, s0, parts), save)
-    return split.join(o, parts, 1), s[parts - 1 :: parts], states, t, m
+    return join(o, parts, 1), s[parts - 1 :: parts], states, t, m
 
 
 _delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd, symbolic_zeros=True)

@@ -55,9 +55,9 @@ def cut_inputs(x: Inputs, parts: int) -> Inputs:
 
 
 def join_gradients(d: Gradients, parts: int) -> Gradients:
-    """The gradients with parts put together; those of the initial state are the first part's."""
+    """The gradients of q, k, v with parts put together; those of the initial state are the first part's."""
     q, k, v = (join(y, parts, 1) for y in (d.q, d.k, d.v))
-    return Gradients(q, k, v, jax.vmap(lambda y: join(y, parts, 2))(d.vectors), d.s[::parts])
+    return Gradients(q, k, v, d.vectors, d.s[::parts])
 
 
 def maps(form: Form, x: Inputs, t: Array) -> tuple[Array, Array]:

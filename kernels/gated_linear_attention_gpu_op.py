@@ -160,7 +160,7 @@ def _attend_bwd(form: Form, residuals, cotangents):
     dq, dk = (sum_group(x, q.shape[2]) for x in (d.q, d.k))
     d_gates = None
     if gates is not None:
-        d_gates = _gate_gradients(form, d.gates, q.shape[3], gates.shape) if gate else jnp.zeros_like(gates)
+        d_gates = _gate_gradients(form, d.gates, q.shape[3], parts, gates.shape) if gate else jnp.zeros_like(gates)
     return dq, dk, d.v, d_gates, None if s0 is None else d.s, None if z0 is None else d.z, None
 
 
@@ -201,14 +201,14 @@ def present_cotangents(cotangents: tuple, v: Array) -> list[Any]:
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
-def _gate_gradients(form: Form, sums: Array, key_dim: int, shape: tuple[int, ...]) -> Array:
-    """From the kernel's sums [V/64, B, HV, N, ...]; see `gated_linear_attention_gpu_bwd`."""
+def _gate_gradients(form: Form, sums: Array, key_dim: int, parts: int, shape: tuple[int, ...]) -> Array:
+    """From the kernel's sums in parts [V/64, B * P, HV, N / P, ...]; see `gated_linear_attention_gpu_bwd`."""
     d = sums.sum(0)[..., : CHANNELS * CHUNK + key_dim * (2 if form.denominator else 1)]
     columns, own = (gates_gpu.vector_of(d, at) for at in (COLUMNS, OWN))
     found = [gates_gpu.gradient_of_decays(d, ROWS, COLUMNS, WRITES, CHANNELS)]
     found += [columns + own] if form.write else []
     found += [jnp.zeros_like(own)] if form.denominator == "max" else []  # of m, which is held constant
-    d = jnp.stack(found, axis=-2)
+    d = jnp.stack([split.join(x, parts, 2) for x in found], axis=-2)
     broadcast = tuple(axis for axis in (0, 2) if shape[axis] < d.shape[axis])
     return d.sum(broadcast, keepdims=True) if broadcast else d
 

@@ -91,10 +91,9 @@ def cut_inputs(x: Inputs, parts: int) -> Inputs:
 
 
 def join_gradients(d: Gradients, parts: int) -> Gradients:
-    """The gradients with parts put together; those of the initial state are the first part's."""
+    """The gradients of q, k, v with parts put together; those of the initial state are the first part's."""
     q, k, v = (join(y, parts, 1) for y in (d.q, d.k, d.v))
-    gates = None if d.gates is None else jax.vmap(lambda y: join(y, parts, 2))(d.gates)
-    return Gradients(q, k, v, gates, d.s[::parts], None if d.z is None else d.z[::parts])
+    return Gradients(q, k, v, d.gates, d.s[::parts], None if d.z is None else d.z[::parts])
 
 
 def starts(form: Form, x: Inputs, s0: Array | None, z0: Array | None, parts: int) -> tuple[Array, Array | None]:
