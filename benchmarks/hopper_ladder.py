@@ -221,7 +221,7 @@ def tiles() -> tuple[dict, dict]:
         ]
         zero = registers.zeros(size, size)
         outputs[5].at[b, h][...] = gpu.stream(sources, barrier, chunk, zero, chunks=chunks, stages=stages)
-        gpu.wait_out(0, read=False)
+        gpu.wait_out(0)
 
     scratch = [gpu.tile(stages, size, size), gpu.tile(stages, size, size), gpu.tile(4, size, size)]
     scratch += [gpu.vector(2, size), gpu.vector(SUMS * size), gpu.barrier(2, stages)]

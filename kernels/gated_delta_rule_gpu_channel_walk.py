@@ -127,6 +127,7 @@ def _walk(body, given: dict, like: Array, made: tuple[str, ...], stages: int, re
     given = present(**given)
     batch, heads, chunks, key_dim = given["keep"].shape
     value_dim = given["start"].shape[3] if "start" in given else like.shape[3]
+    assert value_dim == like.shape[3] or not made  # what is made is of v's columns
     halves, stages = range(key_dim // CHUNK), min(stages, chunks)
     shape = jax.ShapeDtypeStruct
     out = dict(s=shape((batch, heads, key_dim, value_dim), jnp.float32))

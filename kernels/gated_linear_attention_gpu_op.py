@@ -139,7 +139,7 @@ def _attend_fwd(form: Form, *primals):
     gate = primals[3] is not None and primals[3].perturbed
     q, k, v, gates, s0, z0, codes = values_of(primals)
     o, l, final, states = _forward(form, Inputs(q, k, v, gates_gpu.vectors(form, gates), codes), s0, z0, save=True)  # noqa: E741
-    states = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), states)
+    l, states = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), (l, states))  # noqa: E741
     kept = o if _needs_dl(form, v) else None
     return (o, *final), (q, k, v, gates, codes, kept, l, states, s0, z0, gate)
 

@@ -5,8 +5,9 @@ memory, swizzled as wgmma wants them; float32 tiles live in registers (`mosaic_g
 thread). Lane semantics with explicit layouts: the default Warpgroup semantics did not finish inferring layouts for
 kernels like these.
 
-Differences between JAX versions, and interpretation on the CPU (JAXLIN_INTERPRET=gpu), are in these two files only. The
-interpreter runs one block and has no wgmma on values: there, one block loops over the grid and products are `jnp.dot`.
+Differences between JAX versions are in these two files only. On the CPU (JAXLIN_INTERPRET=gpu) the interpreter runs one
+block and has no wgmma on values: there, one block loops over the grid, products are `jnp.dot`, and whatever else works
+on registers (`tile_gpu_*.py`) has its own few lines of `jnp`.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def put_symmetric(target: gpu.Ref, lower: Array, upper: Array, mask: Array | Non
 
 
 def at_corners(w: Array, s: Array) -> Array:
-    """W [C, C], or its diagonal blocks [C, 16], in bfloat16, masked to the corners of a level."""
+    """W [C, C] (from level 2 on), or its diagonal blocks [C, 16], in bfloat16, masked to the corners of a level."""
     first, second = jnp.int32((1 << 16) - 1), jnp.int32(-1 << 16)  # of a pair of columns
     outside = registers.outside_corners(s, pairs=True, columns=w.shape[1])
     if w.shape[1] == CHUNK:

@@ -70,6 +70,7 @@ def test_interpreted(case, interpreted):
     [
         pytest.param(replace(BASE, gate="none"), marks=slow),
         replace(BASE, gate="none", segments="gaps", B=2),
+        replace(BASE, gate="scalar", segments="packed", T=130),
         pytest.param(replace(BASE, gate="none", K=96, V=128), marks=slow),
         pytest.param(replace(BASE, gate="none", K=128, V=256, T=130, segments="gaps"), marks=slow),
     ],
@@ -90,6 +91,29 @@ def test_interpreted_normalized(case, interpreted):
 )
 def test_interpreted_mlstm(case, interpreted):
     run("mlstm", case)
+
+
+def test_where_the_least_denominator_is_infinite(interpreted):
+    """m below -89: e^-m is more than float32 holds, so h is 0 there and nothing has a gradient."""
+    args = grid.inputs("mlstm", replace(BASE, strength="weak", T=130, state=False))
+    args["i"], args["f"] = args["i"] - 300, args["f"] - 300
+    found = grid.outputs_and_gradients(ops.mlstm, args, jnp.bfloat16, implementation="pallas")
+    assert all(np.isfinite(x).all() for x in found.values())
+    assert not any(found[name].any() for name in ("o", "dq"))
+
+
+@pytest.mark.parametrize("gate", ("scalar", "channel"))
+def test_gradient_of_the_final_state_alone(gate, interpreted):
+    args = grid.inputs("gated_linear_attention", replace(BASE, gate=gate, T=130, state=False))
+    arrays = {name: jnp.asarray(args[name], jnp.bfloat16 if name in "qkv" else jnp.float32) for name in "qkvg"}
+
+    def gradients(**options):
+        return jax.grad(lambda x: (ops.gated_linear_attention(**x, **options)[1] ** 2).sum())(arrays)
+
+    found, expected = gradients(implementation="pallas"), gradients(implementation="scan")
+    assert not found["q"].any()
+    for name in "kvg":
+        assert grid.error(np.asarray(found[name], np.float32), np.asarray(expected[name], np.float32)) < 1e-2, name
 
 
 @pytest.mark.parametrize(
@@ -165,6 +189,25 @@ def test_lowers_for_cuda(form, size, all_options, monkeypatch):
     kernels = 2 if form == "channel" else 1  # each way
     assert kernels_of(loss, args, ids) == kernels
     assert kernels_of(jax.grad(loss), args, ids) == 2 * kernels
+
+
+@pytest.mark.parametrize("form", ("scalar", "channel", "normalize", "mlstm"))
+def test_kept_states_save_the_forward_pass(form, monkeypatch):
+    """Where "chunk_states" are kept for the backward pass, the forward kernels run once."""
+    hopper.pretend(monkeypatch)
+    op, options = ("mlstm", {}) if form == "mlstm" else ("gated_linear_attention", dict(normalize=form == "normalize"))
+    args = arrays(op, form if form in ("scalar", "channel") else "none", 64)
+    policy = jax.checkpoint_policies.save_only_these_names("chunk_states", "recurrence_outputs")
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def layer(v, rest):
+        return 2 * getattr(ops, op)(**rest, v=v, implementation="pallas", **options)[0]
+
+    def loss(args):
+        rest = {name: x for name, x in args.items() if name != "v"}
+        return jax.lax.scan(lambda v, _: (layer(v, rest), None), args["v"], length=2)[0].astype(jnp.float32).sum()
+
+    assert kernels_of(jax.grad(loss), args) == (4 if form == "channel" else 2)
 
 
 @pytest.mark.parametrize("form", ("none", "scalar", "channel", "normalize"))
