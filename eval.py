@@ -162,4 +162,4 @@ def kept_in(settings: Settings) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(main, called={"--data.heldout": "--text"})
+    run_main(main, called={"--data.heldout": "--text"}, resumes="of a run, the same command goes on with the next task")

@@ -67,7 +67,10 @@ def load_config_file(name: str, base: RunConfig) -> RunConfig:
     A config file is Python and defines `config(base: RunConfig) -> RunConfig`.
     """
     function = config_function(name, "config", "config(base); studies are for python -m jaxlin.study")
-    return replace(function(base), config=name)
+    found = function(base)
+    if not isinstance(found, RunConfig):
+        raise UserError(f"--config {name}: its config(base) returned {found!r}; return replace(base, ...)")
+    return replace(found, config=name)
 
 
 def config_function(name: str, function: str, signature: str) -> Callable:
@@ -172,10 +175,11 @@ def _program() -> str:
     return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
-def run_main(main: Callable[[], Any], *, called: Mapping[str, str] | None = None) -> None:
+def run_main(main: Callable[[], Any], *, called: Mapping[str, str] | None = None, resumes: str = "") -> None:
     """Call `main`; a `UserError`, or too little memory, becomes one line on stderr and exit code 2.
 
-    called: flags of train.py by which an error may begin, and what they are here.
+    called: flags of train.py by which an error may begin, and what they are here; `resumes`: what somebody who
+    interrupts it is told.
     """
     try:
         main()
@@ -183,8 +187,9 @@ def run_main(main: Callable[[], Any], *, called: Mapping[str, str] | None = None
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        print(f"interrupted{f': {resumes}' if resumes else ''}", file=sys.stderr)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(130)  # XLA may be compiling in a thread, which would crash while Python shuts down
     except (UserError, RuntimeError) as error:  # JAX's own error is one, and is not imported here
         message = str(error)
         if not isinstance(error, UserError):

@@ -148,6 +148,8 @@ def _open(source: str) -> tuple[ModelConfig, hf_files.Reader, Path]:
     path = hf_files.locate(source)
     file = path / "config.json"
     hf = hf_files.read_json(file)
+    if "model_type" not in hf and "mixer" in hf:
+        raise UserError(f"{source} is the folder of a run: give it as --run, or export it (python -m jaxlin.export)")
     read = hf_student.config_from_hf if hf.get("model_type") == hf_student.MODEL_TYPE else hf_config.config_from_hf
     return read(hf, str(file)), hf_files.open_folder(path), path
 

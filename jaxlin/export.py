@@ -14,7 +14,7 @@ from jaxlin import convert, hf_config, hf_files, hf_fla, hf_student, hf_writer, 
 from jaxlin.checkpoint import Checkpoints
 from jaxlin.command_line import RUN_CARD, is_exported, parse, run_main, to_json
 from jaxlin.config import ModelConfig, UserError
-from jaxlin.evaluation.report import SUITES, without_times
+from jaxlin.evaluation.report import SUITES, examples_of, without_times
 from jaxlin.evaluation.subject import params_sha256
 from jaxlin.generate import stop_tokens
 from jaxlin.hf_table import table
@@ -69,16 +69,20 @@ def open_student(folder: str | Path) -> Student:
 
 
 def run_card(run: Run, step: int | None, params: Any) -> dict[str, Any]:
-    """What was run and measured: card, settings, step, stages, losses, evaluation ({task: {model: {metric: value}}}).
+    """What was run and measured: card, settings, step, stages, losses, evaluation ({task: {model: {metric: value}}}),
+    examples ({task: of how many}).
 
     Evaluations of other parameters than these are left out, and times. Of local paths the last part is kept.
     """
     found = [run.read("evaluation.json"), *(run.read(f"evaluation/{suite}.json") for suite in SUITES)]
     sha256 = params_sha256(params)
     evaluation: dict[str, Any] = {}
+    examples: dict[str, int] = {}
     for measured in filter(None, found):
         if measured.get("params_sha256") == sha256:
-            evaluation |= without_times(measured)["results"]
+            results = without_times(measured)["results"]
+            evaluation |= results
+            examples |= {task: n for task in results if (n := examples_of(measured, task))}
     stages = {str(n): {"tokens": s.tokens, "lr": s.lr, "lr_new": s.lr_new} for n, s in run.stages().items()}
     card = {
         "card": run.read("card.json") or {},
@@ -87,6 +91,7 @@ def run_card(run: Run, step: int | None, params: Any) -> dict[str, Any]:
         "stages": stages,
         "losses": run.stage_losses(),
         "evaluation": evaluation,
+        "examples": examples,
     }
     return without_local_paths(card)
 

@@ -121,9 +121,10 @@ def _training(card: dict[str, Any]) -> str:
 def _evaluation(card: dict[str, Any]) -> Iterator[str]:
     if not card["evaluation"]:
         return
-    lines = ["## Evaluation", "", "| task | metric | student | teacher |", "|---|---|---|---|"]
+    lines = ["## Evaluation", "", "| task | metric | examples | student | teacher |", "|---|---|---|---|---|"]
+    examples = card.get("examples", {})
     for task, models in card["evaluation"].items():
         for metric in dict.fromkeys(name for values in models.values() for name in values):
             cells = (number(models.get(model, {}).get(metric)) for model in ("student", "teacher"))
-            lines.append(f"| {task} | {metric.replace('_', ' ')} | {' | '.join(cells)} |")
+            lines.append(f"| {task} | {metric.replace('_', ' ')} | {examples.get(task, '')} | {' | '.join(cells)} |")
     yield "\n".join(lines)

@@ -101,7 +101,10 @@ def check_folder(run: RunConfig) -> None:
             raise UserError(f"--run-dir {run.folder}: not empty and not a run folder; choose another")
         return
     # Settings that are newer than the folder count as their defaults.
-    old = json.loads(to_json(from_dict(RunConfig, json.loads(path.read_text()))))
+    try:
+        old = json.loads(to_json(from_dict(RunConfig, json.loads(path.read_text()))))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"--run-dir {run.folder}: its config.json is damaged ({error}); choose another") from None
     new = json.loads(to_json(run))
     if different := [key for key in new if key not in FREE and old.get(key) != new[key]]:
         raise UserError(

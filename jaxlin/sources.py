@@ -111,7 +111,7 @@ def _files(name: str, flag: str = "--text", extensions: tuple[str, ...] = EXTENS
     path = Path(name)
     if path.is_file():
         return [path]
-    if path.is_dir():
+    if name and path.is_dir():  # an empty name is this folder to pathlib
         found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(extensions))
         wanted = f"file ending in {' '.join(extensions)}"
     elif glob.has_magic(name):
@@ -120,7 +120,7 @@ def _files(name: str, flag: str = "--text", extensions: tuple[str, ...] = EXTENS
         known = "hf:NAME[:SUBSET], tfds:NAME" if extensions is EXTENSIONS else "hf:NAME[:SUBSET]"
         raise UserError(f"{flag} {name}: unknown scheme {scheme}:, use {known} or a path")
     else:
-        raise UserError(f"{flag} {name}: no such file or folder")
+        raise UserError(f"{flag} {name or repr(name)}: no such file or folder")
     if not found:
         raise UserError(f"{flag} {name}: holds no {wanted}")
     return found

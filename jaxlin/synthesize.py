@@ -324,4 +324,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, resumes="the same command goes on")

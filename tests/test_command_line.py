@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from pathlib import Path
 
@@ -116,6 +117,23 @@ def test_what_is_not_understood_is_shown_as_tyro_does(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(Odd, ["--size", "x"])
     assert stop.value.code == 2 and "--size" in capsys.readouterr().err
+
+
+def test_interrupted(monkeypatch, capsys):
+    """Python is not shut down, which a compilation that still runs would crash; what can go on is said."""
+
+    def main():
+        raise KeyboardInterrupt
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    for told in ("", "the same command goes on"):
+        with pytest.raises(SystemExit) as stop:
+            run_main(main, resumes=told)
+        assert stop.value.code == 130
+        assert capsys.readouterr().err == f"interrupted{told and ': ' + told}\n"
 
 
 def test_an_error_names_the_flag_as_the_command_has_it(capsys):

@@ -260,6 +260,9 @@ def test_every_quick_task(run_folder, monkeypatch, capsys):
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0 < again["kl"]["now"] < 1 and list(again["results"]) == ["niah_single_1"]
 
+    call(monkeypatch, "--run", folder, "--tasks", "held_out", "--limit", 1)  # of the same limit: beside those
+    assert set(json.loads((folder / "evaluation.json").read_text())["results"]) == {"niah_single_1", "held_out"}
+
 
 def test_milestones(run_folder, monkeypatch, tmp_path, capsys):
     """Each is measured into its own folder, beside the run's, and once; without any it is an error."""

@@ -174,11 +174,14 @@ def test_model_card(tmp_path):
     (run.folder / "evaluation").mkdir()
     stale = {"suite": "zero_shot", "params_sha256": "another", "results": {"arc_easy": {"student": {"acc": 0.5}}}}
     run.write("evaluation/zero_shot.json", stale)
+    of_three = {"results": {"bear": {"student": {"acc": 0.5}}}, "details": {"bear": {"student": {"n": 3}}}}
+    run.write("evaluation/bear.json", {"suite": "bear", "params_sha256": sha256} | of_three)
     card = command.run_card(run, 6, run.params())
     given = replace(student(run.student), card=card)
     export(given, tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "| held_out | perplexity | 12.5000 | 9.2500 |" in text
+    assert "| held_out | perplexity |  | 12.5000 | 9.2500 |" in text
+    assert "| bear | acc | 3 | 0.5000 | - |" in text
     assert "base_model: some-org/Some-1B" in text
     assert "in each 2 layers in turn" in text and "- `gla`: S_t = diag(exp(g_t)) S_{t-1}" in text
     assert "arc_easy" not in text and "speed" not in text

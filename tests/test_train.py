@@ -183,9 +183,13 @@ MISTAKES = {
     "mesh": (["--mesh.tensor", "3"], "--mesh.tensor 3"),
     "layers": (["--stage1.layers", "7"], "--stage1.layers 7: the teacher's layers are 0 to 3"),
     "text": (["--text", "nowhere.txt"], "nowhere.txt"),
+    "no name": (["--text", ""], "--text '': no such file"),
     "empty text": (["--text", "{tmp}/empty.txt"], "empty.txt"),
     "broken text": (["--text", "{tmp}/broken.jsonl"], "broken.jsonl"),
     "teacher": (["--teacher", "{tmp}/nothing"], "nothing"),
+    "run as teacher": (["--teacher", "{tmp}/another_run"], "another_run is the folder of a run: give it as --run"),
+    "forgotten return": (["--config", "{tmp}/bare.py"], "its config(base) returned None; return replace(base, ...)"),
+    "damaged run": (["--run-dir", "{tmp}/damaged"], "its config.json is damaged"),
     "truncated teacher": (["--teacher", "{tmp}/truncated"], "model.safetensors"),
     "mislabelled teacher": (["--teacher", "{tmp}/mislabelled"], "model.safetensors"),
     "another teacher": (["--teacher", "{tmp}/other"], "but --config tiny is for"),
@@ -200,6 +204,10 @@ def material(tmp_path):
     """Files to stumble over."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    for name, text in (("another_run", '{"mixer": "gla"}'), ("damaged", '{"mixer": ')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    (tmp_path / "bare.py").write_text("def config(base):\n    pass\n")
     llama = {"model_type": "llama", "vocab_size": 272, "hidden_size": 64, "intermediate_size": 128,
              "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
              "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 10000.0}  # fmt: skip

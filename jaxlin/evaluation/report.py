@@ -49,8 +49,8 @@ def choose_tasks(name: str, tasks: Sequence[str]) -> list[str]:
 
 
 def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None = None) -> dict[str, Any]:
-    """Measure `subject` with the quick suite; what is found of a run is kept in its evaluation.json as well, unless it
-    is of another text than the run's own.
+    """Measure `subject` with the quick suite; what is found of a run is kept in its evaluation.json as well, beside
+    what other tasks gave of the same parameters, unless it is of another text than the run's own.
 
     Returns what was measured (suite, teacher, and for a run preset and mixer), params_sha256, limit, for a run
     stage_losses ({stage: {start, end}}), kl ({initialisation, now}) and held_out_sums (of each batch, for intervals),
@@ -80,8 +80,22 @@ def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None =
     found["results"] = results
     found = _finite(found)
     if run is not None and not subject.other_text:
+        found["results"] = _before(subject, found) | found["results"]
         write_text(subject.folder / "evaluation.json", json.dumps(found, indent=1))
     return found
+
+
+def _before(subject: Subject, what: dict[str, Any]) -> dict[str, Any]:
+    """The results that were kept of the same parameters by the same limit."""
+
+    def find() -> dict[str, Any]:
+        try:
+            found = json.loads((subject.folder / "evaluation.json").read_text())
+            return found["results"] if all(found[n] == what[n] for n in ("params_sha256", "limit")) else {}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return {}
+
+    return processes.from_first(find)
 
 
 def _kept(subject: Subject, what: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any] | None:
@@ -182,7 +196,8 @@ def print_results(found: dict[str, Any], console: Console | None = None) -> None
     models = list(dict.fromkeys(model for task in found["results"].values() for model in task))
     what = f"{found['mixer']} ({found['preset']}) and its teacher" if "mixer" in found else "teacher"
     table = Table(title=f"{what} {found['teacher']}{at}, suite {found['suite']}")
-    for heading in ("task", "metric"):
+    examples = {task: n for task in found["results"] if (n := examples_of(found, task))}
+    for heading in ("task", "metric", *(["examples"] if examples else [])):
         table.add_column(heading)
     for model in models:
         table.add_column(model, justify="right")
@@ -190,12 +205,18 @@ def print_results(found: dict[str, Any], console: Console | None = None) -> None
         metrics = list(dict.fromkeys(metric for values in by_model.values() for metric in values))
         for metric in metrics:
             cells = (_cell(by_model.get(model, {}), metric) for model in models)
-            table.add_row(task, metric.replace("_", " "), *cells)
+            count = [f"{examples[task]:,}" if task in examples else ""] if examples else []
+            table.add_row(task, metric.replace("_", " "), *count, *cells)
     console.print(table)
     if "stage_losses" in found:
         losses = [f"{n} {number(v['start'])} -> {number(v['end'])}" for n, v in found["stage_losses"].items()]
         changes = [*losses, f"KL {number(found['kl']['initialisation'])} -> {number(found['kl']['now'])}"]
         console.print("start -> end: " + ", ".join(changes), highlight=False)
+
+
+def examples_of(found: Mapping[str, Any], task: str) -> int | None:
+    """Of how many examples a result is, where that was kept: not with the quick suite and with averages."""
+    return next((by["n"] for by in found.get("details", {}).get(task, {}).values() if "n" in by), None)
 
 
 def _cell(values: dict[str, Any], metric: str) -> str:

@@ -158,7 +158,7 @@ def notes(found: dict[str, Any]) -> list[str]:
     if found["softmax_layers"]:
         numbers = ", ".join(map(str, found["softmax_layers"]))
         lines.append(f"Not shown, softmax attention: layers {numbers}. They keep the whole context and have no state.")
-    if found["text"] != "held out":
+    if found["text"] == "trained on":
         lines.append("The run holds back too little text: this is text that it was trained on. --text gives other.")
     if "needle" in found:
         about = found["needle"]

@@ -83,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, called={"--run-dir": "--out"})
+    run_main(main, called={"--run-dir": "--out"}, resumes="the same command goes on")
