@@ -187,8 +187,8 @@ def run_main(main: Callable[[], Any], *, called: Mapping[str, str] | None = None
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"interrupted{f': {resumes}' if resumes else ''}", file=sys.stderr)
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        print(f"interrupted{f': {resumes}' if resumes else ''}", file=sys.stderr, flush=True)
         os._exit(130)  # XLA may be compiling in a thread, which would crash while Python shuts down
     except (UserError, RuntimeError) as error:  # JAX's own error is one, and is not imported here
         message = str(error)
