@@ -75,7 +75,7 @@ def open_text(text: Sequence[str], field: str | Field, *, end_of_text: int, voca
         elif name.startswith("tfds:"):
             parts.append(_tfds(name, read))
         else:
-            parts += [_open_file(path, read, end_of_text, vocab_size) for path in _files(name, read.flag)]
+            parts += [_open_file(path, read, end_of_text, vocab_size) for path in files_of(name, read.flag)]
     if not text:
         parts.append(_python_reference())
     if not any(isinstance(part, Shard) for part in parts):
@@ -102,10 +102,10 @@ def read_records(names: Sequence[str], field: Field) -> Iterator[Any]:
 
 def record_files(name: str, field: Field) -> list[Path]:
     """The files of records that `name`, which is not hf:, stands for."""
-    return _files(name, field.flag, RECORDS)
+    return files_of(name, field.flag, RECORDS)
 
 
-def _files(name: str, flag: str = "--text", extensions: tuple[str, ...] = EXTENSIONS) -> list[Path]:
+def files_of(name: str, flag: str = "--text", extensions: tuple[str, ...] = EXTENSIONS) -> list[Path]:
     """The files that `name` (a file, a folder or a glob) stands for, in a fixed order."""
     scheme, colon, _ = name.partition(":")
     path = Path(name)

@@ -103,8 +103,8 @@ def widened(x: Array) -> Array:
         return x.astype(jnp.float32)
 
     def widen(pair):
-        bits = _bits(pair)
-        low, high = arith.shli(bits, _number(16)), arith.andi(bits, _number(-1 << 16))
+        bits = bits_of(pair)
+        low, high = arith.shli(bits, number(16)), arith.andi(bits, number(-1 << 16))
         f32 = ir.F32Type.get()
         return vector_dialect.from_elements(ir.VectorType.get((2,), f32), [arith.bitcast(f32, x) for x in (low, high)])
 
@@ -124,37 +124,51 @@ def keep_pairs(x: Array, apart: Array, mask: Array | None = None) -> Array:
         return jnp.where(kept, x, 0)
 
     def keep(pair, apart, *mask):
-        bits, (apart, *mask) = _bits(pair), (vector_dialect.extract(t, [], [0]) for t in (apart, *mask))
+        bits, (apart, *mask) = bits_of(pair), (vector_dialect.extract(t, [], [0]) for t in (apart, *mask))
         bits = arith.andi(bits, mask[0]) if mask else bits
-        bits = arith.select(arith.cmpi(arith.CmpIPredicate.eq, apart, _number(0)), bits, _number(0))
+        bits = arith.select(arith.cmpi(arith.CmpIPredicate.eq, apart, number(0)), bits, number(0))
         one = ir.VectorType.get((1,), bits.type)
         return vector_dialect.bitcast(pair.type, vector_dialect.from_elements(one, [bits]))
 
     return _by_register(keep, x.dtype, x, apart, *([] if mask is None else [mask]))
 
 
-def _by_register(function, dtype: Any, *tiles: Array) -> Array:
-    """A tile of `dtype`, made of the registers of tiles by `function`."""
+def by_registers(function, shape: tuple[int, int], dtype: Any, *tiles: Array) -> Array:
+    """A tile of `shape`, made by `function` of the pairs of tiles: arrays [of 8 columns, 2 of 8 rows of the warp's]."""
 
     @plgpu.inline_mgpu(
         arg_types=(WGMMA,) * len(tiles),
-        return_type=plgpu.ShapeDtypeStruct(tiles[0].shape, dtype, layout=WGMMA),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=WGMMA),
     )
     def make(_, *tiles):
-        made = np.empty_like(tiles[0].registers)
-        for at in np.ndindex(made.shape):
-            made[at] = function(*(t.registers[at] for t in tiles))
-        return mgpu.FragmentedArray(_registers=made, _layout=tiles[0].layout, _is_signed=None)
+        made, layout = function(*(t.registers.reshape(-1, 2).copy() for t in tiles)), tiles[0].layout
+        return mgpu.FragmentedArray(
+            _registers=made.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
+        )
 
     return make(*tiles)
 
 
-def _bits(pair: ir.Value) -> ir.Value:
+def _by_register(function, dtype: Any, *tiles: Array) -> Array:
+    """`by_registers`, of one shape and one pair at a time."""
+
+    def each(*tiles):
+        made = np.empty_like(tiles[0])
+        for at in np.ndindex(made.shape):
+            made[at] = function(*(t[at] for t in tiles))
+        return made
+
+    return by_registers(each, tiles[0].shape, dtype, *tiles)
+
+
+def bits_of(pair: ir.Value) -> ir.Value:
+    """A pair of bfloat16 as 32 bits."""
     i32 = _int32()
     return vector_dialect.extract(vector_dialect.bitcast(ir.VectorType.get((1,), i32), pair), [], [0])
 
 
-def _number(x: int) -> ir.Value:
+def number(x: int) -> ir.Value:
+    """A constant of 32 bits."""
     return mgpu.c(x, _int32())
 
 

@@ -8,7 +8,6 @@ cycles, where a wgmma of a whole tile needs all three and a few hundred.
 
 from __future__ import annotations
 
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -20,7 +19,7 @@ from jaxlib.mlir.dialects import vector as vector_dialect
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import mosaic_gpu_registers as registers
-from jaxlin.kernels.mosaic_gpu_registers import CHUNK, WGMMA
+from jaxlin.kernels.mosaic_gpu_registers import CHUNK, number
 
 SIZE = 16
 """Rows of a block: those of a warp."""
@@ -43,7 +42,7 @@ def of_tile(x: Array) -> Array:
 
         return np.array([[own(half, rows) for rows in range(2)] for half in range(2)], dtype=object)
 
-    return _by_registers(cut, (CHUNK, SIZE), x.dtype, x)
+    return registers.by_registers(cut, (CHUNK, SIZE), x.dtype, x)
 
 
 def as_tile(x: Array) -> Array:
@@ -54,11 +53,11 @@ def as_tile(x: Array) -> Array:
 
     def spread(block):
         warp, zero = _warp(), _zeros()
-        own = [arith.cmpi(arith.CmpIPredicate.eq, warp, _number(n)) for n in range(4)]
+        own = [arith.cmpi(arith.CmpIPredicate.eq, warp, number(n)) for n in range(4)]
         tile = [[arith.select(own[n // 2], block[n % 2, rows], zero) for rows in range(2)] for n in range(8)]
         return np.array(tile, dtype=object)
 
-    return _by_registers(spread, (CHUNK, CHUNK), jnp.float32, x)
+    return registers.by_registers(spread, (CHUNK, CHUNK), jnp.float32, x)
 
 
 def of_rows(a: Array, b: Array, start: Array | None = None) -> Array:
@@ -69,14 +68,16 @@ def of_rows(a: Array, b: Array, start: Array | None = None) -> Array:
         return found if start is None else start + found
 
     def multiply(a, b, *start):
-        a, b = ([_bits(x) for x in t.reshape(-1)] for t in (a, b))  # of 8 columns the upper 8 rows, then the lower
+        a, b = (
+            [registers.bits_of(x) for x in t.reshape(-1)] for t in (a, b)
+        )  # of 8 columns the upper 8 rows, then the lower
         sums = start[0] if start else np.full((2, 2), _zeros())
         for at in range(0, len(a), 4):
             for half in range(2):
                 sums[half] = _multiply(a[at : at + 4], (b[at + half], b[at + 2 + half]), sums[half])
         return sums
 
-    return _by_registers(multiply, (CHUNK, SIZE), jnp.float32, a, b, *([] if start is None else [start]))
+    return registers.by_registers(multiply, (CHUNK, SIZE), jnp.float32, a, b, *([] if start is None else [start]))
 
 
 def times_rows(a: Array, b: Array) -> Array:
@@ -86,13 +87,13 @@ def times_rows(a: Array, b: Array) -> Array:
         return jnp.einsum("wij,wjn->win", x, y, precision=lax.Precision.HIGHEST).reshape(CHUNK, -1)
 
     def multiply(a, b):
-        a = [_bits(x) for x in a.reshape(-1)]
+        a = [registers.bits_of(x) for x in a.reshape(-1)]
         sums = np.empty_like(b)
         for n, (upper, lower) in enumerate(b):
-            sums[n] = _multiply(a, [_transposed(_bits(x)) for x in (upper, lower)], [_zeros()] * 2)
+            sums[n] = _multiply(a, [_transposed(registers.bits_of(x)) for x in (upper, lower)], [_zeros()] * 2)
         return sums
 
-    return _by_registers(multiply, b.shape, jnp.float32, a, b)
+    return registers.by_registers(multiply, b.shape, jnp.float32, a, b)
 
 
 # ---- inverses ----
@@ -109,13 +110,13 @@ def unit_lower_inverses(minus: Array) -> Array:
 
     def invert(minus):
         thread = utils.thread_idx()
-        row = arith.andi(arith.shrui(thread, _number(2)), _number(7))  # of 8, and the first of two columns
-        column = arith.shli(arith.andi(thread, _number(3)), _number(1))
+        row = arith.andi(arith.shrui(thread, number(2)), number(7))  # of 8, and the first of two columns
+        column = arith.shli(arith.andi(thread, number(3)), number(1))
 
         # X of blocks of two rows
         odd = _is_set(row, 1)
-        here = arith.cmpi(arith.CmpIPredicate.eq, column, arith.andi(row, _number(6)))
-        zero, one, nothing = _float(0.0), _float(1.0), _number(0)
+        here = arith.cmpi(arith.CmpIPredicate.eq, column, arith.andi(row, number(6)))
+        zero, one, nothing = _float(0.0), _float(1.0), number(0)
         x = [
             _pair(
                 arith.select(here, arith.select(odd, _entry(minus[n, n], 0), one), zero),
@@ -128,7 +129,7 @@ def unit_lower_inverses(minus: Array) -> Array:
         below = [_transposed(_rounded(minus[n, n])) for n in range(2)]
         for size in (2, 4):
             upper, lower = (_rounded(t) for t in x)
-            outside = arith.andi(arith.xori(arith.xori(row, _number(size)), column), _number(-size & 7))
+            outside = arith.andi(arith.xori(arith.xori(row, number(size)), column), number(-size & 7))
             kept = arith.cmpi(arith.CmpIPredicate.eq, outside, nothing)
             products = _multiply((upper, nothing, nothing, lower), below, [_zeros()] * 2)
             upper_between, lower_between = (arith.select(kept, _rounded(t), nothing) for t in products)
@@ -143,7 +144,7 @@ def unit_lower_inverses(minus: Array) -> Array:
             corner = _rounded(found)
         return np.array([[x[0], found], [_zeros(), x[1]]], dtype=object)
 
-    return _by_registers(invert, (CHUNK, SIZE), jnp.float32, minus)
+    return registers.by_registers(invert, (CHUNK, SIZE), jnp.float32, minus)
 
 
 def _interpreted(minus: Array) -> Array:
@@ -158,23 +159,6 @@ def _interpreted(minus: Array) -> Array:
 
 
 # ---- registers ----
-
-
-def _by_registers(function, shape: tuple[int, int], dtype, *tiles: Array) -> Array:
-    """A tile of `shape`, made by `function` of the pairs of tiles: arrays [of 8 columns, 2 of 8 rows of the warp's]."""
-
-    @plgpu.inline_mgpu(
-        arg_types=(WGMMA,) * len(tiles),
-        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=WGMMA),
-    )
-    def make(_, *tiles):
-        made = function(*(t.registers.reshape(-1, 2).copy() for t in tiles))
-        layout = tiles[0].layout
-        return mgpu.FragmentedArray(
-            _registers=made.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
-        )
-
-    return make(*tiles)
 
 
 def _multiply(a, b, start) -> list[ir.Value]:
@@ -198,17 +182,12 @@ def _transposed(pair: ir.Value) -> ir.Value:
 def _rounded(pair: ir.Value) -> ir.Value:
     """A pair of float32 as two bfloat16 in 32 bits."""
     operands = [_entry(pair, 1), _entry(pair, 0)]
-    return llvm.inline_asm(_number(0).type, operands, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", has_side_effects=False)
+    return llvm.inline_asm(number(0).type, operands, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", has_side_effects=False)
 
 
 def _warp() -> ir.Value:
     """The warp's number in its warpgroup."""
-    return arith.andi(arith.shrui(utils.thread_idx(), _number(5)), _number(3))
-
-
-def _bits(pair: ir.Value) -> ir.Value:
-    """A pair of bfloat16 as 32 bits."""
-    return utils.bitcast(pair, _number(0).type)
+    return arith.andi(arith.shrui(utils.thread_idx(), number(5)), number(3))
 
 
 def _zeros() -> ir.Value:
@@ -224,11 +203,7 @@ def _pair(low: ir.Value, high: ir.Value) -> ir.Value:
 
 
 def _is_set(x: ir.Value, bit: int) -> ir.Value:
-    return arith.cmpi(arith.CmpIPredicate.ne, arith.andi(x, _number(bit)), _number(0))
-
-
-def _number(x: int) -> ir.Value:
-    return mgpu.c(x, ir.IntegerType.get_signless(32))
+    return arith.cmpi(arith.CmpIPredicate.ne, arith.andi(x, number(bit)), number(0))
 
 
 def _float(x: float) -> ir.Value:

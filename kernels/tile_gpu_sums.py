@@ -15,7 +15,7 @@ from jaxlib.mlir.dialects import arith
 from jaxlib.mlir.dialects import vector as vector_dialect
 
 from jaxlin.kernels.mosaic_gpu import Ref
-from jaxlin.kernels.mosaic_gpu_registers import WGMMA, interpreted
+from jaxlin.kernels.mosaic_gpu_registers import WGMMA, interpreted, number
 
 SUMS = 4
 """Float32 numbers that `column_sums` needs for each column: one a warp."""
@@ -36,11 +36,8 @@ def column_sums(x: Array, scratch: Ref) -> Array:
         return_type=plgpu.ShapeDtypeStruct((columns,), jnp.float32, layout=WGMMA.reduce(0)),
     )
     def add(_, x, scratch):
-        i32, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.F32Type.get())
-        thread = arith.andi(utils.thread_idx(), mgpu.c(utils.WARPGROUP_SIZE - 1, i32))
-
-        def number(value):
-            return mgpu.c(value, i32)
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        thread = arith.andi(utils.thread_idx(), number(utils.WARPGROUP_SIZE - 1))
 
         def place(warp, n):  # of what this lane has of eight columns, the n-th such
             column = arith.addi(arith.muli(n, number(8)), own)

@@ -260,7 +260,8 @@ def test_every_quick_task(run_folder, monkeypatch, capsys):
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0 < again["kl"]["now"] < 1 and list(again["results"]) == ["niah_single_1"]
 
-    call(monkeypatch, "--run", folder, "--tasks", "held_out", "--limit", 1)  # of the same limit: beside those
+    call(monkeypatch, "--run", folder, "--tasks", "held_out", "--limit", 1, "--json")  # the same limit: beside those
+    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])["results"]) == ["held_out"]
     assert set(json.loads((folder / "evaluation.json").read_text())["results"]) == {"niah_single_1", "held_out"}
 
 

@@ -108,8 +108,12 @@ def test_unknown_names(tmp_path):
     for text in ("1", "2/2", "a/b"):
         with pytest.raises(UserError, match=f"--shard {text}"):
             read_shard(text)
-    with pytest.raises(UserError, match=r"--text .*none\.txt: no such file"):
-        Runner(replace(study, text=(str(tmp_path / "none.txt"),)), tmp_path / "out").check(study.trials())
+    for name, message in (
+        (str(tmp_path / "none.txt"), r"--text .*none\.txt: no such file"),
+        ("", "--text '': no such"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Runner(replace(study, text=(name,)), tmp_path / "out").check(study.trials())
     assert not (tmp_path / "out").exists()
 
 

@@ -80,38 +80,28 @@ def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None =
     found["results"] = results
     found = _finite(found)
     if run is not None and not subject.other_text:
-        found["results"] = _before(subject, found) | found["results"]
-        write_text(subject.folder / "evaluation.json", json.dumps(found, indent=1))
+        before = _recorded(subject, found) or dict(results={})
+        together = found | dict(results=before["results"] | found["results"])
+        write_text(subject.folder / "evaluation.json", json.dumps(together, indent=1))
     return found
 
 
-def _before(subject: Subject, what: dict[str, Any]) -> dict[str, Any]:
-    """The results that were kept of the same parameters by the same limit."""
-
-    def find() -> dict[str, Any]:
-        try:
-            found = json.loads((subject.folder / "evaluation.json").read_text())
-            return found["results"] if all(found[n] == what[n] for n in ("params_sha256", "limit")) else {}
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return {}
-
-    return processes.from_first(find)
-
-
 def _kept(subject: Subject, what: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any] | None:
-    """What was measured of a milestone, which nobody trains further.
-
-    None where a task of it is missing, where it is of other parameters or another limit, and where it is damaged.
-    """
+    """What was measured of a milestone, which nobody trains further; None where a task of it is missing."""
     if subject.step is None or subject.other_text:
         return None
-    path = subject.folder / "evaluation.json"
+    found = _recorded(subject, what)
+    return found if found is not None and set(tasks) <= set(found["results"]) else None
+
+
+def _recorded(subject: Subject, what: dict[str, Any]) -> dict[str, Any] | None:
+    """What evaluation.json holds of the same parameters by the same limit; None where it is of others, or damaged."""
 
     def find() -> dict[str, Any] | None:
         try:
-            found = json.loads(path.read_text())
+            found = json.loads((subject.folder / "evaluation.json").read_text())
             is_same = all(found[name] == what[name] for name in ("params_sha256", "limit"))
-            return found if is_same and set(tasks) <= set(found["results"]) else None
+            return found if is_same and isinstance(found["results"], dict) else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 

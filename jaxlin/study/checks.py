@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
-from pathlib import Path
 
 from jaxlin.command_line import parse_run
 from jaxlin.config import RunConfig, UserError
 from jaxlin.evaluation.columns import COLUMNS
 from jaxlin.evaluation.report import BENCHMARKS, choose_tasks
 from jaxlin.mixers import resolve_options
+from jaxlin.sources import files_of
 from jaxlin.student import student_config
 from jaxlin.study.design import HELD_OUT, Study
 
 
 def check_sources(study: Study) -> None:
-    """Refuse paths of text that are not there; what comes from elsewhere (hf:, tfds:) is not asked."""
+    """Refuse files of text that a run would not find; what comes from elsewhere (hf:, tfds:) is not asked."""
     for flag, names in (("--text", study.text), ("--heldout", study.heldout)):
         for name in names:
-            if ":" not in name and not glob.has_magic(name) and not Path(name).exists():
-                raise UserError(f"{flag} {name}: no such file or folder")
+            if not name.startswith(("hf:", "tfds:")):
+                files_of(name, flag)
 
 
 def check_suites(study: Study) -> None:
