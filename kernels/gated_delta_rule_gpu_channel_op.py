@@ -21,6 +21,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_op import (
     values_of,
 )
 from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
+from jaxlin.kernels.gates_gpu import Gates
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
 
@@ -40,42 +41,44 @@ def delta_rule(
     s0 = None if s0 is None else fill(s0.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % 64))
     codes = None if segment_ids is None else segment_codes(segment_ids)
     form = Form(scale, gated=False, segments=codes is not None, beta=True)
-    o, s = _delta_rule(form, q, k, v, gates_gpu.by_chunk(segment_ids, beta), g, s0, codes)
+    o, s = _delta_rule(form, q, k, v, Gates(beta=beta).whole_chunks(), g, s0, codes)
     return o[:, :time, :, :value_dim], s[:, :, :key_dim, :value_dim]
 
 
 @chunk.custom_vjp
-def _delta_rule(form: Form, q, k, v, beta, g, s0, codes):
-    """beta [B, HV, N, 1, C]."""
-    return _forward(form, Inputs(q, k, v, beta, codes), g, s0, save=False)[:2]
+def _delta_rule(form: Form, q, k, v, gates: Gates, g, s0, codes):
+    vectors, _ = gates_gpu.vectors(form, gates, codes, split.parts(v))
+    return _forward(form, Inputs(q, k, v, vectors, codes), g, s0, save=False)[:2]
 
 
 def _delta_rule_fwd(form: Form, *primals):
-    q, k, v, beta, g, s0, codes = values_of(primals)
-    o, s, saved = _forward(form, Inputs(q, k, v, beta, codes), g, s0, save=True)
-    return (o, s), (q, k, v, beta, g, codes, checkpoint_name(saved, "chunk_states"), s0 is None)
+    q, k, v, gates, g, s0, codes = values_of(primals)
+    vectors, _ = gates_gpu.vectors(form, gates, codes, split.parts(v))
+    x = Inputs(q, k, v, vectors, codes)
+    o, s, saved = _forward(form, x, g, s0, save=True)
+    return (o, s), (x, g, checkpoint_name(saved, "chunk_states"), s0 is None)
 
 
 def _delta_rule_bwd(form: Form, residuals, cotangents):
-    q, k, v, beta, g, codes, (chunks, states, r, m), fresh = residuals
-    do, ds = present_cotangents(cotangents, v)
-    x, gates, parts = Inputs(q, k, v, beta, codes), g, split.parts(v)
+    x, g, (chunks, states, r, maps), fresh = residuals
+    heads, codes, parts = x.q.shape[2], x.codes, split.parts(x.v)
+    do, ds = present_cotangents(cotangents, x.v)
     if parts > 1:
-        x, gates = split.cut_inputs(x, g, parts)
+        x, g = split.cut_inputs(x, g, parts)
         do = cut(do, parts, 1)
-        ds = ends(m, adjoint(chunks, do, x.vectors, x.codes, None)[0], ds, parts)
+        ds = ends(maps, adjoint(chunks, do, x.vectors, x.codes, None)[0], ds, parts)
     ds, (dv, y, d_states) = adjoint(chunks, do, x.vectors, x.codes, ds, save=True)
-    dq, dk, dg, d_beta = backward(form, x, gates, states, r, d_states, y, do)
+    dq, dk, dg, d_beta = backward(form, x, g, states, r, d_states, y, do)
     if parts > 1:
         dq, dk, dv, dg = (join(z, parts, 1) for z in (dq, dk, dv, dg))
-        d_beta = join(d_beta, parts, 2)
-    dq, dk = (sum_group(z, q.shape[2]) for z in (dq, dk))
-    return dq, dk, dv, d_beta[..., None, :], dg, None if fresh else ds[::parts], None
+    dq, dk = (sum_group(z, heads) for z in (dq, dk))
+    d_gates = Gates(beta=gates_gpu.gradients(d_beta[None], parts, codes, None, (0,))[0])
+    return dq, dk, dv, d_gates, dg, None if fresh else ds[::parts], None
 
 
 def _forward(form: Form, x: Inputs, g: Array, s0: Array | None, save: bool):
-    """(o, final S, (chunks, their states, R, M of each part or None)), over parts where there are too few sequences."""
-    parts, m = split.parts(x.v), None
+    """(o, final S, (chunks, their states, R, maps of parts or None)), over parts where there are too few sequences."""
+    parts, maps = split.parts(x.v), None
     if parts > 1:
         x, g = split.cut_inputs(x, g, parts)
     chunks = intra(form, x, g)
@@ -84,11 +87,10 @@ def _forward(form: Form, x: Inputs, g: Array, s0: Array | None, save: bool):
         key_dim, value_dim = x.q.shape[3], x.v.shape[3]
         zero_and_one = jnp.eye(key_dim, value_dim + key_dim, value_dim)
         both = jnp.broadcast_to(zero_and_one, (x.v.shape[0], x.v.shape[2], *zero_and_one.shape))
-        _, both, _ = forward(chunks, x.v, x.vectors, x.codes, both, read=False)
-        n, m = both[..., :value_dim], both[..., value_dim:]
-        s0 = starts(m, n, s0, parts)
+        _, maps, _ = forward(chunks, x.v, x.vectors, x.codes, both, read=False)
+        s0 = starts(maps, s0, parts)
     o, s, saved = forward(chunks, x.v, x.vectors, x.codes, s0, save=save)
-    return join(o, parts, 1), s[parts - 1 :: parts], (chunks, *saved, m) if save else None
+    return join(o, parts, 1), s[parts - 1 :: parts], (chunks, *saved, maps) if save else None
 
 
 _delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd, symbolic_zeros=True)

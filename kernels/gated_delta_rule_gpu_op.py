@@ -22,6 +22,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_op import (
     values_of,
 )
 from jaxlin.kernels.gated_linear_attention_gpu_split import join, parts_of
+from jaxlin.kernels.gates_gpu import Decays, Gates
 from jaxlin.kernels.mosaic_gpu import BLOCK
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
@@ -55,46 +56,43 @@ def pallas(
     s0 = None
     if initial_state is not None:
         s0 = fill(initial_state.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % tile))
-    gates = gates_gpu.by_chunk(segment_ids, *([] if g is None else [g]), beta)
     codes = None if segment_ids is None else segment_codes(segment_ids)
     form = Form(scale, g is not None, codes is not None, beta=True)
-    o, s = _delta_rule(form, q, k, v, gates, s0, codes)
+    o, s = _delta_rule(form, q, k, v, Gates(g, beta=beta).whole_chunks(), s0, codes)
     return o[:, :time, :, :value_dim], s[:, :, :key_dim, :value_dim]
 
 
 @chunk.custom_vjp
-def _delta_rule(form: Form, q, k, v, gates, s0, codes):
-    """gates [B, HV, N, R, C]: g, where there is one, and beta."""
-    return _forward(form, Inputs(q, k, v, gates_gpu.vectors(form, gates), codes), s0, save=False)[:2]
+def _delta_rule(form: Form, q, k, v, gates: Gates, s0, codes):
+    vectors, _ = gates_gpu.vectors(form, gates, codes, _parts(v))
+    return _forward(form, Inputs(q, k, v, vectors, codes), s0, save=False)[:2]
 
 
 def _delta_rule_fwd(form: Form, *primals):
-    gate = form.gated and primals[3].perturbed
+    gate = form.gated and primals[3].decay.perturbed
     q, k, v, gates, s0, codes = values_of(primals)
-    o, s, states, t, m = _forward(form, Inputs(q, k, v, gates_gpu.vectors(form, gates), codes), s0, save=True)
-    states, t, m = checkpoint_name((states, t, m), "chunk_states")
-    return (o, s), (q, k, v, gates, codes, states, t, m, s0 is None, gate)
+    vectors, _ = gates_gpu.vectors(form, gates, codes, _parts(v))
+    x = Inputs(q, k, v, vectors, codes)
+    o, s, states, t, maps = _forward(form, x, s0, save=True)
+    states, t, maps = checkpoint_name((states, t, maps), "chunk_states")
+    return (o, s), (x, states, t, maps, s0 is None, gate)
 
 
 def _delta_rule_bwd(form: Form, residuals, cotangents):
-    q, k, v, gates, codes, states, t, m, fresh, gate = residuals
-    do, ds = present_cotangents(cotangents, v)
-    x, parts = Inputs(q, k, v, gates_gpu.vectors(form, gates), codes), _parts(v)
+    x, states, t, maps, fresh, gate = residuals
+    heads, key_dim, codes = *x.q.shape[2:], x.codes
+    do, ds = present_cotangents(cotangents, x.v)
+    parts = _parts(x.v)
     if parts > 1:
         x, do = split.cut_inputs(x, parts), split.cut(do, parts, 1)
-        ds = split.ends(m, split.adjoints(form, x, t, do), ds, parts)
+        ds = split.ends(maps, split.adjoints(form, x, t, do), ds, parts)
     d = backward(form, x, states, t, do, ds, gate)
     if parts > 1:
         d = split.join_gradients(d, parts)
-    dq, dk = (sum_group(x, q.shape[2]) for x in (d.q, d.k))
-    vectors = d.vectors.sum(0)
-    found = [gates_gpu.vector_of(vectors, BETA)]
-    if gate:
-        found.insert(0, gates_gpu.gradient_of_decays(vectors, ROWS, COLUMNS, WRITES, CHANNELS))
-    elif form.gated:
-        found.insert(0, jnp.zeros_like(found[0]))
-    d_gates = jnp.stack([join(x, parts, 2) for x in found], axis=-2)
-    return dq, dk, d.v, d_gates, None if fresh else d.s, None
+    dq, dk = (sum_group(x, heads) for x in (d.q, d.k))
+    decays = Decays(ROWS, COLUMNS, WRITES, CHANNELS, key_dim) if gate else None
+    *d_decay, d_beta = gates_gpu.gradients(d.vectors, parts, codes, decays, (BETA,))
+    return dq, dk, d.v, Gates(*d_decay, beta=d_beta), None if fresh else d.s, None
 
 
 def _parts(v: Array) -> int:
@@ -103,16 +101,16 @@ def _parts(v: Array) -> int:
 
 
 def _forward(form: Form, x: Inputs, s0: Array | None, save: bool):
-    """`forward`, over parts of the sequence where there are too few sequences; T - I; and M of each part, or None."""
+    """`forward`, over parts of the sequence where there are too few sequences; T - I; the maps of parts, or None."""
     parts = _parts(x.v)
     if parts == 1:
         t = intra(form, x)
         return *forward(form, x, t, s0, save), t, None
     x = split.cut_inputs(x, parts)
     t = intra(form, x)
-    m, n = split.maps(form, x, t)
-    o, s, states = forward(form, x, t, split.starts(m, n, s0, parts), save)
-    return join(o, parts, 1), s[parts - 1 :: parts], states, t, m
+    maps = split.maps(form, x, t)
+    o, s, states = forward(form, x, t, split.starts(maps, s0, parts), save)
+    return join(o, parts, 1), s[parts - 1 :: parts], states, t, maps
 
 
 _delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd, symbolic_zeros=True)

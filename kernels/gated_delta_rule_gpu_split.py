@@ -1,8 +1,8 @@
 """Family B's sequences cut into parts that run side by side; see `gated_linear_attention_gpu_split`.
 
-The state at the start of a part is mapped to M S + N, its cotangent at the end to M^T dS + R. `maps` finds M and N of
+The state at the start of a part is mapped to M S + N, its cotangent at the end to M^T dS + R. `maps` finds N and M of
 every part in a first pass: the recurrence itself, N from a zero state, the columns of M from those of the identity with
-v = 0. `adjoints` finds R. Both read T - I. The parts are then combined one after the other.
+v = 0. `adjoints` finds R. Both read T - I. A kernel then goes through the parts: XLA had three for each.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 
 from jaxlin.kernels import mosaic_gpu as gpu
 from jaxlin.kernels import mosaic_gpu_registers as registers
@@ -19,39 +20,88 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import Form, Inputs, clean, d
 from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
 from jaxlin.kernels.mosaic_gpu import BLOCK, dot
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row
+from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, store_state
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 
 STAGES = 2
+THREE_OF_FOUR = (0, 0), (0, 1), (1, 0)
+"""Pairs of pieces of bfloat16 that are multiplied: all but that of what is left of both."""
 
 
-def starts(m: Array, n: Array, s0: Array | None, parts: int) -> Array:
-    """The state at the start of each part [B * P, HV, K, V], from M [B * P, HV, K, K], N and the first part's."""
-    return _combine(m, n, s0, parts, reverse=False)
+def starts(maps: Array, s0: Array | None, parts: int) -> Array:
+    """The state at the start of each part [B * P, HV, K, V], from `maps` and that of the first part."""
+    return _combine(maps, maps, s0, parts, adjoint=False)
 
 
-def ends(m: Array, r: Array, ds: Array | None, parts: int) -> Array:
-    """The cotangent of the state at the end of each part, from M, R and the last part's."""
-    return _combine(m.swapaxes(-1, -2), r, ds, parts, reverse=True)
+def ends(maps: Array, r: Array, ds: Array | None, parts: int) -> Array:
+    """The cotangent of the state at the end of each part, from `maps`, R and that of the last part."""
+    return _combine(maps, r, ds, parts, adjoint=True)
 
 
-def _combine(m: Array, update: Array, start: Array | None, parts: int, reverse: bool) -> Array:
-    def by_part(y):
-        return jnp.moveaxis(y.reshape(-1, parts, *y.shape[1:]), 1, 0)
+def _combine(maps: Array, update: Array, start: Array | None, parts: int, adjoint: bool) -> Array:
+    """S before each part, S' = M S + N (adjoint: M^T, from the last part to the first), products of 16 bits a side."""
+    batch, heads, key_dim, width = maps.shape
+    value_dim, halves = width - key_dim, range(key_dim // CHUNK)
+    flat = present(m=maps, n=update, start=start)
+    stages = 2 if len(halves) == 1 else 1
+    scratch = dict(
+        m=gpu.float_tile(len(halves), len(halves), stages, CHUNK, CHUNK),
+        n=gpu.float_tile(len(halves), stages, CHUNK, BLOCK),
+        m_pieces=gpu.tile(2, len(halves), len(halves), CHUNK, CHUNK),
+        s_pieces=gpu.tile(2, len(halves), CHUNK, BLOCK),
+        barrier=gpu.barrier(len(halves) * (len(halves) + 1), min(stages, parts)),
+    )
 
-    def step(s, part):
-        m, n = part
-        return jnp.matmul(m, s, precision=lax.Precision.HIGHEST) + n, s
+    def gated_delta_rule_combine(index, inputs, outputs, buffers):
+        b, h, w = index
+        given, buffer = dict(zip(flat, inputs, strict=True)), dict(zip(scratch, buffers, strict=True))
 
-    s = jnp.zeros_like(update[: update.shape[0] // parts]) if start is None else start
-    # Unrolled: each turn of a loop would be six kernels, four of them for its slices, its counter and its end.
-    _, states = lax.scan(step, s, (by_part(m), by_part(update)), reverse=reverse, unroll=True)
-    return jnp.moveaxis(states, 0, 1).reshape(update.shape)
+        def put(name, place, x):
+            rounded = x.astype(jnp.bfloat16)
+            for n, piece in enumerate((rounded, (x - registers.widened(rounded)).astype(jnp.bfloat16))):
+                buffer[name].at[n, *place][...] = piece
+
+        def product(row, column):
+            """Of M, or its transpose, with S: three of the four products of pieces."""
+            place = (column, row) if adjoint else (row, column)
+            pieces = ((buffer["m_pieces"].at[i, *place], buffer["s_pieces"].at[j, column]) for i, j in THREE_OF_FOUR)
+            return [Product(x, y, ta=adjoint) for x, y in pieces]
+
+        def part(n, slot, refill, s):
+            store_state(outputs[0], s, (b * parts + n, h, w))
+            for c in halves:
+                put("s_pieces", (c,), s[c])
+                for d in halves:
+                    put("m_pieces", (c, d), gpu.load(buffer["m"].at[c, d, slot]))
+            gpu.commit()
+            refill()
+            sums = ([x for d in halves for x in product(c, d)] for c in halves)
+            return tuple(dots(*(Sum(x, gpu.load(buffer["n"].at[c, slot])) for c, x in enumerate(sums)), last=True))
+
+        sources = [
+            (lambda n, c=c: given["n"].at[b * parts + n, h, key_rows(c), gpu.block(w)], buffer["n"].at[c])
+            for c in halves
+        ]
+        sources += [
+            (
+                lambda n, c=c, d=d: given["m"].at[b * parts + n, h, key_rows(c), pl.ds(value_dim + d * CHUNK, CHUNK)],
+                buffer["m"].at[c, d],
+            )
+            for c in halves
+            for d in halves
+        ]
+        s = load_state(given, "start", (b, h, w), key_dim)
+        gpu.stream(sources, buffer["barrier"], part, s, chunks=parts, stages=stages, reverse=adjoint)
+
+    out = [jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), jnp.float32)]
+    grid = (batch // parts, heads, value_dim // BLOCK)
+    return gpu.launch(gated_delta_rule_combine, list(flat.values()), out, grid, list(scratch.values()))[0]
 
 
 def cut_inputs(x: Inputs, parts: int) -> Inputs:
-    """The inputs with parts as rows of the batch."""
+    """The inputs with parts as rows of the batch, as vectors are already."""
     q, k, v, codes = (cut(y, parts, 1) for y in (x.q, x.k, x.v, x.codes))
-    return Inputs(q, k, v, cut(x.vectors, parts, 2), codes)
+    return Inputs(q, k, v, x.vectors, codes)
 
 
 def join_gradients(d: Gradients, parts: int) -> Gradients:
@@ -60,8 +110,8 @@ def join_gradients(d: Gradients, parts: int) -> Gradients:
     return Gradients(q, k, v, d.vectors, d.s[::parts])
 
 
-def maps(form: Form, x: Inputs, t: Array) -> tuple[Array, Array]:
-    """M [B, HV, K, K] and N [B, HV, K, V] of whole sequences: the parts, cut."""
+def maps(form: Form, x: Inputs, t: Array) -> Array:
+    """N and, behind it, M of whole sequences (the parts, cut): [B, HV, K, V + K]."""
     batch, time, _, key_dim = x.q.shape
     heads, value_dim = x.v.shape[2:]
     blocks = value_dim // BLOCK  # of N; those of M follow
@@ -95,8 +145,8 @@ def maps(form: Form, x: Inputs, t: Array) -> tuple[Array, Array]:
 
     width = value_dim + key_dim
     given = dict(k=x.k, v=x.v, t=t, vectors=x.vectors, codes=x.codes)
-    s = _walk(gated_delta_rule_maps, form, given, tiles, own, (batch, time, heads, key_dim, width), last, reverse=False)
-    return s[..., value_dim:], s[..., :value_dim]
+    size = (batch, time, heads, key_dim, width)
+    return _walk(gated_delta_rule_maps, form, given, tiles, own, size, last, reverse=False)
 
 
 def adjoints(form: Form, x: Inputs, t: Array, do: Array) -> Array:

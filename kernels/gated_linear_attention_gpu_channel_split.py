@@ -24,9 +24,9 @@ def parts(v: Array) -> int:
 
 
 def cut_inputs(x: Inputs, g: Array, parts: int) -> tuple[Inputs, Array]:
-    """The inputs with parts as rows of the batch."""
+    """The inputs with parts as rows of the batch, as vectors are already."""
     q, k, v, codes, g = (cut(y, parts, 1) for y in (x.q, x.k, x.v, x.codes, g))
-    return Inputs(q, k, v, cut(x.vectors, parts, 2), codes), g
+    return Inputs(q, k, v, x.vectors, codes), g
 
 
 def at_parts(keep: Array, update: Array, start: Array | None, parts: int, reverse: bool = False) -> Array:

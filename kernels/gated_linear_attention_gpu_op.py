@@ -1,7 +1,7 @@
 """Family A on Hopper: what surrounds the kernels, and their derivative (linear attention, RetNet, scalar gates, mLSTM).
 
-The kernels read q, k, v as they are. Here the small things are made ready for them: cumulative gates by chunk
-(`gates_gpu`), segment codes, zeros up to whole chunks and tiles of 64.
+The kernels read q, k, v as they are. Here the small things are made ready for them: gates (`gates_gpu`), segment
+codes, zeros up to whole chunks and tiles of 64.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     Inputs,
     forward,
 )
+from jaxlin.kernels.gates_gpu import Decays, Gates
 from jaxlin.kernels.mosaic_gpu import BLOCK
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
@@ -60,15 +61,10 @@ def pallas(
         from jaxlin.kernels.gated_linear_attention_gpu_channel_op import attend as attend_by_channel  # imports this
 
         return attend_by_channel(scale, q, k, v, g, initial_state, segment_ids)
-    time = q.shape[1]
-    gates = None
-    if g is not None and g.ndim == 1 and segment_ids is None and time % CHUNK == 0:
-        gates = jnp.broadcast_to(g.astype(jnp.float32)[None, :, None, None, None], (1, g.shape[0], 1, 1, CHUNK))
-    elif g is not None:
-        g = jnp.broadcast_to(g, v.shape[:3]) if g.ndim == 1 else g
-        gates = gates_gpu.by_chunk(segment_ids, g)
+    if g is not None and g.ndim == 1 and (segment_ids is not None or q.shape[1] % CHUNK):
+        g = jnp.broadcast_to(g, v.shape[:3])  # for in padding there is none
     s0, z0 = (initial_state or (None, None)) if normalize else (initial_state, None)
-    o, s, z = attend(scale, "sum" if normalize else None, False, q, k, v, gates, s0, z0, segment_ids)
+    o, s, z, _ = attend(scale, "sum" if normalize else None, q, k, v, Gates(g), s0, z0, segment_ids)
     return o, (s, z) if normalize else s
 
 
@@ -100,28 +96,24 @@ def segment_codes(segment_ids: Array) -> Array:
 def attend(
     scale: float,
     denominator: str | None,
-    write: bool,
     q: Array,
     k: Array,
     v: Array,
-    gates: Array | None,
+    gates: Gates,
     s0: Array | None,
     z0: Array | None,
     segment_ids: Array | None,
-) -> tuple[Array, Array, Array | None]:
-    """(o [B, T, HV, V], final S [B, HV, K, V], final z [B, HV, K] or None) for any T, K <= 128 and V <= 256.
-
-    gates [1|B, HV, 1|N, R, C] per token: log decay, with `write` log input gate, with denominator "max" m.
-    """
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """(o [B, T, HV, V], final S [B, HV, K, V], z [B, HV, K] or None, m [B, HV] or None); K <= 128 and V <= 256."""
     time, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
     tile = 64 if key_dim <= 64 else 128  # of values: the backward pass wants whole programs of them
     q, k, v = (fill(x, (0, -time % CHUNK, 0, -x.shape[3] % size)) for x, size in ((q, 64), (k, 64), (v, tile)))
     s0 = None if s0 is None else fill(s0.astype(jnp.float32), (0, 0, -key_dim % 64, -value_dim % tile))
     z0 = None if z0 is None else fill(z0.astype(jnp.float32), (0, 0, -key_dim % 64))
     codes = None if segment_ids is None else segment_codes(segment_ids)
-    form = Form(scale, gates is not None, codes is not None, denominator, write)
-    o, s, z = _attend(form, q, k, v, gates, s0, z0, codes)
-    return o[:, :time, :, :value_dim], s[:, :, :key_dim, :value_dim], None if z is None else z[:, :, :key_dim]
+    form = Form(scale, gates.decay is not None, codes is not None, denominator, gates.write is not None)
+    o, s, z, m = _attend(form, q, k, v, gates.whole_chunks(), s0, z0, codes)
+    return o[:, :time, :, :value_dim], s[:, :, :key_dim, :value_dim], None if z is None else z[:, :, :key_dim], m
 
 
 def fill(x: Array, amounts: tuple[int, ...]) -> Array:
@@ -131,36 +123,44 @@ def fill(x: Array, amounts: tuple[int, ...]) -> Array:
 
 @chunk.custom_vjp
 def _attend(form: Form, q, k, v, gates, s0, z0, codes):
-    o, _, final, _ = _forward(form, Inputs(q, k, v, gates_gpu.vectors(form, gates), codes), s0, z0, save=False)
-    return o, *final
+    vectors, m = gates_gpu.vectors(form, gates, codes)
+    o, _, final, _ = _forward(form, Inputs(q, k, v, vectors, codes), s0, z0, save=False)
+    return o, *final, None if m is None else m[..., -1]
 
 
 def _attend_fwd(form: Form, *primals):
-    gate = primals[3] is not None and primals[3].perturbed
+    gate = any(x.perturbed for x in primals[3] if x is not None)
     q, k, v, gates, s0, z0, codes = values_of(primals)
-    o, l, final, states = _forward(form, Inputs(q, k, v, gates_gpu.vectors(form, gates), codes), s0, z0, save=True)  # noqa: E741
+    vectors, m = gates_gpu.vectors(form, gates, codes)
+    x = Inputs(q, k, v, vectors, codes)
+    o, l, final, states = _forward(form, x, s0, z0, save=True)  # noqa: E741
     l, states = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), (l, states))  # noqa: E741
     kept = o if _needs_dl(form, v) else None
-    return (o, *final), (q, k, v, gates, codes, kept, l, states, s0, z0, gate)
+    constant = form.gated and gates.decay.ndim == 1
+    return (o, *final, None if m is None else m[..., -1]), (x, kept, l, states, s0, z0, gate, constant)
 
 
 def _attend_bwd(form: Form, residuals, cotangents):
-    q, k, v, gates, codes, o, l, states, s0, z0, gate = residuals  # noqa: E741
-    do, ds, dz = present_cotangents(cotangents, v)
-    x, d, parts = Inputs(q, k, v, gates_gpu.vectors(form, gates), codes), Cotangents(do, ds, dz), _parts(v)
+    x, o, l, states, s0, z0, gate, constant = residuals  # noqa: E741
+    heads, key_dim, codes = *x.q.shape[2:], x.codes
+    do, ds, dz, _ = present_cotangents(cotangents, x.v)  # m is held constant
+    d, parts = Cotangents(do, ds, dz), _parts(x.v)
     dl = None
     if o is not None:
         dl = split.cotangent_of_l(form, x, o, l if parts == 1 else split.join(l, parts, 2), do)
     if parts > 1:
         d = split.ends(form, x, l, dl, d, parts)
         x, dl = split.cut_inputs(x, parts), split.cut(dl, parts, 2)
-    d = backward(form, x, l, states, d, gate, dl if v.shape[3] > BLOCK else None)
+    d = backward(form, x, l, states, d, gate, dl if x.v.shape[3] > BLOCK else None)
     if parts > 1:
         d = split.join_gradients(d, parts)
-    dq, dk = (sum_group(x, q.shape[2]) for x in (d.q, d.k))
+    dq, dk = (sum_group(x, heads) for x in (d.q, d.k))
     d_gates = None
-    if gates is not None:
-        d_gates = _gate_gradients(form, d.gates, q.shape[3], parts, gates.shape) if gate else jnp.zeros_like(gates)
+    if gate:
+        channels = key_dim * (2 if form.denominator else 1)
+        decays, others = Decays(ROWS, COLUMNS, WRITES, CHANNELS, channels), (COLUMNS, OWN) if form.write else ()
+        d_decay, *d_write = gates_gpu.gradients(d.gates, parts, codes, decays, others)
+        d_gates = Gates(d_decay.sum((0, 1)) if constant else d_decay, *d_write)
     return dq, dk, d.v, d_gates, None if s0 is None else d.s, None if z0 is None else d.z, None
 
 
@@ -199,18 +199,6 @@ def present_cotangents(cotangents: tuple, v: Array) -> list[Any]:
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
-
-
-def _gate_gradients(form: Form, sums: Array, key_dim: int, parts: int, shape: tuple[int, ...]) -> Array:
-    """From the kernel's sums in parts [V/64, B * P, HV, N / P, ...]; see `gated_linear_attention_gpu_bwd`."""
-    d = sums.sum(0)[..., : CHANNELS * CHUNK + key_dim * (2 if form.denominator else 1)]
-    columns, own = (gates_gpu.vector_of(d, at) for at in (COLUMNS, OWN))
-    found = [gates_gpu.gradient_of_decays(d, ROWS, COLUMNS, WRITES, CHANNELS)]
-    found += [columns + own] if form.write else []
-    found += [jnp.zeros_like(own)] if form.denominator == "max" else []  # of m, which is held constant
-    d = jnp.stack([split.join(x, parts, 2) for x in found], axis=-2)
-    broadcast = tuple(axis for axis in (0, 2) if shape[axis] < d.shape[axis])
-    return d.sum(broadcast, keepdims=True) if broadcast else d
 
 
 def sum_group(x: Array, heads: int) -> Array:

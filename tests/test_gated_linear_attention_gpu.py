@@ -187,13 +187,15 @@ def test_lowers_for_cuda(form, size, all_options, monkeypatch):
         return o.astype(jnp.float32).sum() + (sum(x.sum() for x in jax.tree.leaves(final)) if all_options else 0)
 
     kernels = 2 if form == "channel" else 1  # each way
-    assert kernels_of(loss, args, ids) == kernels
-    assert kernels_of(jax.grad(loss), args, ids) == 2 * kernels
+    gates = {"constant": all_options, "scalar": 1, "mlstm": 2}  # for their vectors; one more for their gradients
+    forward = kernels + gates.get(form, 0)
+    assert kernels_of(loss, args, ids) == forward
+    assert kernels_of(jax.grad(loss), args, ids) == forward + kernels + (form in gates)
 
 
 @pytest.mark.parametrize("form", ("scalar", "channel", "normalize", "mlstm"))
 def test_kept_states_save_the_forward_pass(form, monkeypatch):
-    """Where "chunk_states" are kept for the backward pass, the forward kernels run once."""
+    """Where "chunk_states" are kept for the backward pass, the forward kernels run once; those of gates again."""
     hopper.pretend(monkeypatch)
     op, options = ("mlstm", {}) if form == "mlstm" else ("gated_linear_attention", dict(normalize=form == "normalize"))
     args = arrays(op, form if form in ("scalar", "channel") else "none", 64)
@@ -207,7 +209,8 @@ def test_kept_states_save_the_forward_pass(form, monkeypatch):
         rest = {name: x for name, x in args.items() if name != "v"}
         return jax.lax.scan(lambda v, _: (layer(v, rest), None), args["v"], length=2)[0].astype(jnp.float32).sum()
 
-    assert kernels_of(jax.grad(loss), args) == (4 if form == "channel" else 2)
+    gates = {"scalar": 3, "mlstm": 5}.get(form, 0)  # and for their gradients
+    assert kernels_of(jax.grad(loss), args) == (4 if form == "channel" else 2) + gates
 
 
 @pytest.mark.parametrize("form", ("none", "scalar", "channel", "normalize"))
@@ -221,7 +224,7 @@ def test_parts_lower_for_cuda(form, monkeypatch):
         o, _ = ops.gated_linear_attention(x, x, x, g, normalize=form == "normalize", implementation="pallas")
         return o.astype(jnp.float32).sum()
 
-    assert kernels_of(jax.grad(loss), x, g) == (6 if form == "channel" else 4)
+    assert kernels_of(jax.grad(loss), x, g) == {"channel": 6, "scalar": 5}.get(form, 4)
 
 
 @pytest.mark.parametrize(
