@@ -13,9 +13,9 @@ with ~ for "times the decays". For the gate each row i gets, in float32 and with
 
     rows_i = sum_j E_ij + reads_i ;  columns_j = sum_i E_ij
 
-(reads = q.dQ + k.dK through S), writes = k.dK through dS', and each channel k keep (S dS'^T)_kk. As in family A,
-dg_t = sum_(i >= t) (rows - columns)_i + sum_(i < t) writes_i + sum(channels). All is a sum over the programs that
-share a head.
+(reads = q.dQ + k.dK through S), writes = k.dK through dS', and each channel k kept_k = keep (S dS'^T)_kk. As in family
+A, dg_t = sum_(i >= t) (rows - columns)_i + sum_(i < t) writes_i + sum_k kept_k, and `kept` is added to rows and writes.
+All is a sum over the programs that share a head.
 
 A chunk is six links of products, of which those of a link are in flight together: Q K^T and K dS'; K S and dU; U and Y;
 dP, dA, Q K^T again and K K^T (at K = 128 with a gate a link of its own: too many registers); what dQ and dK get through
@@ -60,13 +60,13 @@ from jaxlin.kernels.tile_gpu_sums import SUMS, column_sums
 
 STAGES = 2
 """Chunks in flight."""
-BETA, ROWS, WRITES, COLUMNS, CHANNELS = range(5)
-"""The vectors [C] that come out, all but the first only for gates; the last is of channels, [K]."""
+BETA, ROWS, WRITES, COLUMNS = range(4)
+"""The vectors [C] that come out, all but the first only for gates."""
 
 
 class Gradients(NamedTuple):
     """dq, dk for each value head and program of it [B, T, HV * V/K, K]; dv [B, T, HV, V]; vectors
-    [V/64, B, HV, N, C or 4 C + K]; of the initial S."""
+    [V/64, B, HV, N, C or 4 C]; of the initial S."""
 
     q: Array
     k: Array
@@ -83,7 +83,7 @@ def backward(form: Form, x: Inputs, states: Array, t: Array, do: Array, ds: Arra
     batch, time, _, key_dim = x.q.shape
     heads, value_dim = x.v.shape[2:]
     chunks, team, programs = time // CHUNK, key_dim // CHUNK, value_dim // key_dim
-    size = 4 * CHUNK + key_dim if gate else CHUNK
+    size = 4 * CHUNK if gate else CHUNK
     flat = present(q=x.q, k=x.k, v=x.v, vectors=x.vectors, codes=x.codes, do=do, states=states, t=t, ds=ds)
     shape, f32 = jax.ShapeDtypeStruct, jnp.float32
     out = dict(
@@ -153,8 +153,8 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
 
         state, d_state = functools.partial(own.state, slot=slot, here=here), functools.partial(own.d_state, here=here)
 
-        def made_vector(row, at=0):
-            return buffer["made"].at[me + here, pl.ds((row + at) * CHUNK, CHUNK)]
+        def made_vector(row):
+            return buffer["made"].at[me + here, pl.ds(row * CHUNK, CHUNK)]
 
         d = decays(form, buffer, slot)
         beta = beta_of(form, buffer, slot)
@@ -236,11 +236,10 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         dk, dk_read, dq = dots(written, reading, read_do, last=alone)
         dk = by_row(d.leave, dk)
         if gate:
-            made_vector(WRITES)[...] = jnp.sum(gpu.load(own_k) * dk, 1)
+            kept = d.keep * sum(jnp.sum(gpu.load(state(c, me)) * ds[c], 1) for c in team)
+            made_vector(WRITES)[...] = jnp.sum(gpu.load(own_k) * dk, 1) + kept
             by_rows += jnp.sum(gpu.load(own_k) * dk_read, 1) + jnp.sum(gpu.load(own_q) * dq, 1)
-            made_vector(ROWS)[...] = by_rows
-            for c in team:
-                made_vector(CHANNELS, c)[...] = d.keep * jnp.sum(gpu.load(state(c, me)) * ds[c], 1)
+            made_vector(ROWS)[...] = by_rows + kept
         dk += dk_read
         if alone:
             put_da()

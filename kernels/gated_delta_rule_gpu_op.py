@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlin.kernels import chunk, gates_gpu, recurrent_gpu_step, recurrent_step
 from jaxlin.kernels import gated_delta_rule_gpu_split as split
-from jaxlin.kernels.gated_delta_rule_gpu_bwd import BETA, CHANNELS, COLUMNS, ROWS, WRITES, backward
+from jaxlin.kernels.gated_delta_rule_gpu_bwd import BETA, COLUMNS, ROWS, WRITES, backward
 from jaxlin.kernels.gated_delta_rule_gpu_channel_op import delta_rule as delta_rule_by_channel
 from jaxlin.kernels.gated_delta_rule_gpu_fwd import forward
 from jaxlin.kernels.gated_delta_rule_gpu_intra import intra
@@ -80,7 +80,7 @@ def _delta_rule_fwd(form: Form, *primals):
 
 def _delta_rule_bwd(form: Form, residuals, cotangents):
     x, states, t, maps, fresh, gate = residuals
-    heads, key_dim, codes = *x.q.shape[2:], x.codes
+    heads, codes = x.q.shape[2], x.codes
     do, ds = present_cotangents(cotangents, x.v)
     parts = _parts(x.v)
     if parts > 1:
@@ -90,7 +90,7 @@ def _delta_rule_bwd(form: Form, residuals, cotangents):
     if parts > 1:
         d = split.join_gradients(d, parts)
     dq, dk = (sum_group(x, heads) for x in (d.q, d.k))
-    decays = Decays(ROWS, COLUMNS, WRITES, CHANNELS, key_dim) if gate else None
+    decays = Decays(ROWS, COLUMNS, WRITES) if gate else None
     *d_decay, d_beta = gates_gpu.gradients(d.vectors, parts, codes, decays, (BETA,))
     return dq, dk, d.v, Gates(*d_decay, beta=d_beta), None if fresh else d.s, None
 

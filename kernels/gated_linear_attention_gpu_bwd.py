@@ -15,13 +15,14 @@ so neither o nor n is read. Where V has several blocks all is a sum over them, d
 comes in. For the gates each row i gets, in float32,
 
     rows_i = sum_j E_ij + reads_i     (strictly lower part of E; reads = q.dQ and writes = k.dK of the state)
-    columns_j = sum_i E_ij ;  own_j = E_jj + writes_j
+    columns_j = sum_i E_ij ;  own_j = E_jj + writes_j ;  kept_k = keep ((S dS'^T)_kk + z_k dz'_k)
 
-and each channel k keep ((S dS'^T)_kk + z_k dz'_k), from which the caller takes dw = columns + own and
+from which the caller takes dw = columns + own and
 
-    dg_t = sum_(i >= t) (rows - columns)_i + sum_(i < t) writes_i + sum(channels) .
+    dg_t = sum_(i >= t) (rows - columns)_i + sum_(i < t) writes_i + sum_k kept_k .
 
-(All writes less those of i >= t would be the same, but where gates are strong nothing would be left of it.)
+(All writes less those of i >= t would be the same, but where gates are strong nothing would be left of it.) `kept` is
+added to rows and to writes, 64 channels to the 64 tokens: each token gets all of it through one or the other.
 
 Budget at K = V = 64: dS, P (or E), A and one product are alive at once, 128 registers a thread and pieces of tiles, in
 the 255 there are; at K = 128 another 32. Shared memory: q, k, v, do, S of 8 KB in 2 stages, with dq, dk, dv written
@@ -56,13 +57,13 @@ from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
 )
 from jaxlin.kernels.mosaic_gpu import BLOCK, dot
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK, by_row, columns, rows
-from jaxlin.kernels.tile_gpu_keys import key_rows, load_state, member_of, over, store_state
+from jaxlin.kernels.tile_gpu_keys import load_state, member_of, over, store_state
 from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 from jaxlin.kernels.tile_gpu_sums import SUMS, column_sums
 
 STAGES = 2
-ROWS, WRITES, COLUMNS, OWN, CHANNELS = range(5)
-"""The vectors [C] of what is made for gates; from the last on there are [K] for the channels, then for those of z."""
+ROWS, WRITES, COLUMNS, OWN = range(4)
+"""The vectors [C] of what is made for gates."""
 
 
 class Cotangents(NamedTuple):
@@ -75,7 +76,7 @@ class Cotangents(NamedTuple):
 
 class Gradients(NamedTuple):
     """dq, dk for each value head and program of it [B, T, HV * V/K, K]; dv [B, T, HV, V]; of gates
-    [V/64, B, HV, N, 4 C + 2 K] (None if not asked for; the last K only with a denominator); of the initial S and z."""
+    [V/64, B, HV, N, 4 C] (None if not asked for); of the initial S and z."""
 
     q: Array
     k: Array
@@ -118,7 +119,7 @@ def backward(
     if summed:
         out |= dict(z=shape((batch, heads * programs, key_dim), f32))
     if gate:
-        out |= dict(gates=shape((value_dim // BLOCK, batch, heads, chunks, 4 * CHUNK + 2 * key_dim), f32))
+        out |= dict(gates=shape((value_dim // BLOCK, batch, heads, chunks, 4 * CHUNK), f32))
     copies = 4 * team + (x.vectors is not None) + (x.codes is not None) + 2 * summed + (dl is not None)
     scratch = dict(
         **{name: gpu.tile(team, STAGES, CHUNK, CHUNK) for name in ("q", "k", "v", "do")},
@@ -137,7 +138,7 @@ def backward(
     if summed:
         scratch |= dict(l_dl=gpu.vector(2, STAGES, CHUNK), zs=gpu.vector(STAGES, key_dim), dz=gpu.vector(key_dim))
     if gate:
-        scratch |= dict(gates=gpu.vector(team, 4 * CHUNK + 2 * key_dim))
+        scratch |= dict(gates=gpu.vector(team, 4 * CHUNK))
 
     def gated_linear_attention_bwd(index, inputs, outputs, buffers):
         given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
@@ -176,8 +177,8 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
 
         state, d_state = functools.partial(own.state, slot=slot, here=here), functools.partial(own.d_state, here=here)
 
-        def made_gates(row, at=0):
-            return buffer["gates"].at[me + here, pl.ds((row + at) * CHUNK, CHUNK)]
+        def made_gates(row):
+            return buffer["gates"].at[me + here, pl.ds(row * CHUNK, CHUNK)]
 
         d = decays(form, buffer, slot)
         if form.segments:
@@ -223,7 +224,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         own.meet()
         gpu.wait_out(0)
         refill()
-        by_rows = writes = diagonal = strict = None
+        by_rows = writes = diagonal = strict = kept = None
         if gate:
             i, j = registers.indices()
             e = a * p
@@ -242,8 +243,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         if not alone:
             gpu.arrived(buffer["late"])
         if gate:
-            for c in team:
-                made_gates(CHANNELS, c)[...] = d.keep * jnp.sum(gpu.load(state(c, me)) * ds[c], 1)
+            kept = d.keep * sum(jnp.sum(gpu.load(state(c, me)) * ds[c], 1) for c in team)
         new = tuple(dot(q[c], p_tile, d.keep * ds[c], ta=True) for c in team)
 
         # of the own keys: dq, dk, dz
@@ -261,7 +261,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         if gate:
             by_rows += jnp.sum(gpu.load(own_q) * dq, 1)
         if gate and summed:
-            made_gates(CHANNELS + len(team), me)[...] = d.keep * z * dz
+            kept += d.keep * gpu.load_rows(buffer["zs"].at[slot, keys]) * gpu.load_rows(buffer["dz"].at[keys])
         dq = stored(d, dot(a_tile, own_k, dq))
         if summed:
             gpu.commit()
@@ -273,9 +273,9 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         own_q[...], own_k[...], own_v[...] = dq, dk, dv
         pl.when(n > 0)(lambda: own.fetch_states(given["states"].at[b, h, n - 1]))
         if gate:
-            made_gates(ROWS)[...] = by_rows
+            made_gates(ROWS)[...] = by_rows + kept
             made_gates(OWN)[...] = diagonal + writes
-            made_gates(WRITES)[...] = writes
+            made_gates(WRITES)[...] = writes + kept
         part = gpu.chunk_rows(n)
         copies = [(x, made[name].at[b, part, row, keys]) for x, name in ((own_q, "q"), (own_k, "k"))]
         copies += [(own_v, made["v"].at[b, part, h, values])]
@@ -295,8 +295,6 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         buffer["dz"].at[keys][...] = start
     if "dl" in given:
         shared.append((lambda n: given["dl"].at[b, row, n], buffer["l_dl"].at[1]))
-    if gate and summed and not alone:  # what the other has of z
-        buffer["gates"].at[me, key_rows(CHANNELS + len(team) + 1 - me)][...] = registers.zero_columns(CHUNK)
     if alone:
         shared.append((lambda n: given["states"].at[b, h, n, :, values], buffer["states"].at[0, 0]))
     parts += [(*source, first) for source in shared]

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlin.kernels import chunk, gates_gpu, recurrent_gpu_step, recurrent_step
 from jaxlin.kernels import gated_linear_attention_gpu_split as split
-from jaxlin.kernels.gated_linear_attention_gpu_bwd import CHANNELS, COLUMNS, OWN, ROWS, WRITES, Cotangents, backward
+from jaxlin.kernels.gated_linear_attention_gpu_bwd import COLUMNS, OWN, ROWS, WRITES, Cotangents, backward
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import (
     ENTER,
     KEEP,
@@ -125,7 +125,7 @@ def fill(x: Array, amounts: tuple[int, ...]) -> Array:
 def _attend(form: Form, q, k, v, gates, s0, z0, codes):
     vectors, m = gates_gpu.vectors(form, gates, codes)
     o, _, final, _ = _forward(form, Inputs(q, k, v, vectors, codes), s0, z0, save=False)
-    return o, *final, None if m is None else m[..., -1]
+    return o, *final, m
 
 
 def _attend_fwd(form: Form, *primals):
@@ -137,12 +137,12 @@ def _attend_fwd(form: Form, *primals):
     l, states = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), (l, states))  # noqa: E741
     kept = o if _needs_dl(form, v) else None
     constant = form.gated and gates.decay.ndim == 1
-    return (o, *final, None if m is None else m[..., -1]), (x, kept, l, states, s0, z0, gate, constant)
+    return (o, *final, m), (x, kept, l, states, s0, z0, gate, constant)
 
 
 def _attend_bwd(form: Form, residuals, cotangents):
     x, o, l, states, s0, z0, gate, constant = residuals  # noqa: E741
-    heads, key_dim, codes = *x.q.shape[2:], x.codes
+    heads, codes = x.q.shape[2], x.codes
     do, ds, dz, _ = present_cotangents(cotangents, x.v)  # m is held constant
     d, parts = Cotangents(do, ds, dz), _parts(x.v)
     dl = None
@@ -157,8 +157,7 @@ def _attend_bwd(form: Form, residuals, cotangents):
     dq, dk = (sum_group(x, heads) for x in (d.q, d.k))
     d_gates = None
     if gate:
-        channels = key_dim * (2 if form.denominator else 1)
-        decays, others = Decays(ROWS, COLUMNS, WRITES, CHANNELS, channels), (COLUMNS, OWN) if form.write else ()
+        decays, others = Decays(ROWS, COLUMNS, WRITES), (COLUMNS, OWN) if form.write else ()
         d_decay, *d_write = gates_gpu.gradients(d.gates, parts, codes, decays, others)
         d_gates = Gates(d_decay.sum((0, 1)) if constant else d_decay, *d_write)
     return dq, dk, d.v, d_gates, None if s0 is None else d.s, None if z0 is None else d.z, None

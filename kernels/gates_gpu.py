@@ -1,17 +1,18 @@
 """Gates per head on Hopper, around the kernels: as the vectors that those read, and their gradients, a kernel each way.
 
-A thread has one chunk of one head, 64 tokens in registers. What is read and written is small, but XLA made a dozen
-kernels of it, which took up to half as long as those of the recurrence.
+A chunk of a head belongs to four threads, 16 tokens in the registers of each. What is read and written is small, but
+XLA made a dozen kernels of it, which took up to half as long as those of the recurrence.
 
-The mLSTM's stabilizer m_t = max(log f_t + m_{t-1}, i_t), 0 before a new segment, is a map m -> max(a + m, l) of each
-chunk: a first kernel finds a and l, and a thread of the second goes through those before its own. Its gates are
-log f_t + m_{t-1} - m_t and i_t - m_t.
+The mLSTM's stabilizer m_t = max(log f_t + m_{t-1}, i_t), 0 before a new segment, is a map m -> max(a + m, l) over any
+stretch of tokens: a first kernel finds a and l of all chunks, and a thread of the second goes through those before its
+own. Its gates are log f_t + m_{t-1} - m_t and i_t - m_t.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,12 @@ from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 from jaxlin.kernels.tile_gpu_threads import THREADS, give, take, thread_numbers
 
 LOG2_E = 1 / math.log(2)
+SHARE = 4
+"""Threads that have a chunk of a head."""
+TOKENS = CHUNK // SHARE
+"""A thread's."""
+AT_ONCE = 32
+"""Chunks whose maps a thread reads at once."""
 
 
 class Gates(NamedTuple):
@@ -47,17 +54,15 @@ class Gates(NamedTuple):
 
 
 class Decays(NamedTuple):
-    """Where a kernel's sums of a chunk have what log decays get: vectors [C] by number, channels behind the last."""
+    """Which of the vectors that a kernel sums in a chunk are for log decays."""
 
     rows: int
     columns: int
     writes: int
-    channels: int
-    count: int  # of the channels
 
 
 def vectors(form: Form, gates: Gates, codes: Array | None, parts: int = 1) -> tuple[Array | None, Array | None]:
-    """What the kernels read, [1|B * P, HV, 1|N / P, R, C] of P parts; the mLSTM's m at the ends of chunks [B, HV, N].
+    """What the kernels read, [1|B * P, HV, 1|N / P, R, C] of P parts; and the mLSTM's final m [B, HV].
 
     b, b - w, log2 of the least denominator e^-m, beta; the first three in powers of two. Gates are of whole chunks, and
     0 where they are padding by `codes` [B, N, C].
@@ -68,175 +73,113 @@ def vectors(form: Form, gates: Gates, codes: Array | None, parts: int = 1) -> tu
         tokens = jnp.arange(1, CHUNK + 1, dtype=jnp.float32)
         return _base_two(gates.decay)[None, :, None, None, None] * tokens, None
     batch, time, heads = next(x.shape for x in gates if x is not None)
-    chunks = time // CHUNK
-    flat = {name: x.reshape(-1) for name, x in present(**gates._asdict(), codes=codes).items()}
-    if form.denominator == "max":
-        flat |= dict(zip(("sums", "least"), _stabilizers(flat, batch, chunks, heads), strict=True))
+    size, stabilized = (batch, time // CHUNK, heads), form.denominator == "max"
+    given = present(**gates._asdict(), codes=codes)
+    if stabilized:
+        given |= dict(zip(("a", "least"), _maps_of_chunks(given, size), strict=True))
 
-    def gate_vectors(index, inputs, outputs, _):
-        given, at = dict(zip(flat, inputs, strict=True)), _Place.of(index[0], batch, chunks, heads)
-        codes = at.codes(given)
-        tokens = {name: at.tokens(given[name]) for name in ("decay", "write", "beta") if name in given}
-        if form.denominator == "max":
-            tokens, m = _stabilized(tokens, at.m(given), codes)
-            give(outputs[1], at.of_head() * chunks + at.chunk, [m])
+    def gate_vectors(at: _Thread, out: list[gpu.Ref]) -> None:
+        tokens, codes = {name: at.tokens(name) for name in ("decay", "write", "beta") if name in given}, at.codes()
+        if stabilized:
+            m = at.m_before(_map(tokens, at.starts(codes), codes))
+            tokens, m = _stabilized(tokens, m, at.starts(codes), codes)
+            give(out[1], at.chunk_of_head() * SHARE + at.part, [m])
         tokens = {name: _masked(x, codes) for name, x in tokens.items()}
         made = []
         if form.gated:
-            made.append(_running_sums([_base_two(x) for x in tokens["decay"]]))
+            made.append(at.running_sums([_base_two(x) for x in tokens["decay"]]))
         if form.write:
             made.append([b - _base_two(w) for b, w in zip(made[0], tokens["write"], strict=True)])
-        if form.denominator == "max":
+        if stabilized:
             made.append([-LOG2_E * m for m in tokens["m"]])
         if form.beta:
             made.append(tokens["beta"])
-        give(outputs[0], at.in_parts(parts) * (form.vectors * CHUNK), list(itertools.chain(*made)))
+        for r, x in enumerate(made):
+            give(out[0], at.vector(parts, form.vectors, r), x)
 
+    batch, chunks, heads = size
     shapes = [(batch * parts, heads, chunks // parts, form.vectors, CHUNK)]
-    shapes += [(batch, heads, chunks)] if form.denominator == "max" else []
-    out = [jax.ShapeDtypeStruct((math.prod(shape),), jnp.float32) for shape in shapes]
-    found = gpu.launch(gate_vectors, list(flat.values()), out, _grid(batch, chunks, heads))
-    found = [x.reshape(shape) for x, shape in zip(found, shapes, strict=True)]
-    return found[0], found[1] if len(found) > 1 else None
+    shapes += [(batch, heads, chunks * SHARE)] if stabilized else []
+    found = _launch(gate_vectors, given, shapes, size)
+    return found[0], found[1][..., -1] if stabilized else None
 
 
 def gradients(
     sums: Array, parts: int, codes: Array | None, decays: Decays | None, others: tuple[int, ...] = ()
 ) -> list[Array]:
-    """What gates [B, T, HV] get from what a kernel sums in a chunk, [several, B * P, HV, N / P, ...], of P parts.
+    """What gates [B, T, HV] get from what a kernel sums in a chunk, [several, B * P, HV, N / P, R * C], of P parts.
 
-    First log decays, if asked for: at each token the rows less the columns from it on, the writes before it, and all
-    channels. Then, if any, the sum of the vectors `others`.
+    First log decays, if asked for: at each token the rows less the columns from it on, and the writes before it. Then,
+    if any are named, the sum of the vectors `others`.
     """
-    several, batch, heads, chunks, size = sums.shape
-    block, batch, chunks = sums.size // several, batch // parts, chunks * parts
-    flat = {name: x.reshape(-1) for name, x in present(sums=sums, codes=codes).items()}
+    several, batch, heads, chunks, width = sums.shape
+    size, block = (batch // parts, chunks * parts, heads), sums.size // several
 
-    def gate_gradients(index, inputs, outputs, _):
-        given, at = dict(zip(flat, inputs, strict=True)), _Place.of(index[0], batch, chunks, heads)
-        own = at.in_parts(parts) * size
-
+    def gate_gradients(at: _Thread, out: list[gpu.Ref]) -> None:
         def vector(number):
-            found = (take(given["sums"], own + (w * block + number * CHUNK), CHUNK) for w in range(several))
-            return [_sum(x) for x in zip(*found, strict=True)]
+            first = at.vector(parts, width // CHUNK, number)
+            return _each_sum(take(at.given["sums"], first + w * block, TOKENS) for w in range(several))
 
         made = []
         if decays is not None:
             through = [r - c for r, c in zip(vector(decays.rows), vector(decays.columns), strict=True)]
-            later = _running_sums(through[::-1])[::-1]
-            earlier = [None, *_running_sums(vector(decays.writes))[:-1]]
-            channels = _sum([_sum(vector(decays.channels + n)) for n in range(decays.count // CHUNK)])
-            made.append([_sum([channels, x] + ([] if y is None else [y])) for x, y in zip(later, earlier, strict=True)])
+            later, earlier = at.running_sums(through, onward=True), at.sums_before(vector(decays.writes))
+            made.append(_each_sum((later, earlier)))
         if others:
-            made.append([_sum(x) for x in zip(*map(vector, others), strict=True)])
-        for x, ref in zip(made, outputs, strict=True):
-            give(ref, at.token(), _masked(x, at.codes(given)), heads)
+            made.append(_each_sum(map(vector, others)))
+        for x, ref in zip(made, out, strict=True):
+            give(ref, at.token(), _masked(x, at.codes()), heads)
 
-    shape = batch, chunks * CHUNK, heads
-    out = [jax.ShapeDtypeStruct((math.prod(shape),), jnp.float32)] * ((decays is not None) + bool(others))
-    found = gpu.launch(gate_gradients, list(flat.values()), out, _grid(batch, chunks, heads))
-    return [x.reshape(shape) for x in found]
-
-
-# ---- a thread's part ----
-
-
-class _Place(NamedTuple):
-    """The batch, chunk and head of each thread, [THREADS] int32 of each, and the numbers of chunks and heads."""
-
-    batch: Array
-    chunk: Array
-    head: Array
-    chunks: int
-    heads: int
-
-    @classmethod
-    def of(cls, program: Array, batch: int, chunks: int, heads: int) -> _Place:
-        """Threads next to each other have heads next to each other; those left over do what the last one does."""
-        number = jnp.minimum(thread_numbers() + program * THREADS, batch * chunks * heads - 1)
-        row = lax.div(number, jnp.int32(heads))
-        return cls(
-            lax.div(row, jnp.int32(chunks)), lax.rem(row, jnp.int32(chunks)), lax.rem(number, jnp.int32(heads)),
-            chunks, heads,
-        )  # fmt: skip
-
-    def token(self) -> Array:
-        """Where the chunk's first token is in [B, T, HV]; the next is HV further on."""
-        return (self.batch * self.chunks + self.chunk) * (CHUNK * self.heads) + self.head
-
-    def tokens(self, ref: gpu.Ref) -> list[Array]:
-        """Those of the chunk, of an array [B, T, HV]."""
-        return take(ref, self.token(), CHUNK, self.heads)
-
-    def codes(self, given: dict) -> list[Array] | None:
-        """The segment codes of the chunk's tokens, if there are any."""
-        first = (self.batch * self.chunks + self.chunk) * CHUNK
-        return take(given["codes"], first, CHUNK) if "codes" in given else None
-
-    def in_parts(self, parts: int) -> Array:
-        """Where the chunk is in [B * P, HV, N / P]."""
-        each = self.chunks // parts
-        row = self.batch * parts + lax.div(self.chunk, jnp.int32(each))
-        return (row * self.heads + self.head) * each + lax.rem(self.chunk, jnp.int32(each))
-
-    def of_head(self) -> Array:
-        """Where the head is in [B, HV]."""
-        return self.batch * self.heads + self.head
-
-    def m(self, given: dict) -> Array:
-        """The stabilizer before the chunk's first token, by way of all chunks before."""
-        together = min(AT_ONCE, self.chunks)
-        own = self.of_head() * _whole(self.chunks)
-
-        def some(step, m):
-            maps = (take(given[name], own + step * together, together) for name in ("sums", "least"))
-            for n, (a, least) in enumerate(zip(*maps, strict=True)):
-                m = jnp.where(step * together + n < self.chunk, jnp.maximum(a + m, least), m)
-            return m
-
-        (m,) = take(given["m"], self.of_head(), 1)
-        return lax.fori_loop(jnp.int32(0), jnp.int32(_whole(self.chunks) // together), some, m)
+    shapes = [(batch // parts, size[1] * CHUNK, heads)] * ((decays is not None) + bool(others))
+    return _launch(gate_gradients, present(sums=sums, codes=codes), shapes, size)
 
 
 # ---- the mLSTM's stabilizer ----
 
-AT_ONCE = 32
-"""Chunks whose maps a thread reads at once."""
+
+def _maps_of_chunks(given: dict[str, Array], size: tuple[int, int, int]) -> list[Array]:
+    """a and l of all chunks, [B, HV, `_room`(N)] of each, from log f, i and segment codes."""
+    batch, chunks, heads = size
+
+    def gate_maps(at: _Thread, out: list[gpu.Ref]) -> None:
+        codes = at.codes()
+        tokens = {name: at.tokens(name) for name in ("decay", "write")}
+        maps = zip(*at.of_all(*_map(tokens, at.starts(codes), codes)), strict=True)
+        a, least = next(maps)
+        for more, i in maps:
+            a, least = a + more, jnp.maximum(least + more, i)
+        for ref, x in zip(out, (a, least), strict=True):
+            give(ref, at.head_of_all() * _room(chunks) + at.chunk, [x])
+
+    given = {name: given[name] for name in ("decay", "write", "codes") if name in given}
+    return _launch(gate_maps, given, [(batch, heads, _room(chunks))] * 2, size)
 
 
-def _whole(chunks: int) -> int:
-    """Room for the maps of so many chunks."""
+def _room(chunks: int) -> int:
+    """For the maps of so many chunks, read several at once."""
     together = min(AT_ONCE, chunks)
     return -(-chunks // together) * together
 
 
-def _stabilizers(flat: dict[str, Array], batch: int, chunks: int, heads: int) -> list[Array]:
-    """a and l of all chunks, [B * HV * `_whole`(N)] of each, from log f, i and segment codes."""
-    flat = {name: flat[name] for name in ("decay", "write", "codes") if name in flat}
-
-    def gate_stabilizers(index, inputs, outputs, _):
-        given, at = dict(zip(flat, inputs, strict=True)), _Place.of(index[0], batch, chunks, heads)
-        codes = at.codes(given)
-        a = least = None
-        for t, (log_f, i) in enumerate(zip(*(at.tokens(given[name]) for name in ("decay", "write")), strict=True)):
-            decay = log_f
-            if codes is not None:
-                starts, valid = _starts(codes, t), _valid(codes[t])
-                decay = jnp.where(starts, -jnp.inf, jnp.where(valid, log_f, 0.0))
-                i = jnp.where(starts, jnp.maximum(log_f, i), jnp.where(valid, i, -jnp.inf))
-            a, least = (decay, i) if a is None else (a + decay, jnp.maximum(least + decay, i))
-        for ref, x in zip(outputs, (a, least), strict=True):
-            give(ref, at.of_head() * _whole(chunks) + at.chunk, [x])
-
-    out = [jax.ShapeDtypeStruct((batch * heads * _whole(chunks),), jnp.float32)] * 2
-    return gpu.launch(gate_stabilizers, list(flat.values()), out, _grid(batch, chunks, heads))
+def _map(tokens: dict[str, list[Array]], starts: list[Array], codes: list[Array] | None) -> tuple[Array, Array]:
+    """a and l of a thread's tokens."""
+    a = least = None
+    for t, (log_f, i) in enumerate(zip(tokens["decay"], tokens["write"], strict=True)):
+        if codes is not None:
+            valid = _valid(codes[t])
+            i = jnp.where(starts[t], jnp.maximum(log_f, i), jnp.where(valid, i, -jnp.inf))
+            log_f = jnp.where(starts[t], -jnp.inf, jnp.where(valid, log_f, 0.0))
+        a, least = (log_f, i) if a is None else (a + log_f, jnp.maximum(least + log_f, i))
+    return a, least
 
 
-def _stabilized(tokens: dict[str, list[Array]], m: Array, codes: list[Array] | None) -> tuple[dict, Array]:
-    """log f, i and m of a chunk's tokens, in units of m; and the last m."""
+def _stabilized(
+    tokens: dict[str, list[Array]], m: Array, starts: list[Array], codes: list[Array] | None
+) -> tuple[dict[str, list[Array]], Array]:
+    """log f and i of a thread's tokens in units of m, and m; and the last m."""
     found: dict[str, list[Array]] = dict(decay=[], write=[], m=[])
     for t, (log_f, i) in enumerate(zip(tokens["decay"], tokens["write"], strict=True)):
-        before = m if codes is None else jnp.where(_starts(codes, t), 0.0, m)
+        before = m if codes is None else jnp.where(starts[t], 0.0, m)
         new = jnp.maximum(log_f + before, i)
         m = new if codes is None else jnp.where(_valid(codes[t]), new, m)
         for name, x in dict(decay=log_f + before - m, write=i - m, m=m).items():
@@ -244,14 +187,126 @@ def _stabilized(tokens: dict[str, list[Array]], m: Array, codes: list[Array] | N
     return found, m
 
 
-def _starts(codes: list[Array], t: int) -> Array:
-    """Whether a chunk's token t begins a new segment."""
-    if t == 0:
-        return lax.bitwise_and(codes[0], ENTER) == 0
-    return lax.bitwise_xor(codes[t], codes[t - 1]) >= RUN
+# ---- a thread ----
+
+
+class _Thread:
+    """A thread's batch, chunk, head and part of the chunk: [THREADS] of each, as all numbers here are.
+
+    Those of a chunk lie side by side, then those of the next head. Threads left over do what the last chunk's do.
+    """
+
+    def __init__(self, program: Array, given: dict[str, gpu.Ref], exchange: gpu.Ref, size: tuple[int, int, int]):
+        batch, self.chunks, self.heads = size
+        self.given, self._exchange, self._exchanged = given, exchange, 0
+        number, self.part = (f(thread_numbers(), jnp.int32(SHARE)) for f in (lax.div, lax.rem))
+        number = jnp.minimum(program * (THREADS // SHARE) + number, batch * self.chunks * self.heads - 1)
+        row, self.head = (f(number, jnp.int32(self.heads)) for f in (lax.div, lax.rem))
+        self.batch, self.chunk = (f(row, jnp.int32(self.chunks)) for f in (lax.div, lax.rem))
+
+    def _row(self) -> Array:
+        """Where the first token is in [B, T]."""
+        return (self.batch * self.chunks + self.chunk) * CHUNK + self.part * TOKENS
+
+    def token(self) -> Array:
+        """Where the first token is in [B, T, HV]; the next is HV further on."""
+        return self._row() * self.heads + self.head
+
+    def head_of_all(self) -> Array:
+        """Where the head is in [B, HV]."""
+        return self.batch * self.heads + self.head
+
+    def chunk_of_head(self) -> Array:
+        """Where the chunk is in [B, HV, N]."""
+        return self.head_of_all() * self.chunks + self.chunk
+
+    def vector(self, parts: int, vectors: int, number: int) -> Array:
+        """Where the first token is in [B * P, HV, N / P, R, C], of vector `number` of R."""
+        each = jnp.int32(self.chunks // parts)
+        row = self.batch * parts + lax.div(self.chunk, each)
+        chunk = (row * self.heads + self.head) * each + lax.rem(self.chunk, each)
+        return (chunk * vectors + number) * CHUNK + self.part * TOKENS
+
+    def tokens(self, name: str) -> list[Array]:
+        """Those of an array [B, T, HV]."""
+        return take(self.given[name], self.token(), TOKENS, self.heads)
+
+    def codes(self) -> list[Array] | None:
+        """The tokens' segment codes, if there are any."""
+        return take(self.given["codes"], self._row(), TOKENS) if "codes" in self.given else None
+
+    def starts(self, codes: list[Array] | None) -> list[Array]:
+        """Whether each token begins a new segment; nothing without segments."""
+        if codes is None:
+            return []
+        (before,) = take(self.given["codes"], jnp.maximum(self._row() - 1, 0), 1)
+        starts = [lax.bitwise_xor(x, y) >= RUN for x, y in itertools.pairwise((before, *codes))]
+        first = jnp.where(self.part == 0, lax.bitwise_and(codes[0], ENTER) == 0, starts[0])
+        return [first, *starts[1:]]
+
+    def of_all(self, *own: Array) -> list[list[Array]]:
+        """Each number as the chunk's threads have it, in the order of their tokens."""
+        places = [(self._exchanged + n) * THREADS for n in range(len(own))]
+        self._exchanged += len(own)
+        for place, x in zip(places, own, strict=True):
+            give(self._exchange, thread_numbers() + place, [x])
+        gpu.commit()
+        return [take(self._exchange, thread_numbers() - self.part + place, SHARE) for place in places]
+
+    def running_sums(self, x: list[Array], onward: bool = False) -> list[Array]:
+        """At each token the sum of the chunk's up to it, or from it on."""
+        sums = _running_sums(x[::-1])[::-1] if onward else _running_sums(x)
+        others = self._others(sums[0 if onward else -1], lambda n: self.part < n if onward else self.part > n)
+        return [y + others for y in sums]
+
+    def sums_before(self, x: list[Array]) -> list[Array]:
+        """At each token the sum of the chunk's before it."""
+        *sums, total = _running_sums(x)
+        others = self._others(total, lambda n: self.part > n)
+        return [others, *(y + others for y in sums)]
+
+    def _others(self, total: Array, which: Callable[[int], Array]) -> Array:
+        """The sum of the totals that those of the chunk's threads have which are asked for."""
+        (totals,) = self.of_all(total)
+        return _sum([jnp.where(which(n), x, 0.0) for n, x in enumerate(totals)])
+
+    def m_before(self, own: tuple[Array, Array]) -> Array:
+        """The stabilizer before the first token, by way of all chunks before and the maps of the chunk's threads."""
+        together, room = min(AT_ONCE, self.chunks), _room(self.chunks)
+        first = self.head_of_all() * room
+
+        def some(step, m):
+            maps = (take(self.given[name], first + step * together, together) for name in ("a", "least"))
+            for n, (a, least) in enumerate(zip(*maps, strict=True)):
+                m = jnp.where(step * together + n < self.chunk, jnp.maximum(a + m, least), m)
+            return m
+
+        (m,) = take(self.given["m"], self.head_of_all(), 1)
+        m = lax.fori_loop(jnp.int32(0), jnp.int32(room // together), some, m)
+        for n, (a, least) in enumerate(zip(*self.of_all(*own), strict=True)):
+            m = jnp.where(self.part > n, jnp.maximum(a + m, least), m)
+        return m
+
+
+def _launch(body: Callable, given: dict[str, Array], shapes: list[tuple], size: tuple[int, int, int]) -> list[Array]:
+    """Float32 arrays of these shapes, made by body(thread, flat outputs) for all of (B, N, HV)."""
+
+    def run(index, inputs, outputs, buffers):
+        body(_Thread(index[0], dict(zip(given, inputs, strict=True)), buffers[0], size), outputs)
+
+    run.__name__ = body.__name__
+    out = [jax.ShapeDtypeStruct((math.prod(shape),), jnp.float32) for shape in shapes]
+    flat, exchange = [x.reshape(-1) for x in given.values()], gpu.vector(3 * THREADS)
+    found = gpu.launch(run, flat, out, (-(-math.prod(size) * SHARE // THREADS),), [exchange])
+    return [x.reshape(shape) for x, shape in zip(found, shapes, strict=True)]
 
 
 # ---- numbers ----
+
+
+def _base_two(gate: Array) -> Array:
+    """A log gate in powers of two."""
+    return LOG2_E * jnp.maximum(gate, MIN_GATE)
 
 
 def _valid(code: Array) -> Array:
@@ -265,23 +320,19 @@ def _masked(tokens: list[Array], codes: list[Array] | None) -> list[Array]:
     return [jnp.where(_valid(code), x, 0.0) for code, x in zip(codes, tokens, strict=True)]
 
 
-def _grid(batch: int, chunks: int, heads: int) -> tuple[int]:
-    return (-(-batch * chunks * heads // THREADS),)
-
-
-def _base_two(gate: Array) -> Array:
-    """A log gate in powers of two."""
-    return LOG2_E * jnp.maximum(gate, MIN_GATE)
-
-
-def _running_sums(x: list[Array], size: int = 8) -> list[Array]:
+def _running_sums(x: list[Array], size: int = 4) -> list[Array]:
     """The sums of all up to each: of blocks, then of those before, so that few roundings follow each other."""
     blocks = [list(itertools.accumulate(x[at : at + size])) for at in range(0, len(x), size)]
     before = itertools.accumulate(block[-1] for block in blocks[:-1])
     return blocks[0] + [b + y for b, block in zip(before, blocks[1:], strict=True) for y in block]
 
 
-def _sum(x) -> Array:
+def _each_sum(several: Iterable[list[Array]]) -> list[Array]:
+    """The sums of the first of all lists, of the second, ..."""
+    return [_sum(x) for x in zip(*several, strict=True)]
+
+
+def _sum(x: Iterable[Array]) -> Array:
     """All added up, by halves: as few roundings as can follow each other."""
     x = list(x)
     return x[0] if len(x) == 1 else _sum(x[: len(x) // 2]) + _sum(x[len(x) // 2 :])
