@@ -18,11 +18,13 @@ def main() -> None:
     processes.start(run.distributed)  # before anything asks for devices
 
     from jaxlin.evaluation.report import report_run
+    from jaxlin.runs import alone
     from jaxlin.trainer import Trainer
 
-    Trainer(run).train()
-    for student in run.students():
-        report_run(student.folder, run.mesh)
+    with alone(run):
+        Trainer(run).train()
+        for student in run.students():
+            report_run(student.folder, run.mesh)
 
 
 if __name__ == "__main__":

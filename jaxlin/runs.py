@@ -8,9 +8,12 @@ conversations.json (how many were kept, cut and left out).
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -248,14 +251,50 @@ def open_run(folder: str | Path, flag: str = "--run") -> Run:
     return Run(folder, config, student)
 
 
+@contextlib.contextmanager
+def alone(run: RunConfig) -> Iterator[None]:
+    """No other `train.py` trains into the run's folders meanwhile: each would replace the other's checkpoints.
+
+    Raises UserError where one does. The system's locks on the folders end with the process, however it ends. Folders
+    made for them and left empty are removed.
+    """
+    open_folders, made = list[int](), list[Path]()
+
+    def lock() -> None:
+        for folder in (own.folder for own in run.students()):
+            made.extend(path for path in (folder, *folder.parents) if not path.exists())
+            _make(folder)
+            open_folders.append(os.open(folder, os.O_RDONLY))
+            try:
+                fcntl.flock(open_folders[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--run-dir {folder}: another train.py works there; choose another folder") from None
+            except OSError:
+                pass  # a file system without locks
+
+    try:
+        processes.from_first(lock)
+        yield
+    finally:
+        for descriptor in open_folders:
+            os.close(descriptor)
+        for folder in sorted(made, key=lambda path: -len(path.parts)):
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run-dir {folder}: cannot be made ({error.strerror}); choose another folder") from error
+
+
 def new_run(run: RunConfig, teacher: ModelConfig) -> Run:
     """The folder of a run that starts or continues; writes config.json and model.json."""
     student = student_config(run, teacher)
-    try:
-        if processes.is_first():
-            run.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--run-dir {run.folder}: cannot be made ({error.strerror}); choose another folder") from error
+    if processes.is_first():
+        _make(run.folder)
     write_text(run.folder / "config.json", to_json(run))
     write_text(run.folder / "model.json", json.dumps(asdict(student), indent=1))
     return Run(run.folder, run, student)

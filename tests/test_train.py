@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -256,3 +257,15 @@ def test_run_folder_of_another_run(finished, environment, tmp_path):
     inside = tmp_path / "notes.txt/run"
     done = subprocess.run(command(inside), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and f"--run-dir {inside}: cannot be made" in done.stderr
+
+
+def test_two_trainings_in_one_folder(environment, tmp_path):
+    """The second is refused while the first is at work, whatever it is; its folder stays as it is."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    done = subprocess.run(command(folder), cwd=ROOT, env=environment, capture_output=True, text=True)
+    os.close(descriptor)
+    assert done.returncode == 2 and f"--run-dir {folder}: another train.py works there" in done.stderr
+    assert not list(folder.iterdir())
