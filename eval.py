@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxlin.command_line import parse, require_folder, run_main
+from jaxlin.command_line import MEASURED_TEXT, parse, require_folder, run_main
 from jaxlin.config import DistributedConfig, MeshConfig, Switch, UserError
 
 
@@ -63,6 +63,10 @@ def main() -> None:
         raise UserError("--milestones: give --run DIR, into which the results go, and no --out")
     if settings.out and settings.suite == "quick":
         raise UserError("--out: the suite quick is kept in the run folder; give --out to other suites")
+    unused = ("data", "seed", "chat", "predict_only", "batch_tokens") if settings.suite == "quick" else ("text",)
+    for name in unused:
+        if getattr(settings, name):
+            raise UserError(f"--{name.replace('_', '-')}: --suite {settings.suite} has no use for it; leave it out")
     if settings.data and not Path(settings.data).is_dir():
         raise UserError(f"--data {settings.data}: no such folder")
     require_folder("--out", settings.out)
@@ -162,4 +166,4 @@ def kept_in(settings: Settings) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(main, called={"--data.heldout": "--text"}, resumes="of a run, the same command goes on with the next task")
+    run_main(main, called=MEASURED_TEXT, resumes="of a run, the same command goes on with the next task")

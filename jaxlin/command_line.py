@@ -175,11 +175,14 @@ def _program() -> str:
     return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
+MEASURED_TEXT = {"--data.heldout": "--text", "set --data.text-field": "give records that have it"}
+"""For `run_main`, of commands that measure on --text: no setting of theirs names the field."""
+
+
 def run_main(main: Callable[[], Any], *, called: Mapping[str, str] | None = None, resumes: str = "") -> None:
     """Call `main`; a `UserError`, or too little memory, becomes one line on stderr and exit code 2.
 
-    called: flags of train.py by which an error may begin, and what they are here; `resumes`: what somebody who
-    interrupts it is told.
+    called: what train.py's messages say, and what that is here; `resumes`: what somebody who interrupts it is told.
     """
     try:
         main()
@@ -196,8 +199,9 @@ def run_main(main: Callable[[], Any], *, called: Mapping[str, str] | None = None
             if "RESOURCE_EXHAUSTED" not in message:
                 raise
             message = f"out of memory: {message.splitlines()[0]}"
-        flag, *rest = message.split(" ", 1)
-        print("error:", (called or {}).get(flag, flag), *rest, file=sys.stderr)
+        for theirs, ours in (called or {}).items():
+            message = message.replace(theirs, ours)
+        print("error:", message, file=sys.stderr)
         sys.exit(2)
 
 

@@ -22,7 +22,7 @@ from jax import lax
 from rich.console import Console
 from rich.table import Table
 
-from jaxlin.command_line import parse, run_main
+from jaxlin.command_line import MEASURED_TEXT, parse, run_main
 from jaxlin.config import ModelConfig, Switch, UserError
 from jaxlin.distill import Batch, targets_of
 from jaxlin.evaluation.bootstrap import Series, resample
@@ -249,4 +249,4 @@ def show(report: dict[str, Any], keep: int, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, called={"--data.heldout": "--text"})
+    run_main(main, called=MEASURED_TEXT)

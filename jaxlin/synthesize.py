@@ -279,6 +279,9 @@ def synthesize(model: Teacher, settings: Settings) -> dict[str, int]:
     ends = answer_ends(model.tokenizer)
     every = batches(jobs(settings, model.tokenizer, counts), settings.batch_size)
     first = list(itertools.islice(every, 1))  # what is wrong with prompts is said before a file is made
+    if not first:
+        why = ", ".join(f"{n} {name}" for name, n in sorted(counts.items())) or "no prompts"
+        raise UserError(f"--prompts {' '.join(settings.prompts)}: nothing to answer ({why}); give others")
     output = Output(settings)
     params = generate.serving_params(model.params, model.config)
     for batch in itertools.chain(first, every):

@@ -316,7 +316,7 @@ def test_generate_from_a_run(run_folder, monkeypatch, capsys):
         (("--run", "missing"), "--run missing: no run there"),
         (("--run", "x", "--suite", "slow"), "--suite slow: choose one of quick"),
         (("--run", "x", "--tasks", "arc"), "--tasks arc: the tasks of --suite quick are held_out"),
-        (("--run", "x", "--data", "missing"), "--data missing: no such folder"),
+        (("--run", "x", "--suite", "niah", "--data", "missing"), "--data missing: no such folder"),
         (("--run", "x", "--student-only"), "--student-only: give --run DIR and a --suite of benchmarks"),
         (("--teacher", "demo", "--milestones"), "--milestones: give --run DIR"),
         (("--run", "x", "--milestones", "--out", "y"), "--milestones: give --run DIR, into which .* and no --out"),

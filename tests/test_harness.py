@@ -256,6 +256,23 @@ def test_finished_tasks_are_kept(model, tmp_path):
     assert len(predictions) == 4 and json.loads(predictions[0].read_text()) == {"answer": "x"}
 
 
+def test_tables_add_up(model, tmp_path, monkeypatch):
+    """A suite's file keeps what other tasks gave of the same parameters; of others it begins anew."""
+    subject = Subject({"teacher": model}, RunConfig())
+    monkeypatch.setitem(report.SUITES, "two", {name: counting_task(name, []) for name in "ab"})
+
+    def measured(subject, *tasks):
+        found = report.benchmark(subject, "two", Options(), tasks=tasks, folder=tmp_path)
+        assert list(found["results"]) == list(tasks)
+        return json.loads((tmp_path / "two.json").read_text())
+
+    assert set(measured(subject, "a")["details"]) == {"a"}
+    both = measured(subject, "b")
+    assert set(both["results"]) == set(both["details"]) == {"a", "b"}
+    others = replace(subject, models={"teacher": replace(model, params=random_params(BYTES, seed=1))})
+    assert set(measured(others, "b")["results"]) == {"b"}
+
+
 def test_damaged_results_are_measured_again(model, tmp_path):
     calls, subject = [], Subject({"teacher": model}, RunConfig())
     tasks = {"a": counting_task("a", calls)}
@@ -317,6 +334,8 @@ def test_command(monkeypatch, capsys, teacher_folder, data, tmp_path):
     [
         (("--suite", "glue"), "--suite glue: choose one of quick, zero_shot"),
         (("--suite", "zero_shot", "--tasks", "squad"), "--tasks squad: the tasks of --suite zero_shot are lambada"),
+        (("--suite", "zero_shot", "--text", "x.txt"), "--text: --suite zero_shot has no use for it"),
+        (("--suite", "quick", "--chat"), "--chat: --suite quick has no use for it"),
         (("--suite", "zero_shot", "--batch-tokens", "0"), "--batch-tokens 0: must be at least 1"),
         (("--suite", "gsm8k", "--data", "tests"), "--data tests: no folder gsm8k in it"),
     ],

@@ -172,6 +172,15 @@ def test_the_batch_does_not_matter(teacher, settings, tmp_path):
     assert records(settings) == records(other)
 
 
+def test_prompts_that_leave_nothing_to_answer(teacher, settings, tmp_path):
+    """One line that says why, and no files."""
+    prompts, out = tmp_path / "empty.jsonl", tmp_path / "none.jsonl"
+    prompts.write_text('{"prompt": " "}\n')
+    with pytest.raises(UserError, match=r"nothing to answer \(1 empty_prompt, 1 prompts\)"):
+        synthesize.synthesize(teacher, replace(settings, prompts=(str(prompts),), out=str(out)))
+    assert not out.exists()
+
+
 def test_files_of_another_run_are_refused(settings, tmp_path):
     synthesize.Output(settings)
     synthesize.Output(replace(settings, batch_size=2))

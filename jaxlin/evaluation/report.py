@@ -80,9 +80,10 @@ def evaluate(subject: Subject, *, tasks: Sequence[str] = (), limit: int | None =
     found["results"] = results
     found = _finite(found)
     if run is not None and not subject.other_text:
-        before = _recorded(subject, found) or dict(results={})
+        path = subject.folder / "evaluation.json"
+        before = _recorded(path, found, "limit") or dict(results={})
         together = found | dict(results=before["results"] | found["results"])
-        write_text(subject.folder / "evaluation.json", json.dumps(together, indent=1))
+        write_text(path, json.dumps(together, indent=1))
     return found
 
 
@@ -90,17 +91,17 @@ def _kept(subject: Subject, what: dict[str, Any], tasks: Sequence[str]) -> dict[
     """What was measured of a milestone, which nobody trains further; None where a task of it is missing."""
     if subject.step is None or subject.other_text:
         return None
-    found = _recorded(subject, what)
+    found = _recorded(subject.folder / "evaluation.json", what, "limit")
     return found if found is not None and set(tasks) <= set(found["results"]) else None
 
 
-def _recorded(subject: Subject, what: dict[str, Any]) -> dict[str, Any] | None:
-    """What evaluation.json holds of the same parameters by the same limit; None where it is of others, or damaged."""
+def _recorded(path: Path, what: dict[str, Any], *same: str) -> dict[str, Any] | None:
+    """What a file of results holds of the same parameters, and the `same`; None where it is of others, or damaged."""
 
     def find() -> dict[str, Any] | None:
         try:
-            found = json.loads((subject.folder / "evaluation.json").read_text())
-            is_same = all(found[name] == what[name] for name in ("params_sha256", "limit"))
+            found = json.loads(path.read_text())
+            is_same = all(found[name] == what[name] for name in ("params_sha256", *same))
             return found if is_same and isinstance(found["results"], dict) else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -121,22 +122,32 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure `subject` with the suite `name`; finished tasks are kept in `folder`, and taken from there.
 
-    Returns what `evaluate` does, without stage_losses and kl, and with the seeds, hashes and versions of each result
-    (details, {task: {model: {...}}}), the versions and hardware of now (made_with), and what failed ({task: why}).
+    The suite's file there also keeps what other tasks gave of the same parameters. Returns what `evaluate` does,
+    without stage_losses and kl, and with the seeds, hashes and versions of each result (details, {task: {model:
+    {...}}}), the versions and hardware of now (made_with), and what failed ({task: why}).
     """
     chosen = {task: SUITES[name][task] for task in choose_tasks(name, tasks)}
     outcome = suite.run(subject, chosen, options, Kept(folder))
-    found = _what(subject, name)
-    found["results"] = outcome.metrics
-    for model in subject.models:
-        averages = benchmarks.average({t: by.get(model, {}) for t, by in outcome.metrics.items()})
-        if averages:
-            found["results"].setdefault("average", {})[model] = dict(averages)
+    found = _what(subject, name) | {"results": _with_averages(outcome.metrics)}
     found |= {"details": suite.details(outcome.results), "made_with": made_with(), "failed": outcome.failed}
     found = _finite(found)
     if folder is not None:
-        write_text(folder / f"{name}.json", json.dumps(found, indent=1))
+        path = folder / f"{name}.json"
+        before = _recorded(path, found) or {}
+        together = {part: before.get(part, {}) | found[part] for part in ("results", "details", "failed")}
+        together["results"] = _finite(_with_averages(together["results"]))
+        together["failed"] = {task: why for task, why in together["failed"].items() if task not in found["results"]}
+        write_text(path, json.dumps(found | together, indent=1))
     return found
+
+
+def _with_averages(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of tasks, and the paper's averages over them of the models that have all."""
+    results = {task: by_model for task, by_model in results.items() if task != "average"}
+    models = dict.fromkeys(model for by_model in results.values() for model in by_model)
+    of_each = {model: benchmarks.average({t: by.get(model, {}) for t, by in results.items()}) for model in models}
+    found = {model: averages for model, averages in of_each.items() if averages}
+    return results | ({"average": found} if found else {})
 
 
 def failure(failed: Mapping[str, str]) -> str:

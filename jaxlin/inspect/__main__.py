@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxlin.command_line import parse, require_folder, run_main
+from jaxlin.command_line import MEASURED_TEXT, parse, require_folder, run_main
 from jaxlin.config import Switch, UserError
 
 FEWEST = 50  # examples: every digit in each fold
@@ -112,4 +112,4 @@ def powers(length: int) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    run_main(main, called={"--data.heldout": "--text"})
+    run_main(main, called=MEASURED_TEXT)
