@@ -132,9 +132,16 @@ class GenerationSettings:
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
 
     def check(self) -> None:
-        """Refuse values out of range, before the model is loaded."""
-        _ = self.sampling
+        """Refuse values out of range or without effect, before the model is loaded."""
+        sampling = self.sampling
         check_budget(self.max_new_tokens)
+        among = dict(top_k=sampling.top_k, top_p=sampling.top_p < 1 and sampling.top_p, min_p=sampling.min_p)
+        for flag, value in among.items():
+            if value and sampling.temperature == 0:
+                raise UserError(
+                    f"--{flag.replace('_', '-')} {value}: temperature 0 takes the likeliest token alone; "
+                    "set --temperature above it"
+                )
 
     def load(self) -> runs.Teacher:
         """The model; see `load_model`."""

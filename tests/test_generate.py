@@ -163,6 +163,7 @@ def call(monkeypatch, *args, stdin=""):
         (["--run", "missing", "--prompt", "a", "--temperature", "-1"], "--temperature -1.0"),
         (["--run", "missing", "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
         (["--run", "missing", "--prompt", "a", "--min-p", "2"], "--min-p 2.0"),
+        (["--run", "missing", "--prompt", "a", "--top-k", "5"], "--top-k 5: temperature 0 takes the likeliest"),
         (["--run", "missing", "--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty 0.0"),
         (["--run", "missing", "--prompt", "a", "--stop", ""], '--stop ""'),
         (["--run", "missing", "--prompts", "missing"], "--prompts missing: cannot be read"),
