@@ -10,6 +10,7 @@ own. Its gates are log f_t + m_{t-1} - m_t and i_t - m_t.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -144,11 +145,8 @@ def _maps_of_chunks(given: dict[str, Array], size: tuple[int, int, int]) -> list
     def gate_maps(at: _Thread, out: list[gpu.Ref]) -> None:
         codes = at.codes()
         tokens = {name: at.tokens(name) for name in ("decay", "write")}
-        maps = zip(*at.of_all(*_map(tokens, at.starts(codes), codes)), strict=True)
-        a, least = next(maps)
-        for more, i in maps:
-            a, least = a + more, jnp.maximum(least + more, i)
-        for ref, x in zip(out, (a, least), strict=True):
+        of_threads = at.of_all(*_map(tokens, at.starts(codes), codes))
+        for ref, x in zip(out, functools.reduce(_then, zip(*of_threads, strict=True)), strict=True):
             give(ref, at.head_of_all() * _room(chunks) + at.chunk, [x])
 
     given = {name: given[name] for name in ("decay", "write", "codes") if name in given}
@@ -163,14 +161,19 @@ def _room(chunks: int) -> int:
 
 def _map(tokens: dict[str, list[Array]], starts: list[Array], codes: list[Array] | None) -> tuple[Array, Array]:
     """a and l of a thread's tokens."""
-    a = least = None
-    for t, (log_f, i) in enumerate(zip(tokens["decay"], tokens["write"], strict=True)):
+    maps = list(zip(tokens["decay"], tokens["write"], strict=True))
+    for t, (log_f, i) in enumerate(maps):
         if codes is not None:
             valid = _valid(codes[t])
-            i = jnp.where(starts[t], jnp.maximum(log_f, i), jnp.where(valid, i, -jnp.inf))
-            log_f = jnp.where(starts[t], -jnp.inf, jnp.where(valid, log_f, 0.0))
-        a, least = (log_f, i) if a is None else (a + log_f, jnp.maximum(least + log_f, i))
-    return a, least
+            a = jnp.where(starts[t], -jnp.inf, jnp.where(valid, log_f, 0.0))
+            maps[t] = a, jnp.where(starts[t], jnp.maximum(log_f, i), jnp.where(valid, i, -jnp.inf))
+    return functools.reduce(_then, maps)
+
+
+def _then(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+    """a and l of one stretch of tokens and of the next, as one."""
+    a, least = second
+    return first[0] + a, jnp.maximum(first[1] + a, least)
 
 
 def _stabilized(
