@@ -38,7 +38,7 @@ def pallas(
     initial_state: Array | None = None,
     segment_ids: Array | None = None,
 ) -> tuple[Array, Array]:
-    """`gated_delta_rule.chunked` by one kernel each way; initial_state None is zero, and is then not read.
+    """`gated_delta_rule.chunked` by kernels; initial_state None is zero, and is then not read.
 
     q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; beta [B, T, HV]; g None | [B, T, HV] |
     [B, T, HV, K]. Raises NotImplementedError for what the kernels do not serve.

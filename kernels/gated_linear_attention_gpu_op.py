@@ -45,7 +45,7 @@ def pallas(
     initial_state: Any = None,
     segment_ids: Array | None = None,
 ) -> tuple[Array, Array | tuple[Array, Array]]:
-    """`gated_linear_attention.chunked` by one kernel each way; initial_state None is zero, and is then not read.
+    """`gated_linear_attention.chunked` by kernels; initial_state None is zero, and is then not read.
 
     q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; g None | [HV] | [B, T, HV] | [B, T, HV, K]. Raises
     NotImplementedError for what the kernels do not serve.
@@ -137,11 +137,12 @@ def _attend_fwd(form: Form, *primals):
     l, states = jax.tree.map(lambda x: checkpoint_name(x, "chunk_states"), (l, states))  # noqa: E741
     kept = o if _needs_dl(form, v) else None
     constant = form.gated and gates.decay.ndim == 1
-    return (o, *final, m), (x, kept, l, states, s0, z0, gate, constant)
+    given = s0 is not None, z0 is not None
+    return (o, *final, m), (x, kept, l, states, given, gate, constant)
 
 
 def _attend_bwd(form: Form, residuals, cotangents):
-    x, o, l, states, s0, z0, gate, constant = residuals  # noqa: E741
+    x, o, l, states, (s_given, z_given), gate, constant = residuals  # noqa: E741
     heads, codes = x.q.shape[2], x.codes
     do, ds, dz, _ = present_cotangents(cotangents, x.v)  # m is held constant
     d, parts = Cotangents(do, ds, dz), _parts(x.v)
@@ -160,7 +161,7 @@ def _attend_bwd(form: Form, residuals, cotangents):
         decays, others = Decays(ROWS, COLUMNS, WRITES), (COLUMNS, OWN) if form.write else ()
         d_decay, *d_write = gates_gpu.gradients(d.gates, parts, codes, decays, others)
         d_gates = Gates(d_decay.sum((0, 1)) if constant else d_decay, *d_write)
-    return dq, dk, d.v, d_gates, None if s0 is None else d.s, None if z0 is None else d.z, None
+    return dq, dk, d.v, d_gates, d.s if s_given else None, d.z if z_given else None, None
 
 
 def _parts(v: Array) -> int:

@@ -32,10 +32,14 @@ TOKENS = CHUNK // SHARE
 """A thread's."""
 AT_ONCE = 32
 """Chunks whose maps a thread reads at once."""
+EXCHANGES = 3
+"""Numbers of a thread that the others of its chunk may ask for."""
+LEAST_FLOOR = -120.0
+"""Of the least denominator e^-m, in powers of two: rows behind the end, whose sums are 0, are divided by it too."""
 
 
 class Gates(NamedTuple):
-    """What there is of gates, [B, T, HV] float32; None for what there is not."""
+    """What there is of gates, [B, T, HV] float32 where nothing else is said; None for what there is not."""
 
     decay: Array | None = None  # log decay; [HV] where it is the same for all tokens
     write: Array | None = None  # log input gate
@@ -65,8 +69,8 @@ class Decays(NamedTuple):
 def vectors(form: Form, gates: Gates, codes: Array | None, parts: int = 1) -> tuple[Array | None, Array | None]:
     """What the kernels read, [1|B * P, HV, 1|N / P, R, C] of P parts; and the mLSTM's final m [B, HV].
 
-    b, b - w, log2 of the least denominator e^-m, beta; the first three in powers of two. Gates are of whole chunks, and
-    0 where they are padding by `codes` [B, N, C].
+    b, c = b - w, log2 of the least denominator e^-m, beta; the first three in powers of two. Gates are of whole chunks,
+    and 0 where they are padding by `codes` [B, N, C].
     """
     if form.vectors == 0:
         return None, None
@@ -74,31 +78,32 @@ def vectors(form: Form, gates: Gates, codes: Array | None, parts: int = 1) -> tu
         tokens = jnp.arange(1, CHUNK + 1, dtype=jnp.float32)
         return _base_two(gates.decay)[None, :, None, None, None] * tokens, None
     batch, time, heads = next(x.shape for x in gates if x is not None)
-    size, stabilized = (batch, time // CHUNK, heads), form.denominator == "max"
+    chunks, stabilized = time // CHUNK, form.denominator == "max"
+    size = batch, chunks, heads
     given = present(**gates._asdict(), codes=codes)
     if stabilized:
         given |= dict(zip(("a", "least"), _maps_of_chunks(given, size), strict=True))
 
     def gate_vectors(at: _Thread, out: list[gpu.Ref]) -> None:
-        tokens, codes = {name: at.tokens(name) for name in ("decay", "write", "beta") if name in given}, at.codes()
+        tokens = {name: at.tokens(name) for name in ("decay", "write", "beta") if name in given}
+        code = at.codes()
         if stabilized:
-            m = at.m_before(_map(tokens, at.starts(codes), codes))
-            tokens, m = _stabilized(tokens, m, at.starts(codes), codes)
+            starts = at.starts(code)
+            tokens, m = _stabilized(tokens, at.m_before(_map(tokens, starts, code)), starts, code)
             give(out[1], at.chunk_of_head() * SHARE + at.part, [m])
-        tokens = {name: _masked(x, codes) for name, x in tokens.items()}
+        tokens = {name: _masked(x, code) for name, x in tokens.items()}
         made = []
         if form.gated:
             made.append(at.running_sums([_base_two(x) for x in tokens["decay"]]))
         if form.write:
             made.append([b - _base_two(w) for b, w in zip(made[0], tokens["write"], strict=True)])
         if stabilized:
-            made.append([-LOG2_E * m for m in tokens["m"]])
+            made.append([jnp.maximum(-LOG2_E * m, LEAST_FLOOR) for m in tokens["m"]])
         if form.beta:
             made.append(tokens["beta"])
         for r, x in enumerate(made):
             give(out[0], at.vector(parts, form.vectors, r), x)
 
-    batch, chunks, heads = size
     shapes = [(batch * parts, heads, chunks // parts, form.vectors, CHUNK)]
     shapes += [(batch, heads, chunks * SHARE)] if stabilized else []
     found = _launch(gate_vectors, given, shapes, size)
@@ -251,6 +256,7 @@ class _Thread:
         """Each number as the chunk's threads have it, in the order of their tokens."""
         places = [(self._exchanged + n) * THREADS for n in range(len(own))]
         self._exchanged += len(own)
+        assert self._exchanged <= EXCHANGES  # each has a place of its own, so that one barrier does
         for place, x in zip(places, own, strict=True):
             give(self._exchange, thread_numbers() + place, [x])
         gpu.commit()
@@ -299,7 +305,7 @@ def _launch(body: Callable, given: dict[str, Array], shapes: list[tuple], size: 
 
     run.__name__ = body.__name__
     out = [jax.ShapeDtypeStruct((math.prod(shape),), jnp.float32) for shape in shapes]
-    flat, exchange = [x.reshape(-1) for x in given.values()], gpu.vector(3 * THREADS)
+    flat, exchange = [x.reshape(-1) for x in given.values()], gpu.vector(EXCHANGES * THREADS)
     found = gpu.launch(run, flat, out, (-(-math.prod(size) * SHARE // THREADS),), [exchange])
     return [x.reshape(shape) for x, shape in zip(found, shapes, strict=True)]
 

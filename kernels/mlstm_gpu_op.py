@@ -22,7 +22,7 @@ def pallas(
     initial_state: tuple[Array, Array, Array] | None = None,
     segment_ids: Array | None = None,
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    """`mlstm.chunked` by one kernel each way; initial_state None is zero.
+    """`mlstm.chunked` by kernels; initial_state None is zero.
 
     q, k [B, T, H, K <= 128]; v [B, T, HV, V <= 256], all bfloat16; i, f [B, T, HV] pre-activations. Raises
     NotImplementedError for what the kernels do not serve.

@@ -1,7 +1,7 @@
 """A number a thread on Hopper, for kernels without products: `THREADS` of them side by side, in plain arithmetic.
 
-A thread reads and writes what is its own in global memory, flat: with stride 1 sixteen bytes at a time, else so that
-threads next to each other find theirs next to each other.
+A thread reads and writes what is its own, in memory that is flat: with stride 1 sixteen bytes at a time, which then
+begin at multiples of sixteen bytes.
 """
 
 from __future__ import annotations

@@ -102,6 +102,18 @@ def test_where_the_least_denominator_is_infinite(interpreted):
     assert not any(found[name].any() for name in ("o", "dq"))
 
 
+@pytest.mark.parametrize("size", (64, pytest.param(128, marks=slow)))
+def test_where_the_least_denominator_vanishes(size, interpreted):
+    """m above 89: e^-m is less than float32 holds, also in the rows behind the end, whose n.q is 0."""
+    args = grid.inputs("mlstm", replace(BASE, strength="weak", T=130, K=size, V=size, state=False))
+    args["i"] = args["i"] + 150
+    found = grid.outputs_and_gradients(ops.mlstm, args, jnp.bfloat16, implementation="pallas")
+    assert all(np.isfinite(x).all() for x in found.values())
+    expected = grid.outputs_and_gradients(ops.mlstm, args, jnp.bfloat16, implementation="scan")
+    for name in ("o", "dv"):
+        assert grid.error(found[name], expected[name]) < 1e-2, name
+
+
 @pytest.mark.parametrize("gate", ("scalar", "channel"))
 def test_gradient_of_the_final_state_alone(gate, interpreted):
     args = grid.inputs("gated_linear_attention", replace(BASE, gate=gate, T=130, state=False))
