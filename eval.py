@@ -69,7 +69,10 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')}: --suite {settings.suite} has no use for it; leave it out")
     if settings.data and not Path(settings.data).is_dir():
         raise UserError(f"--data {settings.data}: no such folder")
-    require_folder("--out", settings.out)
+    if settings.out:
+        require_folder("--out", settings.out)
+    elif settings.run and not settings.text:
+        require_folder("--run", settings.run, "the results go there: make it writable, or copy it")
 
     from jaxlin import processes
 

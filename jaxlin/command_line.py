@@ -161,10 +161,16 @@ def parse(cls: type[T], args: Sequence[str] | None = None, *, default: T | None 
         raise
 
 
-def require_folder(flag: str, path: str | Path) -> None:
-    """Refuse a file where a folder is wanted, before hours go into what cannot be written. Raises UserError."""
-    if Path(path).exists() and not Path(path).is_dir():
+def require_folder(flag: str, path: str | Path, remedy: str = "give another folder") -> None:
+    """Refuse a file where a folder is wanted, or one that is not to be written to, before hours go into what cannot be
+    kept. Raises UserError.
+    """
+    if not path or not Path(path).exists():
+        return
+    if not Path(path).is_dir():
         raise UserError(f"{flag} {path}: is a file; give a folder")
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{flag} {path}: cannot be written to; {remedy}")
 
 
 def _program() -> str:

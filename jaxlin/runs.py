@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -29,6 +29,8 @@ from jaxlin.mixers import MIXERS, own_options
 from jaxlin.model import init_params
 from jaxlin.sharding import param_shardings
 from jaxlin.student import abstract_params, restored_layers, student_config
+
+T = TypeVar("T")
 
 # Settings that may differ when a run is continued: they change no number of it.
 FREE = (
@@ -104,10 +106,7 @@ def check_folder(run: RunConfig) -> None:
             raise UserError(f"--run-dir {run.folder}: not empty and not a run folder; choose another")
         return
     # Settings that are newer than the folder count as their defaults.
-    try:
-        old = json.loads(to_json(from_dict(RunConfig, json.loads(path.read_text()))))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"--run-dir {run.folder}: its config.json is damaged ({error}); choose another") from None
+    old = json.loads(to_json(_settings(RunConfig, path, "--run-dir")))
     new = json.loads(to_json(run))
     if different := [key for key in new if key not in FREE and old.get(key) != new[key]]:
         raise UserError(
@@ -221,6 +220,15 @@ class Run:
         return {name: {"start": values[0], "end": values[-1]} for name, values in losses.items()}
 
 
+def _settings(kind: type[T], path: Path, flag: str) -> T:
+    """What a file of a run folder, which the setting `flag` names, holds. Raises UserError where it is damaged."""
+    try:
+        return from_dict(kind, json.loads(path.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        why = f"its {path.name} is damaged ({error})"
+        raise UserError(f"{flag} {path.parent}: {why}; restore it, or choose another folder") from None
+
+
 def _parsed(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
@@ -236,13 +244,11 @@ def open_run(folder: str | Path, flag: str = "--run") -> Run:
             f"{flag} {folder}: an exported student, not a run; generate, chat and eval.py take it as --teacher"
         )
     try:
-        config = from_dict(RunConfig, json.loads((folder / "config.json").read_text()))
-        student = from_dict(ModelConfig, json.loads((folder / "model.json").read_text()))
+        config = _settings(RunConfig, folder / "config.json", flag)
+        student = _settings(ModelConfig, folder / "model.json", flag)
     except (FileNotFoundError, NotADirectoryError) as error:
         lost = Path(error.filename).name
         raise UserError(f"{flag} {folder}: no run there ({lost} is missing); train.py makes one") from None
-    except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{flag} {folder}: config.json or model.json is damaged ({error})") from None
     if unknown := [name for name in student.mixer if name not in MIXERS]:
         raise UserError(
             f"{flag} {folder}: its mixer {unknown[0]} is none of {', '.join(MIXERS)}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -326,6 +327,13 @@ def test_generate_from_a_run(run_folder, monkeypatch, capsys):
 def test_eval_refuses(monkeypatch, args, words):
     with pytest.raises(UserError, match=words):
         call(monkeypatch, *args)
+
+
+def test_eval_refuses_a_run_that_cannot_keep_the_results(tmp_path, monkeypatch):
+    """Before anything is loaded. (Who runs the tests may be root, who may write everywhere.)"""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(UserError, match=f"--run {tmp_path}: cannot be written to; the results go there"):
+        call(monkeypatch, "--run", str(tmp_path))
 
 
 def test_eval_refuses_text_that_is_not_there(run_folder, monkeypatch):
