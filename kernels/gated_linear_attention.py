@@ -17,6 +17,9 @@ from jaxlin.kernels.blocks import Walk, recurrence
 from jaxlin.kernels.chunk import Decays, Segments, product
 
 NORMALIZER_EPS = 1e-10
+LEAST_LOG_DENOMINATOR = -83.0
+"""In kernels, of the mLSTM's least denominator e^-m: e^-88 is 0 in float32, and padding, whose sums are 0, is divided
+by it too."""
 
 
 def chunked(

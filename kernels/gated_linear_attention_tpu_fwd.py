@@ -17,6 +17,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from jaxlin.kernels import tile_tpu_layout as tiles
+from jaxlin.kernels.gated_linear_attention import LEAST_LOG_DENOMINATOR, NORMALIZER_EPS
 from jaxlin.kernels.mlstm_tpu_stabilizer import previous, with_stabilizer
 from jaxlin.kernels.tile_tpu_algebra import (
     NN,
@@ -31,8 +32,6 @@ from jaxlin.kernels.tile_tpu_algebra import (
 )
 from jaxlin.kernels.tile_tpu_gates import make_gate
 from jaxlin.kernels.tile_tpu_layout import Layout
-
-NORMALIZER_EPS = 1e-10
 
 
 class Options(NamedTuple):
@@ -148,6 +147,6 @@ def denominator(l: Array, m: Array | None, masks: Masks) -> tuple[Array, Array |
     """1 / d and the derivative of d by l, for columns l [128, 1] and the row m [1, 128]."""
     if m is None:
         return 1.0 / (l + NORMALIZER_EPS), 1.0
-    floor = jnp.exp(-to_column(m, masks))
+    floor = jnp.exp(jnp.maximum(-to_column(m, masks), LEAST_LOG_DENOMINATOR))
     slope = jnp.where(l >= floor, 1.0, jnp.where(l <= -floor, -1.0, 0.0))
     return 1.0 / jnp.maximum(jnp.abs(l), floor), slope

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxlin.kernels import mosaic_gpu as gpu
+from jaxlin.kernels.gated_linear_attention import LEAST_LOG_DENOMINATOR
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import ENTER, MIN_GATE, RUN, VALID, Form, present
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 from jaxlin.kernels.tile_gpu_threads import THREADS, give, take, thread_numbers
@@ -34,8 +35,6 @@ AT_ONCE = 32
 """Chunks whose maps a thread reads at once."""
 EXCHANGES = 3
 """Numbers of a thread that the others of its chunk may ask for."""
-LEAST_FLOOR = -120.0
-"""Of the least denominator e^-m, in powers of two: rows behind the end, whose sums are 0, are divided by it too."""
 
 
 class Gates(NamedTuple):
@@ -98,7 +97,7 @@ def vectors(form: Form, gates: Gates, codes: Array | None, parts: int = 1) -> tu
         if form.write:
             made.append([b - _base_two(w) for b, w in zip(made[0], tokens["write"], strict=True)])
         if stabilized:
-            made.append([jnp.maximum(-LOG2_E * m, LEAST_FLOOR) for m in tokens["m"]])
+            made.append([LOG2_E * jnp.maximum(-m, LEAST_LOG_DENOMINATOR) for m in tokens["m"]])
         if form.beta:
             made.append(tokens["beta"])
         for r, x in enumerate(made):

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from jaxlin.kernels import chunk
 from jaxlin.kernels import mlstm as _mlstm
-from jaxlin.kernels.gated_linear_attention import NORMALIZER_EPS
+from jaxlin.kernels.gated_linear_attention import LEAST_LOG_DENOMINATOR, NORMALIZER_EPS
 
 
 class Token(NamedTuple):
@@ -110,7 +110,8 @@ def mlstm(
         c = _zeros(q, v)
         state = (c, c[..., 0], c[..., 0, 0])
     g, w, m, (c, n, final_m) = _mlstm.gates(i, f, state, segment_ids)
-    x = _token(segment_ids, q=q, k=k, v=v, g=g, w=w)._replace(floor=jnp.exp(-m[:, 0]))
+    floor = jnp.exp(jnp.maximum(-m[:, 0], LEAST_LOG_DENOMINATOR))
+    x = _token(segment_ids, q=q, k=k, v=v, g=g, w=w)._replace(floor=floor)
     h, c, n = step(scale, x, c, n)
     return h[:, None], (c, n, final_m)
 

@@ -43,6 +43,17 @@ def test_mlstm():
         run("mlstm", replace(CASE, strength=strength, segments=segments), jnp.float32)
 
 
+def test_mlstm_whose_least_denominator_vanishes():
+    """m above 89, and rows behind the end, whose n.q is 0."""
+    args = grid.inputs("mlstm", replace(CASE, strength="weak", segments="none", state=False))
+    args["i"], args["q"], args["k"] = args["i"] + 150, np.abs(args["q"]), np.abs(args["k"])  # n.q stays away from 0
+    found = grid.outputs_and_gradients(ops.mlstm, args, jnp.float32, implementation="pallas")
+    assert all(np.isfinite(x).all() for x in found.values())
+    expected = grid.outputs_and_gradients(ops.mlstm, args, jnp.float32, implementation="scan")
+    for name in ("o", "dv"):
+        assert grid.error(found[name], expected[name]) < 1e-4, name
+
+
 @pytest.mark.slow
 def test_mlstm_bfloat16():
     """Where |n.q| does not pass through 0; the gradient of the initial m is a difference of nearly equal sums."""
