@@ -20,7 +20,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_op import (
     sum_group,
     values_of,
 )
-from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
+from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join, parts_of
 from jaxlin.kernels.gates_gpu import Gates
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
@@ -47,13 +47,13 @@ def delta_rule(
 
 @chunk.custom_vjp
 def _delta_rule(form: Form, q, k, v, gates: Gates, g, s0, codes):
-    vectors, _ = gates_gpu.vectors(form, gates, codes, split.parts(v))
+    vectors, _ = gates_gpu.vectors(form, gates, codes, parts_of(v))
     return _forward(form, Inputs(q, k, v, vectors, codes), g, s0, save=False)[:2]
 
 
 def _delta_rule_fwd(form: Form, *primals):
     q, k, v, gates, g, s0, codes = values_of(primals)
-    vectors, _ = gates_gpu.vectors(form, gates, codes, split.parts(v))
+    vectors, _ = gates_gpu.vectors(form, gates, codes, parts_of(v))
     x = Inputs(q, k, v, vectors, codes)
     o, s, saved = _forward(form, x, g, s0, save=True)
     return (o, s), (x, g, checkpoint_name(saved, "chunk_states"), s0 is None)
@@ -61,7 +61,7 @@ def _delta_rule_fwd(form: Form, *primals):
 
 def _delta_rule_bwd(form: Form, residuals, cotangents):
     x, g, (chunks, states, r, maps), fresh = residuals
-    heads, codes, parts = x.q.shape[2], x.codes, split.parts(x.v)
+    heads, codes, parts = x.q.shape[2], x.codes, parts_of(x.v)
     do, ds = present_cotangents(cotangents, x.v)
     if parts > 1:
         x, g = split.cut_inputs(x, g, parts)
@@ -78,7 +78,7 @@ def _delta_rule_bwd(form: Form, residuals, cotangents):
 
 def _forward(form: Form, x: Inputs, g: Array, s0: Array | None, save: bool):
     """(o, final S, (chunks, their states, R, maps of parts or None)), over parts where there are too few sequences."""
-    parts, maps = split.parts(x.v), None
+    parts, maps = parts_of(x.v), None
     if parts > 1:
         x, g = split.cut_inputs(x, g, parts)
     chunks = intra(form, x, g)

@@ -90,9 +90,7 @@ class Lower(NamedTuple):
 def unit_lower_inverses(*given: Lower) -> list[Array]:
     """(I + L)^-1 - I of each; their products are in flight together."""
     for x in given:
-        rounded = x.minus.astype(jnp.bfloat16)
-        x.rounded[...] = rounded
-        x.rest[...] = (x.minus - registers.widened(rounded)).astype(jnp.bfloat16)
+        gpu.write_pieces(x.minus, x.rounded, x.rest)
     found = [blocks.as_tile(blocks.unit_lower_inverses(blocks.of_tile(x.minus))) for x in given]
     size = blocks.SIZE
     while size < CHUNK:

@@ -23,7 +23,6 @@ from jaxlin.kernels.gated_linear_attention_gpu_op import (
 )
 from jaxlin.kernels.gated_linear_attention_gpu_split import join, parts_of
 from jaxlin.kernels.gates_gpu import Decays, Gates
-from jaxlin.kernels.mosaic_gpu import BLOCK
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
 
@@ -64,14 +63,14 @@ def pallas(
 
 @chunk.custom_vjp
 def _delta_rule(form: Form, q, k, v, gates: Gates, s0, codes):
-    vectors, _ = gates_gpu.vectors(form, gates, codes, _parts(v))
+    vectors, _ = gates_gpu.vectors(form, gates, codes, parts_of(v))
     return _forward(form, Inputs(q, k, v, vectors, codes), s0, save=False)[:2]
 
 
 def _delta_rule_fwd(form: Form, *primals):
     gate = form.gated and primals[3].decay.perturbed
     q, k, v, gates, s0, codes = values_of(primals)
-    vectors, _ = gates_gpu.vectors(form, gates, codes, _parts(v))
+    vectors, _ = gates_gpu.vectors(form, gates, codes, parts_of(v))
     x = Inputs(q, k, v, vectors, codes)
     o, s, states, t, maps = _forward(form, x, s0, save=True)
     states, t, maps = checkpoint_name((states, t, maps), "chunk_states")
@@ -82,7 +81,7 @@ def _delta_rule_bwd(form: Form, residuals, cotangents):
     x, states, t, maps, fresh, gate = residuals
     heads, codes = x.q.shape[2], x.codes
     do, ds = present_cotangents(cotangents, x.v)
-    parts = _parts(x.v)
+    parts = parts_of(x.v)
     if parts > 1:
         x, do = split.cut_inputs(x, parts), split.cut(do, parts, 1)
         ds = split.ends(maps, split.adjoints(form, x, t, do), ds, parts)
@@ -95,14 +94,9 @@ def _delta_rule_bwd(form: Form, residuals, cotangents):
     return dq, dk, d.v, Gates(*d_decay, beta=d_beta), None if fresh else d.s, None
 
 
-def _parts(v: Array) -> int:
-    batch, time, heads, value_dim = v.shape
-    return parts_of(batch * heads * (value_dim // BLOCK), time // CHUNK)
-
-
 def _forward(form: Form, x: Inputs, s0: Array | None, save: bool):
     """`forward`, over parts of the sequence where there are too few sequences; T - I; the maps of parts, or None."""
-    parts = _parts(x.v)
+    parts = parts_of(x.v)
     if parts == 1:
         t = intra(form, x)
         return *forward(form, x, t, s0, save), t, None

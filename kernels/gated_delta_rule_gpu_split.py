@@ -56,23 +56,20 @@ def _combine(maps: Array, update: Array, start: Array | None, parts: int, adjoin
         b, h, w = index
         given, buffer = dict(zip(flat, inputs, strict=True)), dict(zip(scratch, buffers, strict=True))
 
-        def put(name, place, x):
-            rounded = x.astype(jnp.bfloat16)
-            for n, piece in enumerate((rounded, (x - registers.widened(rounded)).astype(jnp.bfloat16))):
-                buffer[name].at[n, *place][...] = piece
+        def pieces(name, *place):
+            return [buffer[name].at[n, *place] for n in range(2)]
 
         def product(row, column):
             """Of M, or its transpose, with S: three of the four products of pieces."""
-            place = (column, row) if adjoint else (row, column)
-            pieces = ((buffer["m_pieces"].at[i, *place], buffer["s_pieces"].at[j, column]) for i, j in THREE_OF_FOUR)
-            return [Product(x, y, ta=adjoint) for x, y in pieces]
+            m, s = pieces("m_pieces", *((column, row) if adjoint else (row, column))), pieces("s_pieces", column)
+            return [Product(m[i], s[j], ta=adjoint) for i, j in THREE_OF_FOUR]
 
         def part(n, slot, refill, s):
             store_state(outputs[0], s, (b * parts + n, h, w))
             for c in halves:
-                put("s_pieces", (c,), s[c])
+                gpu.write_pieces(s[c], *pieces("s_pieces", c))
                 for d in halves:
-                    put("m_pieces", (c, d), gpu.load(buffer["m"].at[c, d, slot]))
+                    gpu.write_pieces(gpu.load(buffer["m"].at[c, d, slot]), *pieces("m_pieces", c, d))
             gpu.commit()
             refill()
             sums = ([x for d in halves for x in product(c, d)] for c in halves)

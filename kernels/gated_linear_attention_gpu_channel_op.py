@@ -19,7 +19,7 @@ from jaxlin.kernels.gated_linear_attention_gpu_op import (
     sum_group,
     values_of,
 )
-from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join
+from jaxlin.kernels.gated_linear_attention_gpu_split import cut, join, parts_of
 from jaxlin.kernels.mosaic_gpu_registers import CHUNK
 
 
@@ -50,7 +50,7 @@ def _attend_fwd(form: Form, *primals):
 def _attend_bwd(form: Form, residuals, cotangents):
     q, k, v, g, codes, (chunks, states), fresh = residuals
     do, ds = present_cotangents(cotangents, v)
-    x, gates, parts = Inputs(q, k, v, None, codes), g, split.parts(v)
+    x, gates, parts = Inputs(q, k, v, None, codes), g, parts_of(v)
     if parts > 1:
         x, gates = split.cut_inputs(x, g, parts)
         do = cut(do, parts, 1)
@@ -68,7 +68,7 @@ def _attend_bwd(form: Form, residuals, cotangents):
 
 def _forward(form: Form, x: Inputs, g: Array, s0: Array | None, save: bool):
     """(o, final S, (chunks, their states)), over parts where there are too few sequences; the last stay in parts."""
-    parts = split.parts(x.v)
+    parts = parts_of(x.v)
     if parts > 1:
         x, g = split.cut_inputs(x, g, parts)
     chunks = intra(form, x, g)

@@ -12,15 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlin.kernels.gated_linear_attention_gpu_fwd import Inputs
-from jaxlin.kernels.gated_linear_attention_gpu_split import combine, cut, parts_of
-from jaxlin.kernels.mosaic_gpu import BLOCK
-from jaxlin.kernels.mosaic_gpu_registers import CHUNK
-
-
-def parts(v: Array) -> int:
-    """Into how many parts to cut sequences of values v [B, T, HV, V]."""
-    batch, time, heads, value_dim = v.shape
-    return parts_of(batch * heads * (value_dim // BLOCK), time // CHUNK)
+from jaxlin.kernels.gated_linear_attention_gpu_split import combine, cut
 
 
 def cut_inputs(x: Inputs, g: Array, parts: int) -> tuple[Inputs, Array]:

@@ -145,7 +145,7 @@ def _attend_bwd(form: Form, residuals, cotangents):
     x, o, l, states, (s_given, z_given), gate, constant = residuals  # noqa: E741
     heads, codes = x.q.shape[2], x.codes
     do, ds, dz, _ = present_cotangents(cotangents, x.v)  # m is held constant
-    d, parts = Cotangents(do, ds, dz), _parts(x.v)
+    d, parts = Cotangents(do, ds, dz), split.parts_of(x.v)
     dl = None
     if o is not None:
         dl = split.cotangent_of_l(form, x, o, l if parts == 1 else split.join(l, parts, 2), do)
@@ -164,19 +164,14 @@ def _attend_bwd(form: Form, residuals, cotangents):
     return dq, dk, d.v, d_gates, d.s if s_given else None, d.z if z_given else None, None
 
 
-def _parts(v: Array) -> int:
-    batch, time, heads, value_dim = v.shape
-    return split.parts_of(batch * heads * (value_dim // BLOCK), time // CHUNK)
-
-
 def _needs_dl(form: Form, v: Array) -> bool:
     """Whether programs of the backward pass cannot find the cotangent of l by themselves."""
-    return form.denominator is not None and (_parts(v) > 1 or v.shape[3] > BLOCK)
+    return form.denominator is not None and (split.parts_of(v) > 1 or v.shape[3] > BLOCK)
 
 
 def _forward(form: Form, x: Inputs, s0: Array | None, z0: Array | None, save: bool):
     """`forward`, over parts of the sequence where there are too few sequences; l and the states stay in parts."""
-    parts = _parts(x.v)
+    parts = split.parts_of(x.v)
     if parts == 1:
         return forward(form, x, s0, z0, save)
     s0, z0 = split.starts(form, x, s0, z0, parts)

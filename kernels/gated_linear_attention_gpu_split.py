@@ -38,8 +38,10 @@ LEAST_CHUNKS = 4
 """Chunks in a part, at least."""
 
 
-def parts_of(programs: int, chunks: int) -> int:
-    """Into how many parts to cut sequences of `chunks` chunks when there are `programs` of them."""
+def parts_of(v: Array) -> int:
+    """Into how many parts to cut sequences of values v [B, T, HV, V], by how many programs there are without."""
+    batch, time, heads, value_dim = v.shape
+    programs, chunks = batch * heads * (value_dim // BLOCK), time // CHUNK
     if 4 * programs > PROGRAMS:
         return 1
     return max(

@@ -132,8 +132,9 @@ def gradients(
             made.append(_each_sum((later, earlier)))
         if others:
             made.append(_each_sum(map(vector, others)))
+        codes = at.codes()
         for x, ref in zip(made, out, strict=True):
-            give(ref, at.token(), _masked(x, at.codes()), heads)
+            give(ref, at.token(), _masked(x, codes), heads)
 
     shapes = [(batch // parts, size[1] * CHUNK, heads)] * ((decays is not None) + bool(others))
     return _launch(gate_gradients, present(sums=sums, codes=codes), shapes, size)

@@ -30,7 +30,7 @@ def pallas(
     if q.shape[1] == 1:
         return recurrent_step.mlstm(recurrent_gpu_step.step, q, k, v, i, f, initial_state, segment_ids, scale)
     check(scale, q, k, v)
-    i, f = chunk.mask_padding(segment_ids, i, f)
+    (f,) = chunk.mask_padding(segment_ids, f)  # of which there is a function; the kernels mask all others
     c, n, m0 = None, None, jnp.zeros(v.shape[:1] + v.shape[2:3], jnp.float32)
     if initial_state is not None:
         (c, n), m0 = mlstm.start(initial_state, segment_ids), initial_state[2]

@@ -74,6 +74,13 @@ def put(ref: Ref, x: Array) -> None:
     commit()
 
 
+def write_pieces(x: Array, high: Ref, low: Ref) -> None:
+    """x = high + low, bfloat16 tiles, for a `commit` that follows."""
+    rounded = x.astype(jnp.bfloat16)
+    high[...] = rounded
+    low[...] = (x - widened(rounded)).astype(jnp.bfloat16)
+
+
 def load(ref: Ref) -> Array:
     """A tile as float32 in registers."""
     x = load_in(ref, WGMMA)

@@ -69,9 +69,8 @@ def cumulative(gates: Gates, valid: Array | None) -> Array:
 
 def put_pieces(x: Array, high: gpu.Ref, low: gpu.Ref) -> None:
     """x = high + low in bfloat16 tiles."""
-    rounded = x.astype(jnp.bfloat16)
-    high[...] = rounded
-    gpu.put(low, x - registers.widened(rounded))
+    gpu.write_pieces(x, high, low)
+    gpu.commit()
 
 
 # ---- sums over rows ----
