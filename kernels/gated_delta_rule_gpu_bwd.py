@@ -31,7 +31,6 @@ K = 128 S and v come late too, Y and dA lie where the next chunk's v will be: 21
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -142,19 +141,20 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         if not alone:
             gpu.fetch([(given["v"].at[b, part, h, values], buffer["v"].at[me, slot])], buffer["late"])
 
-    def chunk(n, slot, refill, ds):
-        here = registers.unknown_zero(anew=True)
-        slot += here
-        q, k = ([buffer[name].at[c, slot] for c in team] for name in ("q", "k"))
-        own_q, own_k, v = (buffer[name].at[me, slot] for name in ("q", "k", "v"))
-        do, u = ([buffer[name].at[m + here] for m in team] for name in ("do", "u"))
-        own_do, own_u, own_p = (buffer[name].at[me + here] for name in ("do", "u", "p"))
-        t = buffer["t"].at[here]
+    def place_of_y(tiles, m):
+        return tiles.of(0, "t") if alone else buffer["v"].at[m, 1 - tiles.slot]
 
-        state, d_state = functools.partial(own.state, slot=slot, here=here), functools.partial(own.d_state, here=here)
+    def place_of_da(tiles):
+        return tiles.state(0, 0) if alone else place_of_y(tiles, 0)
+
+    def chunk(n, slot, refill, ds):
+        tiles = own.tiles(slot)
+        q, k, do, u = tiles.all("q", "k", "do", "u")
+        own_q, own_k, v, own_do, own_u, own_p = tiles.own("q", "k", "v", "do", "u", "p")
+        t = tiles.of(0, "t")
 
         def made_vector(row):
-            return buffer["made"].at[me + here, pl.ds(row * CHUNK, CHUNK)]
+            return buffer["made"].at[me + tiles.here, pl.ds(row * CHUNK, CHUNK)]
 
         d = decays(form, buffer, slot)
         beta = beta_of(form, buffer, slot)
@@ -162,10 +162,10 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
             clean(d.valid, own_q, own_k)
             own.meet()
         for c in team:
-            d_state(c, me)[...] = ds[c].astype(jnp.bfloat16)
+            tiles.d_state(c, me)[...] = ds[c].astype(jnp.bfloat16)
         gpu.commit()
-        k_state = Sum([Product(k[c], state(c, me)) for c in team])
-        k_d_state = Sum([Product(k[c], d_state(c, me)) for c in team])
+        k_state = Sum([Product(k[c], tiles.state(c, me)) for c in team])
+        k_d_state = Sum([Product(k[c], tiles.d_state(c, me)) for c in team])
         q_k, k_k = (Sum([Product(x[c], k[c], tb=True) for c in team]) for x in (q, k))
 
         def weights():  # decays are read again each time: kept, they would be spilled
@@ -187,8 +187,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         gpu.wait_out(0)
         refill()
         new_u, y = dots(Sum([Product(t, own_u)], x), Sum([Product(t, own_p, ta=True)], du), last=True)
-        y_tiles = [t] if alone else [buffer["v"].at[m, 1 - slot] for m in team]
-        own_y = t if alone else buffer["v"].at[me, 1 - slot]
+        own_y = place_of_y(tiles, me)
         dv, d_beta = by_row(beta, y), jnp.sum(y * z, 1)
         own_u[...], own_y[...], own_p[...] = (tile.astype(jnp.bfloat16) for tile in (new_u, y, by_row(-d.enter, dv)))
         v[...] = stored(d, dv)
@@ -198,17 +197,16 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         # -dA is beta times what is here called dl; both are times the decays and scale
         i, j = registers.indices()
         to_dp = Sum([Product(do[m], u[m], tb=True) for m in team])
-        to_dl = Sum([Product(y_tiles[m], u[m], tb=True) for m in team])
+        to_dl = Sum([Product(place_of_y(tiles, m), u[m], tb=True) for m in team])
         more = [*([q_k] if gate else []), *([k_k] if alone or not gate else [])]  # as far as there are registers
         dp, dl, *more, weight = dots(to_dp, to_dl, *more, meanwhile=weights, last=alone)
         dp, dl = weight * dp, jnp.where(i > j, weight * dl, 0.0)
-        dp_tile, da_tile = t, state(0, 0) if alone else y_tiles[0]
 
         def put_dp():
-            dp_tile[...] = dp.astype(jnp.bfloat16)
+            t[...] = dp.astype(jnp.bfloat16)
 
         def put_da():
-            da_tile[...] = da
+            place_of_da(tiles)[...] = da
 
         gpu.where(first, put_dp)
         if gate:
@@ -230,13 +228,17 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         own.meet()
 
         # of the own keys: rows written to the next state, rows reading this one
-        written = Sum([Product(u[m], d_state(me, m), tb=True) for m in team])
-        reading = Sum([Product(buffer["p"].at[m + here], state(me, m), tb=True) for m in team])
-        read_do = Sum([Product(do[m], state(me, m), tb=True) for m in team])
+        tiles = own.tiles(slot)
+        q, k, do, u, p = tiles.all("q", "k", "do", "u", "p")
+        own_q, own_k, v, own_do, own_p = tiles.own("q", "k", "v", "do", "p")
+        dp_tile, da_tile = tiles.of(0, "t"), place_of_da(tiles)
+        written = Sum([Product(u[m], tiles.d_state(me, m), tb=True) for m in team])
+        reading = Sum([Product(p[m], tiles.state(me, m), tb=True) for m in team])
+        read_do = Sum([Product(do[m], tiles.state(me, m), tb=True) for m in team])
         dk, dk_read, dq = dots(written, reading, read_do, last=alone)
         dk = by_row(d.leave, dk)
         if gate:
-            kept = d.keep * sum(jnp.sum(gpu.load(state(c, me)) * ds[c], 1) for c in team)
+            kept = d.keep * sum(jnp.sum(gpu.load(tiles.state(c, me)) * ds[c], 1) for c in team)
             made_vector(WRITES)[...] = jnp.sum(gpu.load(own_k) * dk, 1) + kept
             by_rows += jnp.sum(gpu.load(own_k) * dk_read, 1) + jnp.sum(gpu.load(own_q) * dq, 1)
             made_vector(ROWS)[...] = by_rows + kept
@@ -254,7 +256,7 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         )
         own.meet()  # nobody reads this chunk any more
         own_q[...], own_k[...] = stored(d, dq), stored(d, dk)
-        pl.when(n > 0)(lambda: fetch_late(n - 1, 1 - slot))
+        pl.when(n > 0)(lambda: fetch_late(n - 1, 1 - tiles.slot))
         part = gpu.chunk_rows(n)
         copies = [(x, made[name].at[b, part, row, keys]) for x, name in ((own_q, "q"), (own_k, "k"))]
         copies += [(v, made["v"].at[b, part, h, values]), (buffer["made"].at[me], made["vectors"].at[w, b, h, n])]

@@ -33,7 +33,6 @@ At K = 128 there are 128 KB of the first four, S in one stage, copied when the c
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -169,32 +168,35 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     def over_rows(x):
         return column_sums(x, sums.at[me, pl.ds(0, SUMS * CHUNK)])
 
-    def chunk(n, slot, refill, ds):
-        here = registers.unknown_zero(anew=True)
-        q, k, v, do = ([buffer[name].at[u, slot] for u in team] for name in ("q", "k", "v", "do"))
-        own_q, own_k, own_v, own_do = (buffer[name].at[me, slot] for name in ("q", "k", "v", "do"))
-        p_tile, a_tile = p_tiles.at[me + here], buffer["a"].at[here]
+    def anew(slot):
+        """Tiles and decays of a chunk, for a part of it: kept from one to the next they would be spilled."""
+        tiles = own.tiles(slot)
+        return tiles, decays(form, buffer, tiles.slot, tiles.here)
 
-        state, d_state = functools.partial(own.state, slot=slot, here=here), functools.partial(own.d_state, here=here)
+    def reading(d, per_row):
+        return d.enter_scaled if per_row is None else d.enter_scaled * per_row
+
+    def chunk(n, slot, refill, ds):
+        tiles, d = anew(slot)
+        q, k, v, do = tiles.all("q", "k", "v", "do")
+        own_q, own_k, own_v, own_do = tiles.own("q", "k", "v", "do")
+        p_tile, a_tile = p_tiles.at[me + tiles.here], tiles.of(0, "a")
 
         def made_gates(row):
-            return buffer["gates"].at[me + here, pl.ds(row * CHUNK, CHUNK)]
+            return buffer["gates"].at[me + tiles.here, pl.ds(row * CHUNK, CHUNK)]
 
-        d = decays(form, buffer, slot)
         if form.segments:
             clean(d.valid, own_q, own_k, own_v, own_do)
             own.meet()
         for c in team:
-            d_state(c, me)[...] = ds[c].astype(jnp.bfloat16)
+            tiles.d_state(c, me)[...] = ds[c].astype(jnp.bfloat16)
         gpu.commit()
 
         dl = per_row = denominator = None
-        reading = d.enter_scaled
         if summed:
             l = gpu.load_rows(buffer["l_dl"].at[0, slot])  # noqa: E741
             denominator = denominator_of(form, l, d.floor)
             per_row = 1 / denominator
-            reading = reading * per_row
         qk, a, weight = dots(
             Sum([Product(q[c], k[c], tb=True) for c in team]),
             Sum([Product(do[u], v[u], tb=True) for u in team]),
@@ -207,8 +209,8 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         elif summed:
             assert alone  # two warpgroups are given dl, and S has not arrived yet
             through_p = jnp.sum(a * p, 1)
-            read = dot(own_do, state(0, me), tb=True)
-            dl = -(through_p + reading * jnp.sum(gpu.load(own_q) * read, 1))
+            read = dot(own_do, tiles.state(0, me), tb=True)
+            dl = -(through_p + reading(d, per_row) * jnp.sum(gpu.load(own_q) * read, 1))
             if form.denominator == "max":
                 dl = jnp.where(jnp.abs(l) >= d.floor, jnp.where(l < 0, -dl, dl), 0.0)
             a += rows(dl)
@@ -233,36 +235,41 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
             diagonal = share * jnp.sum(e, 1) - by_rows
 
         # of the own values: dv, and dS at the chunk's start
-        dv = over(team, lambda c, x: dot(k[c], d_state(c, me), x))
+        tiles, d = anew(slot)
+        q, k, v = tiles.all("q", "k", "v")
+        own_q, own_k, own_do = tiles.own("q", "k", "do")
+        p_tile, a_tile = p_tiles.at[me + tiles.here], tiles.of(0, "a")
+        dv = over(team, lambda c, x: dot(k[c], tiles.d_state(c, me), x))
         dv = stored(d, dot(p_tile, own_do, by_row(d.leave, dv), ta=True))
         gpu.commit()  # no warp reads P any more
         if gate:
             made_gates(COLUMNS)[...] = share * over_rows(strict)  # where P was
             gpu.commit()
-        gpu.put(p_tile, by_row(reading, gpu.load(own_do)))
+        gpu.put(p_tile, by_row(reading(d, per_row), gpu.load(own_do)))
         if not alone:
             gpu.arrived(buffer["late"])
         if gate:
-            kept = d.keep * sum(jnp.sum(gpu.load(state(c, me)) * ds[c], 1) for c in team)
+            kept = d.keep * sum(jnp.sum(gpu.load(tiles.state(c, me)) * ds[c], 1) for c in team)
         new = tuple(dot(q[c], p_tile, d.keep * ds[c], ta=True) for c in team)
 
-        # of the own keys: dq, dk, dz
-        start = None
-        if summed:
-            z, dz = gpu.load_columns(buffer["zs"].at[slot, keys]), gpu.load_columns(buffer["dz"].at[keys])
-            start = columns(dz)
-        dk = by_row(d.leave, over(team, lambda u, x: dot(v[u], d_state(me, u), x, tb=True), start))
+        # of the own keys: dk, then dq, dz
+        start = columns(gpu.load_columns(buffer["dz"].at[keys])) if summed else None
+        dk = by_row(d.leave, over(team, lambda u, x: dot(v[u], tiles.d_state(me, u), x, tb=True), start))
         if gate:
             writes = jnp.sum(gpu.load(own_k) * dk, 1)
         dk = stored(d, dot(a_tile, own_q, dk, ta=True))
-        dq = by_row(reading, over(team, lambda u, x: dot(do[u], state(me, u), x, tb=True)))
+
+        tiles, d = anew(slot)
+        (do,), (own_q, own_k, own_v) = tiles.all("do"), tiles.own("q", "k", "v")
+        dq = by_row(reading(d, per_row), over(team, lambda u, x: dot(do[u], tiles.state(me, u), x, tb=True)))
         if summed:
+            z, dz = gpu.load_columns(buffer["zs"].at[slot, keys]), gpu.load_columns(buffer["dz"].at[keys])
             dq = dq + by_row(dl * d.enter_scaled, columns(z))
         if gate:
             by_rows += jnp.sum(gpu.load(own_q) * dq, 1)
         if gate and summed:
             kept += d.keep * gpu.load_rows(buffer["zs"].at[slot, keys]) * gpu.load_rows(buffer["dz"].at[keys])
-        dq = stored(d, dot(a_tile, own_k, dq))
+        dq = stored(d, dot(tiles.of(0, "a"), own_k, dq))
         if summed:
             gpu.commit()
             through = over_rows(by_row(dl * d.enter_scaled, gpu.load(own_q)))

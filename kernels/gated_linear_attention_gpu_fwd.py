@@ -7,9 +7,11 @@ b is the cumulative log decay of the chunk and c = b - w, w the log input gate, 
 hardware has an instruction. Masks of segments multiply the decays. Every exponent is a difference of float32 sums of at
 most 64 gates, each clamped at `MIN_GATE`: its error stays below 1e-3, which bfloat16 operands hide (they cost 4e-3).
 
-Budget at K = 64, of 65536 registers and 227 KB of shared memory an SM: S, P, n in registers, 96 a thread, and
-pieces of tiles; the compiler takes 255, so two programs share an SM. Shared memory a program: q, k, v tiles of 8 KB,
-3 stages, o written over v (72 KB); S and the decayed V as operands (16 KB); vectors (7 KB).
+Budget at K = 64, of 65536 registers and 227 KB of shared memory an SM: S, P and its decays in registers, then S, Q S
+and n, 96 a thread, and pieces of tiles: 126 to 147, so three programs share an SM. Shared memory a program: q, k, v
+tiles of 8 KB, 2 stages, o written over v (48 KB); S and the decayed V as operands (16 KB); vectors. There are two
+programs with a denominator, which takes 235 registers, and at K = 128: then Q S does not wait for P, and K = 64 has 3
+stages.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 from jaxlin.kernels.tile_gpu_sums import SUMS, column_sums
 
 STAGES = {64: 3, 128: 2}
-"""Chunks in flight, by key dimension."""
+"""Chunks in flight, by key dimension, of two programs an SM."""
+LIGHT_STAGES = 2
+"""Of three: at K = 64, where there is no denominator, whose registers leave no room for a third."""
 MIN_GATE = -100.0
 """Gates below are taken as this: e^-100 is 0 in float32, and sums of stronger ones would lose the weaker."""
 VALID, ENTER, LEAVE, KEEP, RUN = 1, 2, 4, 8, 16
@@ -79,8 +83,9 @@ def forward(
     """(o [B, T, HV, V], l [B, HV, N, C] or None, final (S, z), chunk states if `save`); initial states default to 0."""
     batch, time, _, key_dim = x.q.shape
     heads, value_dim = x.v.shape[2:]
-    chunks, stages = time // CHUNK, STAGES[key_dim]
-    summed = form.denominator is not None
+    chunks, summed = time // CHUNK, form.denominator is not None
+    light = key_dim == 64 and not summed
+    stages = min(LIGHT_STAGES if light else STAGES[key_dim], chunks)
     flat = present(q=x.q, k=x.k, v=x.v, vectors=x.vectors, codes=x.codes, s0=s0, z0=z0)
     shape, f32 = jax.ShapeDtypeStruct, jnp.float32
     out = dict(o=shape(x.v.shape, x.v.dtype), s=shape((batch, heads, key_dim, value_dim), f32))
@@ -95,7 +100,7 @@ def forward(
         k=gpu.tile(stages, CHUNK, key_dim),
         v=gpu.tile(stages, CHUNK, BLOCK),
         state=gpu.tile(key_dim, BLOCK),
-        barrier=gpu.barrier(copies, min(stages, chunks)),
+        barrier=gpu.barrier(copies, stages),
     )
     if form.gated or form.segments:
         scratch |= dict(written=gpu.tile(CHUNK, BLOCK))
@@ -108,7 +113,7 @@ def forward(
 
     def gated_linear_attention_fwd(index, inputs, outputs, buffers):
         given, made = dict(zip(flat, inputs, strict=True)), dict(zip(out, outputs, strict=True))
-        _program(form, index, given, made, dict(zip(scratch, buffers, strict=True)), chunks)
+        _program(form, index, given, made, dict(zip(scratch, buffers, strict=True)), chunks, stages, light)
 
     grid = (batch, heads, value_dim // BLOCK)
     results = gpu.launch(
@@ -124,7 +129,7 @@ def present(**arrays: Array | None) -> dict[str, Array]:
     return {name: x for name, x in arrays.items() if x is not None}
 
 
-def _program(form: Form, index, given, made, buffer, chunks) -> None:
+def _program(form: Form, index, given, made, buffer, chunks, stages, light) -> None:
     b, h, w = index
     summed, save = form.denominator is not None, "states" in made
     block, first = gpu.block(w), w == 0
@@ -136,9 +141,14 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
     saves = (1 + summed) if save else 0  # groups of copies that a chunk starts with
     stores = saves + 1 + summed  # and has in all
 
+    def anew(slot):
+        """q, k, v and the decays of a chunk: kept from one part of it to the next, they take registers."""
+        here = registers.unknown_zero(anew=True)
+        return *(buffer[name].at[slot + here] for name in "qkv"), decays(form, buffer, slot + here, here)
+
     def chunk(n, slot, refill, carry):
         s, z = carry
-        q, k, v = (buffer[name].at[slot] for name in "qkv")
+        q, k, v, d = anew(slot)
         if save:
             gpu.wait_out(stores - saves)  # the saved state of the chunk before
         buffer["state"][...] = s.astype(jnp.bfloat16)
@@ -149,22 +159,27 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
                 buffer["z"][...] = z
                 gpu.copy_out((buffer["z"], made["zs"].at[b, h, n]), when=first)
             gpu.copy_out((buffer["state"], made["states"].at[b, h, n, :, block]))
-        d = decays(form, buffer, slot)
         if form.segments:
             clean(d.valid, k, v)
         to_p, to_read = Sum([Product(q, k, tb=True)]), Sum([Product(q, buffer["state"])])
-        p, read, weight = dots(to_p, to_read, meanwhile=d.pair)
+        if light:  # one wait more, and 32 registers less
+            (p, weight), read = dots(to_p, meanwhile=d.pair), None
+        else:
+            p, read, weight = dots(to_p, to_read, meanwhile=d.pair)
         p = weight * p
         denominator = None
         if z is not None:
             l = jnp.sum(p, 1) + d.enter_scaled * jnp.sum(gpu.load(q) * columns(z), 1)  # noqa: E741
             denominator = l if d.valid is None else jnp.where(d.valid, l, 1.0)  # q is as it came in padding
+        q, k, v, d = anew(slot)
         gpu.wait_out(saves)  # all that the chunk before made
         refill()
         if z is not None:
             z = d.keep * z + column_sums(by_row(d.leave, gpu.load(k)), buffer["sums"])
         if "written" in buffer:
             gpu.put(buffer["written"], by_row(d.leave, gpu.load(v)))
+        if light:
+            (read,) = dots(Sum([Product(q, buffer["state"])]))
         o, s = dots(
             Sum([Product(p.astype(jnp.bfloat16), v)], by_row(d.enter_scaled, read)),
             Sum([Product(k, buffer.get("written", v), ta=True)], s * d.keep),
@@ -185,7 +200,7 @@ def _program(form: Form, index, given, made, buffer, chunks) -> None:
         chunk,
         (s, z),
         chunks=chunks,
-        stages=STAGES[buffer["q"].shape[2]],
+        stages=stages,
     )
     made["s"].at[b, h, :, block][...] = s
     if z is not None:
@@ -213,9 +228,13 @@ class Decays(NamedTuple):
     floor: Array | None  # [C]
 
 
-def decays(form: Form, buffer: dict, slot: Array) -> Decays:
-    """The decays of the chunk in `slot`, from its vectors and segment codes."""
+def decays(form: Form, buffer: dict, slot: Array, here: Array | int = 0) -> Decays:
+    """The decays of the chunk in `slot`, from its vectors and segment codes.
+
+    With a zero found anew in every chunk, masks are made in every chunk too: else they take 32 registers of the walk.
+    """
     i, j = registers.indices()
+    i = i + here
     valid = floor = b = columns_c = together = None
     enter = leave = keep = jnp.float32(1)
     if form.gated:

@@ -71,19 +71,49 @@ class Member(NamedTuple):
         if not self.alone:
             gpu.meet(self.buffer["meeting"])
 
-    def state(self, c: Any, m: Any, slot: Array, here: Array) -> gpu.Ref:
-        """S of half c of the keys and the values of m; two warpgroups leave room for one chunk's alone."""
-        return self.buffer["states"].at[c, m, slot if self.alone else here]
-
-    def d_state(self, c: Any, m: Any, here: Array) -> gpu.Ref:
-        """dS likewise, as products read it."""
-        return self.buffer["d_state"].at[c, m + here]
+    def tiles(self, slot: Array) -> Tiles:
+        """Those of the chunk in `slot`, by addresses found anew."""
+        here = registers.unknown_zero(anew=True)
+        return Tiles(self, slot + here, here)
 
     def fetch_states(self, states: gpu.Ref) -> None:
         """Start to copy S [K, V] of a chunk where there is room for one alone; a `stream` does it otherwise."""
         if not self.alone:
             parts = [(states.at[key_rows(c), self.values], self.buffer["states"].at[c, self.me, 0]) for c in self.team]
             gpu.fetch(parts, self.buffer["late"])
+
+
+class Tiles(NamedTuple):
+    """The tiles of a chunk in shared memory.
+
+    Addresses stay in registers until they were used for the last time, and something else is spilled for them. So a
+    part of a chunk in the middle finds its own anew: that is a third to a tenth of the spills.
+    """
+
+    member: Member
+    slot: Array
+    here: Array  # 0
+
+    def of(self, m: Any, name: str) -> gpu.Ref:
+        """Warpgroup m's, of `slot` where there are several."""
+        x = self.member.buffer[name]
+        return x.at[m, self.slot] if len(x.shape) == 4 else x.at[m + self.here]
+
+    def own(self, *names: str) -> list[gpu.Ref]:
+        """The warpgroup's own."""
+        return [self.of(self.member.me, name) for name in names]
+
+    def all(self, *names: str) -> list[list[gpu.Ref]]:
+        """All warpgroups', for each name."""
+        return [[self.of(m, name) for m in self.member.team] for name in names]
+
+    def state(self, c: Any, m: Any) -> gpu.Ref:
+        """S of half c of the keys and the values of m; two warpgroups leave room for one chunk's alone."""
+        return self.member.buffer["states"].at[c, m, self.slot if self.member.alone else self.here]
+
+    def d_state(self, c: Any, m: Any) -> gpu.Ref:
+        """dS likewise, as products read it."""
+        return self.member.buffer["d_state"].at[c, m + self.here]
 
 
 def member_of(index: tuple[Any, Any, Any, Any], made: dict, buffer: dict) -> Member:

@@ -121,10 +121,12 @@ def outputs_and_gradients(op: Callable, args: dict[str, Any], dtype: Any, **opti
     """o, the final state and the gradient of every array, through o and the final state, as float64 numpy by name.
 
     The cotangents are fixed random numbers, the inputs are cast to `dtype`; gates and states stay at least float32.
+    The definition runs on the CPU, where its steps are no kernels that 15 processes start on one GPU.
     """
     floats, segments, normalize = _split(args)
     wide = jnp.promote_types(dtype, jnp.float32)
-    with jax.enable_x64(dtype == jnp.float64):
+    device = jax.devices("cpu")[0] if options.get("implementation") == "scan" else None
+    with jax.enable_x64(dtype == jnp.float64), jax.default_device(device):
         floats = {
             n: jax.tree.map(lambda x, d=(dtype if n in "qkv" else wide): jnp.asarray(x, d), x)
             for n, x in floats.items()
