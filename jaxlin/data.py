@@ -48,9 +48,13 @@ def train_batches(
     `close()` ends the threads and processes. Documents that `heldout_batches` gives are left out.
     Raises UserError for text that cannot be read or is too short.
     """
-    corpus, _ = split(_open(text, config, tokenizer), 0 if config.heldout else config.heldout_fraction)
-    tokenize = _Tokenize(tokenizer, config.separate_documents)
-    _require_tokens(text, corpus, tokenize, config.seq_len)
+    count = count_tokens(text, config, tokenizer, config.seq_len)  # a wrong field is met here, before training starts
+    if count < config.seq_len:
+        raise UserError(
+            f"--text {_names(text)}: {count} tokens to train on are fewer than one sequence of {config.seq_len};"
+            " give more text or lower --data.seq-len"
+        )
+    corpus, tokenize = _training_text(text, config, tokenizer), _Tokenize(tokenizer, config.separate_documents)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if isinstance(corpus, list):
         groups: Any = ShardedText(corpus, seed, config.shuffle).map(tokenize)
@@ -111,17 +115,19 @@ def _open(
     return open_text(text, field, end_of_text=end_of_text_id(tokenizer), vocab_size=len(tokenizer))
 
 
-def _require_tokens(text: Sequence[str], corpus: Corpus, tokenize: _Tokenize, length: int) -> None:
-    """Refuse a corpus of fewer than `length` tokens; this also meets a wrong field before training starts."""
-    count = 0
-    for document in documents(corpus):
+def _training_text(text: Sequence[str], config: DataConfig, tokenizer: Any) -> Corpus:
+    """What `heldout_batches` leaves of the text."""
+    return split(_open(text, config, tokenizer), 0 if config.heldout else config.heldout_fraction)[0]
+
+
+def count_tokens(text: Sequence[str], config: DataConfig, tokenizer: Any, most: int) -> int:
+    """The tokens that there are to train on, counted until there are `most`."""
+    tokenize, count = _Tokenize(tokenizer, config.separate_documents), 0
+    for document in documents(_training_text(text, config, tokenizer)):
         count += len(tokenize([document])["tokens"])
-        if count >= length:
-            return
-    raise UserError(
-        f"--text {_names(text)}: {count} tokens to train on are fewer than one sequence of {length};"
-        " give more text or lower --data.seq-len"
-    )
+        if count >= most:
+            break
+    return count
 
 
 @dataclass(frozen=True)

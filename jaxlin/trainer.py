@@ -60,8 +60,9 @@ class Trainer:
             Learner(own, self.teacher, heldout, self.mesh, self.console, own.mixer if len(runs) > 1 else "")
             for own in runs
         ]
+        for line in self.data.summary:
+            self._say(line)
         if self.data.report:
-            self._say(self.data.summary)
             for learner in self.learners:
                 learner.folder.write("conversations.json", self.data.report)
         self.progress = Progress()

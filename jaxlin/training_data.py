@@ -12,8 +12,11 @@ import numpy as np
 
 from jaxlin import packing, processes
 from jaxlin.config import RunConfig, UserError
-from jaxlin.data import heldout_batches, train_batches
+from jaxlin.data import count_tokens, heldout_batches, train_batches
 from jaxlin.streams import Batch
+
+FEW = 250_000
+"""Tokens that a text is counted up to before training, which takes less than a second: texts of fewer are all read."""
 
 
 class TrainingData:
@@ -23,8 +26,8 @@ class TrainingData:
         self._run, self._unit = run, math.gcd(*(s.batch_size for s in (run.stage1, run.stage2, run.stage3)))
         self.report: dict[str, Any] = {}
         """What became of the conversations; empty where there are none."""
-        self.summary = ""
-        """The same in a line."""
+        self.summary: list[str] = []
+        """The same in a line; and how often a short text is read."""
         self.epoch_tokens: int | None = None
         """Token positions of all conversations' rows."""
         kinds = {n: run.kind(n) for n in stages}
@@ -32,6 +35,7 @@ class TrainingData:
         heldout: dict[str, list[Batch]] = {}
         if "text" in kinds.values():
             self._iterators["text"] = train_batches(run.text, run.data, tokenizer, batch_size=self._unit, seed=run.seed)
+            self.summary += _passes(run, [n for n, kind in kinds.items() if kind == "text"], tokenizer)
             heldout["text"] = heldout_batches(run.text, run.data, tokenizer, batch_size=heldout_size(run))
         if "conversations" in kinds.values():
             if run.data.heldout_fraction <= 0:
@@ -41,7 +45,7 @@ class TrainingData:
             processes.from_first(lambda: packing.share(folder, others))
             rows = packing.training_rows(prepared, run.data)
             self.report = {**prepared.report, "rows": len(rows)}
-            self.summary = packing.summary(prepared.report, rows, run.data.seq_len)
+            self.summary.append(packing.summary(prepared.report, rows, run.data.seq_len))
             self.epoch_tokens = len(rows) * run.data.seq_len
             self._iterators["conversations"] = packing.row_batches(rows, run.data, batch_size=self._unit, seed=run.seed)
             heldout["conversations"] = packing.heldout_rows(prepared, run.data, batch_size=heldout_size(run))
@@ -73,6 +77,14 @@ class TrainingData:
 
 
 _KEYS = {"text": "data", "conversations": "conversations"}
+
+
+def _passes(run: RunConfig, stages: list[int], tokenizer: Any) -> list[str]:
+    """How often a short text is read, where that is more than once."""
+    count, wanted = count_tokens(run.text, run.data, tokenizer, FEW), sum(run.stages()[n].tokens for n in stages)
+    if count >= FEW or wanted <= count:
+        return []
+    return [f"text: {count:,} tokens to train on, each read {wanted / count:,.1f} times"]
 
 
 def _prepare(run: RunConfig, folder: Path, tokenizer: Any, *, resuming: bool) -> packing.Prepared:

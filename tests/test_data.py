@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from jaxlin import streams
+from jaxlin.command_line import parse_run
 from jaxlin.config import DataConfig, UserError
-from jaxlin.data import Prepare, heldout_batches, prepare, train_batches
+from jaxlin.data import Prepare, count_tokens, heldout_batches, prepare, train_batches
 from jaxlin.sources import PIECE_BYTES, Shard, open_text
 from jaxlin.split import documents, split
+from jaxlin.training_data import TrainingData
 
 SEPARATOR = 0
 WORDS = [f"w{n}" for n in range(200)]
@@ -335,6 +337,24 @@ def test_python_reference_needs_no_files(tokenizer):
     batches = train_batches([], CONFIG, tokenizer, batch_size=2, seed=0)
     assert next(batches)["tokens"].shape == (2, 16)
     batches.close()
+
+
+def test_short_texts_say_how_often_they_are_read(tmp_path, tokenizer):
+    (tmp_path / "short.txt").write_text("w1 w2 " * 100)
+
+    def said(tokens):
+        text = ["--text", str(tmp_path / "short.txt"), "--data.heldout-fraction", "0.5", "--data.seq-len", "16"]
+        run = parse_run(["--config", "tiny", "--tokens", tokens, *text])
+        data = TrainingData(run, run.stages(), tokenizer, resuming=False)
+        data.close()
+        return data.summary
+
+    count = count_tokens(
+        [str(tmp_path / "short.txt")], dataclasses.replace(CONFIG, heldout_fraction=0.5), tokenizer, 1000
+    )
+    assert 90 < count < 110
+    assert said("10_000") == [f"text: {count} tokens to train on, each read {10_000 / count:.1f} times"]
+    assert said("60") == []
 
 
 def test_errors_are_one_clear_line(tmp_path, tokenizer):
