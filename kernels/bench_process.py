@@ -1,12 +1,11 @@
 """Timing on a shared device: a process for each thing timed, made ready side by side, timed one at a time.
 
-**A time** is the wall time of 20 calls issued one after the other and waited for once, over 20; the median of seven.
-It is the same for JAX (a jitted program of one call) and PyTorch (an eager call), and says what the device does as long
-as the host issues calls faster than the device ends them. Where it does not (launching a JAX program costs the host
-tens of microseconds, eager Triton kernels and their autograd hundreds), the calls are issued while the device is busy
-with additions to 1 GiB, and what those take by themselves is subtracted: no time of the host is left on either side,
-and nobody wins by quicker Python. Several calls in one program would do for JAX alone: XLA compiles each copy again,
-and a loop may hoist its body or copy what it carries.
+**A time** is what 20 calls add to the wall time of additions to 1 GiB that are issued before them, all waited for
+once, over 20; medians of seven. It is the same for JAX (a jitted program of one call) and PyTorch (an eager call). The
+calls are issued while the device is busy with the additions, so that no time of the host is left in it: launching a JAX
+program costs the host tens of microseconds, eager Triton kernels and their autograd hundreds, and starting the first
+call and waiting for the last some 200, of which each of 20 has 10. Nobody wins by quicker Python. Several calls in one
+program would do for JAX alone: XLA compiles each copy again, and a loop may hoist its body or copy what it carries.
 
 **Turns**: whoever compiles, tunes or checks holds the lock with others, whoever times holds it alone, and goes first.
 There is a lock for each CUDA_VISIBLE_DEVICES.
@@ -63,10 +62,10 @@ def turn(alone: bool, seconds: float) -> Iterator[None]:
 def milliseconds(
     call: Callable[[], Any], wait: Callable[[Any], Any], blocker: Callable[[], Any] | None = None
 ) -> dict[str, float]:
-    """`ms` of the device for a call; `host_ms` a call too where the host took longer to issue it.
+    """`ms` of the device for a call; `host_ms`, wall time a call, too where the host took longer to issue it.
 
     `wait(result)` returns when the last call issued is done; `blocker()` issues work of the device that costs the host
-    next to nothing.
+    next to nothing. Without it `ms` is wall time.
     """
 
     def run(calls: int, blocks: int = 0) -> tuple[float, float]:
@@ -86,12 +85,14 @@ def milliseconds(
     run(2)
     calls = max(1, min(CALLS, int(MOST_SECONDS / run(1)[1])))
     issued, total = median(calls)
-    if blocker is None or issued < HOST_BOUND * total:
-        return dict(ms=total / calls * 1e3)
+    wall = total / calls * 1e3
+    if blocker is None:
+        return dict(ms=wall)
     run(0, 2)
     blocks = min(100, 2 + math.ceil(1.5 * issued / (run(0, 8)[1] / 8)))
     queued = median(calls, blocks)[1] - median(0, blocks)[1]
-    return dict(ms=(queued if 0 < queued < total else total) / calls * 1e3, host_ms=total / calls * 1e3)
+    found = dict(ms=queued / calls * 1e3 if 0 < queued < total else wall)
+    return found | (dict(host_ms=wall) if issued >= HOST_BOUND * total else {})
 
 
 # ---- in the process that starts those ----
