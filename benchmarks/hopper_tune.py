@@ -28,9 +28,9 @@ LIMIT = 600
 # variant: (module in jaxlin.kernels, or "options" of the compiler, attribute, value)
 VARIANTS: dict[str, tuple] = {
     "as committed": (),
-    "A forward 2 stages": ("gated_linear_attention_gpu_fwd", "STAGES", {64: 2, 128: 2}),
-    "A forward, light, 3 stages": ("gated_linear_attention_gpu_fwd", "LIGHT_STAGES", 3),
-    "A forward 4 stages": ("gated_linear_attention_gpu_fwd", "STAGES", {64: 4, 128: 3}),
+    "A forward, two programs, 2 stages": ("gated_linear_attention_gpu_fwd", "STAGES", {64: 2, 128: 2}),
+    "A forward, three programs, 3 stages": ("gated_linear_attention_gpu_fwd", "LIGHT_STAGES", 3),
+    "A forward, two programs, 4 stages": ("gated_linear_attention_gpu_fwd", "STAGES", {64: 4, 128: 3}),
     "A backward 3 stages": ("gated_linear_attention_gpu_bwd", "STAGES", 3),
     "B forward 3 stages": ("gated_delta_rule_gpu_fwd", "STAGES", 3),
     "B backward 1 stage": ("gated_delta_rule_gpu_bwd", "STAGES", 1),

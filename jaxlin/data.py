@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -34,8 +34,34 @@ from jaxlin.streams import GROUP, Batch, Packed, ShardedText, segment_ids_of
 PREFETCH = 8  # batches ready ahead of the training loop
 
 
+class TrainingText(NamedTuple):
+    """Documents to train on, and how many tokens they have, counted up to some number."""
+
+    corpus: Corpus
+    tokens: int
+
+
+def training_text(text: Sequence[str], config: DataConfig, tokenizer: Any, most: int = 0) -> TrainingText:
+    """The documents of `text` that `heldout_batches` leaves; tokens are counted until there are `most`, or a sequence.
+
+    Raises UserError for text that cannot be read or is too short.
+    """
+    corpus, _ = split(_open(text, config, tokenizer), 0 if config.heldout else config.heldout_fraction)
+    tokenize, count = _Tokenize(tokenizer, config.separate_documents), 0
+    for document in documents(corpus):  # a wrong field is met here, before training starts
+        count += len(tokenize([document])["tokens"])
+        if count >= max(most, config.seq_len):
+            break
+    if count < config.seq_len:
+        raise UserError(
+            f"--text {_names(text)}: {count} tokens to train on are fewer than one sequence of {config.seq_len};"
+            " give more text or lower --data.seq-len"
+        )
+    return TrainingText(corpus, count)
+
+
 def train_batches(
-    text: Sequence[str],
+    corpus: Corpus,
     config: DataConfig,
     tokenizer: Any,
     *,
@@ -45,16 +71,9 @@ def train_batches(
     """Endless batches {"tokens": int32 [B, T], "segment_ids": int32 [B, T]}, the same in every process.
 
     Segments count from 1 in each sequence. `get_state()` gives a JSON-able dict, `set_state()` continues from one,
-    `close()` ends the threads and processes. Documents that `heldout_batches` gives are left out.
-    Raises UserError for text that cannot be read or is too short.
+    `close()` ends the threads and processes. Raises UserError for text that cannot be read.
     """
-    count = count_tokens(text, config, tokenizer, config.seq_len)  # a wrong field is met here, before training starts
-    if count < config.seq_len:
-        raise UserError(
-            f"--text {_names(text)}: {count} tokens to train on are fewer than one sequence of {config.seq_len};"
-            " give more text or lower --data.seq-len"
-        )
-    corpus, tokenize = _training_text(text, config, tokenizer), _Tokenize(tokenizer, config.separate_documents)
+    tokenize = _Tokenize(tokenizer, config.separate_documents)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if isinstance(corpus, list):
         groups: Any = ShardedText(corpus, seed, config.shuffle).map(tokenize)
@@ -113,21 +132,6 @@ def _open(
 
     field = Field(config.text_field, flag=flag, remedy=remedy)
     return open_text(text, field, end_of_text=end_of_text_id(tokenizer), vocab_size=len(tokenizer))
-
-
-def _training_text(text: Sequence[str], config: DataConfig, tokenizer: Any) -> Corpus:
-    """What `heldout_batches` leaves of the text."""
-    return split(_open(text, config, tokenizer), 0 if config.heldout else config.heldout_fraction)[0]
-
-
-def count_tokens(text: Sequence[str], config: DataConfig, tokenizer: Any, most: int) -> int:
-    """The tokens that there are to train on, counted until there are `most`."""
-    tokenize, count = _Tokenize(tokenizer, config.separate_documents), 0
-    for document in documents(_training_text(text, config, tokenizer)):
-        count += len(tokenize([document])["tokens"])
-        if count >= most:
-            break
-    return count
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import numpy as np
 
 from jaxlin import packing, processes
 from jaxlin.config import RunConfig, UserError
-from jaxlin.data import count_tokens, heldout_batches, train_batches
+from jaxlin.data import heldout_batches, train_batches, training_text
 from jaxlin.streams import Batch
 
 FEW = 250_000
-"""Tokens that a text is counted up to before training, which takes less than a second: texts of fewer are all read."""
+"""Tokens that a text is counted up to before training: of a text with fewer it is said how often it is read."""
 
 
 class TrainingData:
@@ -27,15 +27,19 @@ class TrainingData:
         self.report: dict[str, Any] = {}
         """What became of the conversations; empty where there are none."""
         self.summary: list[str] = []
-        """The same in a line; and how often a short text is read."""
+        """For people: the same in a line, and how often a short text is read."""
         self.epoch_tokens: int | None = None
         """Token positions of all conversations' rows."""
         kinds = {n: run.kind(n) for n in stages}
         self._iterators: dict[str, grain.DatasetIterator] = {}
         heldout: dict[str, list[Batch]] = {}
         if "text" in kinds.values():
-            self._iterators["text"] = train_batches(run.text, run.data, tokenizer, batch_size=self._unit, seed=run.seed)
-            self.summary += _passes(run, [n for n, kind in kinds.items() if kind == "text"], tokenizer)
+            wanted = sum(run.stages()[n].tokens for n, kind in kinds.items() if kind == "text")
+            most = min(FEW, wanted // 2)
+            corpus, count = training_text(run.text, run.data, tokenizer, most)
+            if count < most:
+                self.summary.append(f"text: {count:,} tokens to train on, each read {wanted / count:,.1f} times")
+            self._iterators["text"] = train_batches(corpus, run.data, tokenizer, batch_size=self._unit, seed=run.seed)
             heldout["text"] = heldout_batches(run.text, run.data, tokenizer, batch_size=heldout_size(run))
         if "conversations" in kinds.values():
             if run.data.heldout_fraction <= 0:
@@ -77,14 +81,6 @@ class TrainingData:
 
 
 _KEYS = {"text": "data", "conversations": "conversations"}
-
-
-def _passes(run: RunConfig, stages: list[int], tokenizer: Any) -> list[str]:
-    """How often a short text is read, where that is more than once."""
-    count, wanted = count_tokens(run.text, run.data, tokenizer, FEW), sum(run.stages()[n].tokens for n in stages)
-    if count >= FEW or wanted <= count:
-        return []
-    return [f"text: {count:,} tokens to train on, each read {wanted / count:,.1f} times"]
 
 
 def _prepare(run: RunConfig, folder: Path, tokenizer: Any, *, resuming: bool) -> packing.Prepared:

@@ -133,8 +133,9 @@ gradients too) once each. The roof is the share of the time that moving those at
 where that is longer, the matrix products at that of the product above ("mm"). Errors are relative RMS errors of the
 passes timed, against the scan in float32 (softmax attention: against XLA's). Ratios are their time over ours: above 1
 ours is faster; in the mLSTM's rows "FLA" is mlstm_kernels. Peers have the layout they want and gates of the same dtype;
-RetNet's gates are constants to all. Times are the device's, behind other work; "\\*": the host issued calls slower than
-the device ran them. (Runs "by wall time" timed no others so: the starts and ends of 20 calls are some 10 us in each.)
+RetNet's gates are constants to all. Times are those of the device, which is kept busy while calls are issued. (In runs
+"by wall time" only rows with "\\*", whose calls the host issues slower than the device runs them, were timed so; in the
+others starting and waiting for 20 calls is some 10 us of each.)
 """
 
 

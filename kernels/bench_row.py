@@ -198,15 +198,18 @@ def roofs(seconds: float) -> None:
     """TB/s of the best copy (x + 1, read and written) and TFLOP/s of a bfloat16 product."""
     sizes, n = ((1 << 28, 1 << 29, 1 << 30, 1 << 31), 8192) if on_gpu() else ((1 << 24,), 512)
     found: dict[str, Any] = dict(device=jax.devices()[0].device_kind, gpus=jax.device_count(), copy_tbs=0.0)
+    blocker = Blocker() if on_gpu() else None
+    if blocker:
+        found["clock"] = "device"
     with turn(alone=True, seconds=seconds):
         add, product = jax.jit(lambda x: x + 1), jax.jit(lambda x, y: x @ y)
         for size in sizes:
             x = jnp.zeros(size // 4, jnp.int32)
-            ms = milliseconds(functools.partial(add, x), jax.block_until_ready)["ms"]
+            ms = milliseconds(functools.partial(add, x), jax.block_until_ready, blocker)["ms"]
             found["copy_tbs"] = max(found["copy_tbs"], 2 * size / ms / 1e9)
             emit(found)
         x, y = (jax.random.normal(key, (n, n), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
-        ms = milliseconds(functools.partial(product, x, y), jax.block_until_ready)["ms"]
+        ms = milliseconds(functools.partial(product, x, y), jax.block_until_ready, blocker)["ms"]
         emit(found | dict(matmul_tflops=2 * n**3 / ms / 1e9))
 
 

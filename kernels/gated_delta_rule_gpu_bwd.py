@@ -141,6 +141,8 @@ def _program(form: Form, index, given, made, buffer, chunks, gate) -> None:
         if not alone:
             gpu.fetch([(given["v"].at[b, part, h, values], buffer["v"].at[me, slot])], buffer["late"])
 
+    assert alone or STAGES == 2  # Y of two warpgroups lies in the other slot
+
     def place_of_y(tiles, m):
         return tiles.of(0, "t") if alone else buffer["v"].at[m, 1 - tiles.slot]
 

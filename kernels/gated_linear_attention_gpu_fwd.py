@@ -34,9 +34,9 @@ from jaxlin.kernels.tile_gpu_products import Product, Sum, dots
 from jaxlin.kernels.tile_gpu_sums import SUMS, column_sums
 
 STAGES = {64: 3, 128: 2}
-"""Chunks in flight, by key dimension, of two programs an SM."""
+"""Chunks in flight, by key dimension, where two programs share an SM."""
 LIGHT_STAGES = 2
-"""Of three: at K = 64, where there is no denominator, whose registers leave no room for a third."""
+"""Likewise where three do: K = 64, without a denominator."""
 MIN_GATE = -100.0
 """Gates below are taken as this: e^-100 is 0 in float32, and sums of stronger ones would lose the weaker."""
 VALID, ENTER, LEAVE, KEEP, RUN = 1, 2, 4, 8, 16
@@ -231,7 +231,7 @@ class Decays(NamedTuple):
 def decays(form: Form, buffer: dict, slot: Array, here: Array | int = 0) -> Decays:
     """The decays of the chunk in `slot`, from its vectors and segment codes.
 
-    With a zero found anew in every chunk, masks are made in every chunk too: else they take 32 registers of the walk.
+    With `here`, a zero found anew in every chunk, masks are made in every chunk too, and take no registers in between.
     """
     i, j = registers.indices()
     i = i + here

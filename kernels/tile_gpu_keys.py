@@ -86,8 +86,8 @@ class Member(NamedTuple):
 class Tiles(NamedTuple):
     """The tiles of a chunk in shared memory.
 
-    Addresses stay in registers until they were used for the last time, and something else is spilled for them. So a
-    part of a chunk in the middle finds its own anew: that is a third to a tenth of the spills.
+    Addresses stay in registers until they have been used for the last time, and something else is spilled for them. So
+    a part of a chunk in the middle finds its own anew, which leaves less than a third of the spills.
     """
 
     member: Member
@@ -95,7 +95,7 @@ class Tiles(NamedTuple):
     here: Array  # 0
 
     def of(self, m: Any, name: str) -> gpu.Ref:
-        """Warpgroup m's, of `slot` where there are several."""
+        """Warpgroup m's tile, or tile m of [tiles, rows, columns]; of four dimensions the second is the slot."""
         x = self.member.buffer[name]
         return x.at[m, self.slot] if len(x.shape) == 4 else x.at[m + self.here]
 

@@ -121,7 +121,7 @@ def outputs_and_gradients(op: Callable, args: dict[str, Any], dtype: Any, **opti
     """o, the final state and the gradient of every array, through o and the final state, as float64 numpy by name.
 
     The cotangents are fixed random numbers, the inputs are cast to `dtype`; gates and states stay at least float32.
-    The definition runs on the CPU, where its steps are no kernels that 15 processes start on one GPU.
+    The definition runs on the CPU: on a GPU each of its steps is several kernels, and tests run side by side.
     """
     floats, segments, normalize = _split(args)
     wide = jnp.promote_types(dtype, jnp.float32)

@@ -12,7 +12,7 @@ import pytest
 from jaxlin import streams
 from jaxlin.command_line import parse_run
 from jaxlin.config import DataConfig, UserError
-from jaxlin.data import Prepare, count_tokens, heldout_batches, prepare, train_batches
+from jaxlin.data import Prepare, heldout_batches, prepare, train_batches, training_text
 from jaxlin.sources import PIECE_BYTES, Shard, open_text
 from jaxlin.split import documents, split
 from jaxlin.training_data import TrainingData
@@ -37,6 +37,10 @@ def tokenizer():
     whole = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="?"))
     whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<|endoftext|>", unk_token="?")
+
+
+def batches_of(text, config, tokenizer, **options):
+    return train_batches(training_text(text, config, tokenizer).corpus, config, tokenizer, **options)
 
 
 def records(texts):
@@ -144,7 +148,7 @@ def take(batches, count):
 
 
 def train(text, config, tokenizer, count, batch_size=4, seed=0):
-    batches = train_batches([text], config, tokenizer, batch_size=batch_size, seed=seed)
+    batches = batches_of([text], config, tokenizer, batch_size=batch_size, seed=seed)
     got = take(batches, count)
     batches.close()
     return got
@@ -235,12 +239,12 @@ def test_continues_bit_for_bit(kind, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(streams, "WINDOW_DOCUMENTS", 40)  # so that several windows make an epoch
     text = write_source(kind, tmp_path, tokenizer)
     for k in (0, 1, 7, 26):
-        batches = train_batches([text], CONFIG, tokenizer, batch_size=2, seed=3)
+        batches = batches_of([text], CONFIG, tokenizer, batch_size=2, seed=3)
         if k:
             take(batches, k)
         state = json.loads(json.dumps(batches.get_state()))
         after = take(batches, 9)
-        fresh = train_batches([text], CONFIG, tokenizer, batch_size=2, seed=3)
+        fresh = batches_of([text], CONFIG, tokenizer, batch_size=2, seed=3)
         fresh.set_state(state)
         again = take(fresh, 9)
         assert all((after[key] == again[key]).all() for key in after)
@@ -275,7 +279,7 @@ def test_a_window_shuffles_and_loses_nothing(monkeypatch):
 def test_workers_change_nothing(kind, tmp_path, tokenizer):
     text = write_source(kind, tmp_path, tokenizer)
     alone = train(text, CONFIG, tokenizer, 25)
-    batches = train_batches([text], dataclasses.replace(CONFIG, workers=2), tokenizer, batch_size=4, seed=0)
+    batches = batches_of([text], dataclasses.replace(CONFIG, workers=2), tokenizer, batch_size=4, seed=0)
     together = take(batches, 11)
     state = json.loads(json.dumps(batches.get_state()))
     rest = take(batches, 14)
@@ -334,7 +338,7 @@ def test_a_long_text_file_is_cut_at_line_ends(tmp_path):
 def test_python_reference_needs_no_files(tokenizer):
     corpus = open_text([], "text", end_of_text=0, vocab_size=1)
     assert len(corpus) > 50 and sum(len(text) for text in documents(corpus)) > 300_000
-    batches = train_batches([], CONFIG, tokenizer, batch_size=2, seed=0)
+    batches = batches_of([], CONFIG, tokenizer, batch_size=2, seed=0)
     assert next(batches)["tokens"].shape == (2, 16)
     batches.close()
 
@@ -349,9 +353,9 @@ def test_short_texts_say_how_often_they_are_read(tmp_path, tokenizer):
         data.close()
         return data.summary
 
-    count = count_tokens(
+    count = training_text(
         [str(tmp_path / "short.txt")], dataclasses.replace(CONFIG, heldout_fraction=0.5), tokenizer, 1000
-    )
+    ).tokens
     assert 90 < count < 110
     assert said("10_000") == [f"text: {count} tokens to train on, each read {10_000 / count:.1f} times"]
     assert said("60") == []
@@ -389,10 +393,10 @@ def test_errors_are_one_clear_line(tmp_path, tokenizer):
             (tmp_path / name).write_bytes(data)
         config = dataclasses.replace(CONFIG, heldout_fraction=0.0, seq_len=16 if name != "cut.jsonl.zst" else 10_000)
         with pytest.raises(UserError, match=message) as caught:
-            train_batches([name if ":" in name else str(tmp_path / name)], config, tokenizer, batch_size=1, seed=0)
+            batches_of([name if ":" in name else str(tmp_path / name)], config, tokenizer, batch_size=1, seed=0)
         assert "\n" not in str(caught.value) and name.split("*")[0].split(":")[0] in str(caught.value)
     with pytest.raises(UserError, match="cannot be opened"):
-        train_batches([f"hf:{tmp_path / 'absent'}"], CONFIG, tokenizer, batch_size=1, seed=0)
+        batches_of([f"hf:{tmp_path / 'absent'}"], CONFIG, tokenizer, batch_size=1, seed=0)
     with pytest.raises(UserError, match="heldout-fraction 0"):
         heldout_batches([good], CONFIG, tokenizer, batch_size=3)
 
@@ -401,7 +405,7 @@ def test_an_error_under_way_reaches_the_caller(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     write_jsonl(path)
     path.write_bytes(path.read_bytes() + b"not JSON\n")
-    batches = train_batches([str(path)], dataclasses.replace(CONFIG, shuffle=False), tokenizer, batch_size=4, seed=0)
+    batches = batches_of([str(path)], dataclasses.replace(CONFIG, shuffle=False), tokenizer, batch_size=4, seed=0)
     with pytest.raises(UserError, match="line 84: not a line of JSON"):
         take(batches, 100)
     batches.close()
