@@ -34,7 +34,7 @@ class TrainingData:
         self._iterators: dict[str, grain.DatasetIterator] = {}
         heldout: dict[str, list[Batch]] = {}
         if "text" in kinds.values():
-            wanted = sum(run.stages()[n].tokens for n, kind in kinds.items() if kind == "text")
+            wanted = sum(stage.tokens for n, stage in run.stages().items() if kinds.get(n) == "text")
             most = min(FEW, wanted // 2)
             corpus, count = training_text(run.text, run.data, tokenizer, most)
             if count < most:

@@ -163,7 +163,7 @@ def _program(form: Form, index, given, made, buffer, chunks, stages, light) -> N
             clean(d.valid, k, v)
         to_p, to_read = Sum([Product(q, k, tb=True)]), Sum([Product(q, buffer["state"])])
         if light:  # one wait more, and 32 registers less
-            (p, weight), read = dots(to_p, meanwhile=d.pair), None
+            p, weight = dots(to_p, meanwhile=d.pair)
         else:
             p, read, weight = dots(to_p, to_read, meanwhile=d.pair)
         p = weight * p
